@@ -1,0 +1,95 @@
+"""What must hold between several keys of a config. Each check looks at one idea and yields its problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from megastruct.config.schema import Config
+from megastruct.errors import Problem
+
+Check = Callable[[Config], Iterator[Problem]]
+
+
+def check_attention(config: Config) -> Iterator[Problem]:
+    model = config.model
+    heads, d = model.num_attention_heads, model.hidden_size
+    if model.head_dim is None and d % heads:
+        yield Problem(
+            "model.num_attention_heads",
+            f"{heads} does not divide model.hidden_size = {d}",
+            f"model.num_attention_heads={_nearest_divisor(d, heads)}, or set model.head_dim",
+        )
+    elif model.attention_head_dim % 2:
+        yield Problem(
+            "model.head_dim",
+            f"{model.attention_head_dim} is odd; rotary embeddings turn pairs of features",
+            f"model.head_dim={model.attention_head_dim + 1}",
+        )
+    if heads % model.kv_heads:
+        yield Problem(
+            "model.num_key_value_heads",
+            f"{model.kv_heads} does not divide model.num_attention_heads = {heads}",
+            f"model.num_key_value_heads={_nearest_divisor(heads, model.kv_heads)}",
+        )
+
+
+def check_ffn(config: Config) -> Iterator[Problem]:
+    ffn, model = config.ffn, config.model
+    smaller = min(model.hidden_size, model.ffn_hidden_size)
+    if ffn.structure == "dense" and ffn.rank is not None:
+        yield Problem("ffn.rank", f"{ffn.rank}, but ffn.structure is dense", "ffn.structure=lowrank, or no ffn.rank")
+    if ffn.structure == "lowrank" and ffn.rank is None:
+        yield Problem("ffn.rank", "missing, but ffn.structure is lowrank", f"ffn.rank={max(1, model.hidden_size // 4)}")
+    if ffn.structure == "lowrank" and ffn.rank is not None and ffn.rank > smaller:
+        yield Problem("ffn.rank", f"{ffn.rank} is above the full rank {smaller}", f"ffn.rank={max(1, smaller // 2)}")
+
+
+def check_length(config: Config) -> Iterator[Problem]:
+    training = config.training
+    if (training.num_steps is None) == (training.num_tokens is None):
+        found = "both are set" if training.num_steps else "neither is set"
+        yield Problem("training.num_steps, training.num_tokens", found, "set exactly one of them")
+
+
+def check_batch(config: Config) -> Iterator[Problem]:
+    training, dp = config.training, config.parallel.dp or 1
+    share = training.micro_batch_size * dp
+    factor = f"micro_batch_size {training.micro_batch_size}" + (f" x dp {dp}" if dp > 1 else "")
+    for where, value in (
+        ("training.global_batch_size", training.global_batch_size),
+        ("evaluation.num_samples", config.evaluation.num_samples),
+    ):
+        if value % share:
+            above = (value // share + 1) * share
+            yield Problem(where, f"{value} is no multiple of {factor}", f"{where}={above}")
+
+
+def check_parallel(config: Config) -> Iterator[Problem]:
+    pp, zero, model = config.parallel.pp, config.parallel.zero_stage, config.model
+    if pp > 1 and zero > 1:
+        yield Problem(
+            "parallel.zero_stage",
+            f"{zero} with parallel.pp = {pp}; DeepSpeed's pipelines work with ZeRO 0 and 1",
+            "parallel.zero_stage=1, or parallel.pp=1",
+        )
+    if pp > model.num_layers:
+        yield Problem("parallel.pp", f"{pp} stages for {model.num_layers} blocks", f"parallel.pp={model.num_layers}")
+    if config.training.precision == "bf16" and zero == 0:
+        yield Problem(
+            "parallel.zero_stage",
+            "0 with training.precision = bf16; DeepSpeed has no fp32 gradient accumulation there",
+            "parallel.zero_stage=1 (the same arithmetic; with one replica the same memory)",
+        )
+
+
+CHECKS: tuple[Check, ...] = (check_attention, check_ffn, check_length, check_batch, check_parallel)
+
+
+def cross_field_problems(config: Config) -> list[Problem]:
+    """All problems between the keys of a config whose single keys are right."""
+    return [problem for check in CHECKS for problem in check(config)]
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    divisors = [k for k in range(1, number + 1) if number % k == 0]
+    return min(divisors, key=lambda k: (abs(k - wanted), k))

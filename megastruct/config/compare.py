@@ -1,0 +1,30 @@
+"""Which changes of a config let a run go on in its folder, and which make it another run."""
+
+from __future__ import annotations
+
+from megastruct.config.schema import Config
+
+# Where and how fast it runs, how often it looks and saves: none of it changes what is trained.
+FREE_SECTIONS = ("parallel", "evaluation", "logging", "checkpoint", "hardware")
+FREE_KEYS = (
+    "training.micro_batch_size",
+    "training.activation_checkpointing",
+    "training.compile",
+    "run.folder",
+    "data.path",  # where the same data lies: what it holds is compared by its description
+    "data.tokenizer",
+)
+
+
+def changes_of_the_run(old: Config, new: Config) -> list[tuple[str, object, object]]:
+    """(key, old, new) for every key whose change makes `new` another run than `old`."""
+    changes = []
+    old_values, new_values = old.model_dump(), new.model_dump()
+    for section, values in new_values.items():
+        if section in FREE_SECTIONS:
+            continue
+        for key, value in values.items():
+            path, before = f"{section}.{key}", old_values[section][key]
+            if path not in FREE_KEYS and value != before:
+                changes.append((path, before, value))
+    return changes

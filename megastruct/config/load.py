@@ -1,0 +1,177 @@
+"""YAML files and `section.key=value` overrides -> Config, or one UserError with everything that is wrong.
+
+A file may begin with `include: [other.yaml, ...]`, paths relative to the file itself; later files and the file's own
+keys win. Only plain YAML is read (no object tags).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megastruct.config.checks import cross_field_problems
+from megastruct.config.schema import Config
+from megastruct.errors import Problem, UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 6e-4 as a number (YAML 1.1 wants 6.0e-4) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key_node.value!r} is given twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read, merge, check. Raises UserError with all problems: of files, keys, types, ranges and combinations."""
+    values = _read_with_includes(Path(path), ())
+    problems: list[Problem] = []
+    for override in overrides:
+        problems += _apply_override(values, override)
+    config, more = _validated(values)
+    problems += more
+    if config is not None:
+        problems += cross_field_problems(config)
+    if problems or config is None:
+        noun = "problem" if len(problems) == 1 else "problems"
+        raise UserError(problems, headline=f"{path}: {len(problems)} {noun}")
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_with_includes(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in parents:
+        raise UserError(Problem(str(path), "includes itself", "remove it from `include`"))
+    values = _read_yaml(path)
+    includes = values.pop("include", [])
+    if isinstance(includes, str):
+        includes = [includes]
+    if not isinstance(includes, list) or not all(isinstance(item, str) for item in includes):
+        raise UserError(Problem(f"{path}: include", f"{includes!r}", "a list of paths relative to this file"))
+    merged: dict[str, Any] = {}
+    for item in includes:
+        _merge(merged, _read_with_includes(path.parent / item, (*parents, path.resolve())))
+    _merge(merged, values)
+    return merged
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        names = [str(other) for other in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(str(path), names, n=1, cutoff=0.3)
+        raise UserError(Problem(str(path), error.strerror or str(error), close[0] if close else "")) from None
+    except UnicodeDecodeError:
+        raise UserError(Problem(str(path), "not a text file in UTF-8", "a YAML file")) from None
+    try:
+        values = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(Problem(where, f"no valid YAML: {getattr(error, 'problem', error)}")) from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(Problem(str(path), f"a {type(values).__name__}", "sections with keys, as in configs/run/"))
+    return values
+
+
+def _merge(target: dict[str, Any], source: Mapping[str, Any]) -> None:
+    for key, value in source.items():
+        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
+            _merge(target[key], value)
+        else:
+            target[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _apply_override(values: dict[str, Any], override: str) -> list[Problem]:
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys) or len(keys) != 2:
+        return [Problem(override, "no override", "section.key=value, for example training.num_steps=100")]
+    try:
+        value = yaml.load(text, _Loader) if text else None
+    except yaml.YAMLError:
+        return [Problem(path, f"{text!r} is no valid value", f"{path}='...' in quotes")]
+    section = values.setdefault(keys[0], {})
+    if not isinstance(section, dict):
+        return [Problem(keys[0], f"{section!r} is no section", f"remove it from the file to set {path}")]
+    section[keys[1]] = value
+    return []
+
+
+def _validated(values: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
+    """Check the keys; without the faulty ones, if that is possible, so that the other checks can speak as well."""
+    problems: list[Problem] = []
+    faulty: set[tuple[int | str, ...]] = set()
+    for _ in range(2):
+        try:
+            return Config.model_validate(values), problems
+        except ValidationError as error:
+            # A required key that was faulty in the first round is missing in the second: that was said already.
+            errors = [item for item in error.errors() if item["loc"] not in faulty]
+            problems += [_explain(item) for item in errors]
+            faulty |= {item["loc"] for item in errors}
+            values = _without(values, [item["loc"] for item in errors])
+    return None, problems
+
+
+def _explain(item: Any) -> Problem:
+    where = ".".join(str(key) for key in item["loc"] if not _is_union_tag(key))
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(item["loc"][:-1])
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
+        prefix = ".".join(str(key) for key in item["loc"][:-1])
+        suggestion = ".".join(filter(None, [prefix, close[0]])) if close else f"one of {', '.join(known)}"
+        return Problem(where, "unknown key", suggestion)
+    if item["type"] == "missing":
+        return Problem(where, "missing", f"{where}=..." if "." in where else f"a section `{where}:`")
+    message = item["msg"][0].lower() + item["msg"][1:]
+    found = "a section" if isinstance(item["input"], Mapping) else repr(item["input"])
+    return Problem(where, f"{found}: {message}")
+
+
+def _is_union_tag(key: int | str) -> bool:
+    return isinstance(key, str) and not key.isidentifier()
+
+
+def _known_keys(path: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Config
+    for key in path:
+        annotation = model.model_fields[str(key)].annotation
+        if not isinstance(annotation, type) or not issubclass(annotation, BaseModel):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _without(values: dict[str, Any], paths: Iterable[tuple[int | str, ...]]) -> dict[str, Any]:
+    copy: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    for path in paths:
+        if len(path) == 1:
+            copy.pop(str(path[0]), None)
+        elif isinstance(copy.get(str(path[0])), dict):
+            copy[str(path[0])].pop(path[1], None)
+    return copy

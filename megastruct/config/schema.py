@@ -1,0 +1,161 @@
+"""The config of a run: one class per section of the YAML file, one line per key.
+
+Values are frozen and checked for type and range here; what concerns several keys at once is in `checks.py`.
+Letters in descriptions: d = hidden_size, f = ffn_hidden_size, S = seq_length.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Size = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys; unknown keys and values of another type are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(description="folder below `folder`")
+    folder: str = "runs"
+    seed: Count = 1234
+
+
+class ModelConfig(Section):
+    """The decoder of the paper, section "Models"; the defaults are the paper's."""
+
+    hidden_size: Size
+    num_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = Field(None, description="fewer than num_attention_heads: GQA; left out: equal")
+    head_dim: Size | None = Field(None, description="attention width is heads x head_dim; left out: d / heads")
+    ffn_hidden_size: Size
+    vocab_size: Size = 32_000
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    bias: bool = True
+    tie_embeddings: bool = True
+    rope_base: Annotated[float, Field(gt=0)] = 10_000.0
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def attention_head_dim(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def attention_width(self) -> int:
+        """a = heads x head_dim, the width inside the attention; equal to d unless `head_dim` says otherwise."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def fc1_out_features(self) -> int:
+        """SwiGLU's first linear makes gate and value in one map d -> 2f."""
+        return self.ffn_hidden_size * (2 if self.activation == "swiglu" else 1)
+
+
+class FFNConfig(Section):
+    """The structure of both feed-forward linears."""
+
+    structure: Literal["dense", "lowrank"] = "dense"
+    rank: Size | None = Field(None, description="LowRank: inner width R")
+    dense_first_block: bool = Field(True, description="the first block keeps its dense FFN, as in the paper")
+
+
+class DataConfig(Section):
+    kind: Literal["tokens", "text"] = Field(description="token shards of tools/prepare_data.py, or text shards")
+    path: str = Field(description="folder of token shards; or folder, glob, file or hub name of text shards")
+    tokenizer: str | None = Field(None, description="SentencePiece model; needed for text, checked for tokens")
+    text_column: str = "content"
+    validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.005
+    num_streams: Size | None = Field(None, description="text: parallel streams of shards; left out: from the data")
+
+
+class TrainingConfig(Section):
+    seq_length: Size
+    global_batch_size: Size = Field(description="sequences per optimizer step, over all replicas")
+    micro_batch_size: Size = Field(description="sequences per forward, on one replica")
+    num_steps: Size | None = Field(None, description="either num_steps or num_tokens")
+    num_tokens: Size | None = None
+    precision: Literal["fp32", "bf16"] = "bf16"
+    activation_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile every block, the head and the loss")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_length
+
+    @property
+    def total_steps(self) -> int:
+        return self.num_steps or max(1, round((self.num_tokens or 0) / self.tokens_per_step))
+
+
+class OptimizerConfig(Section):
+    """AdamW; weight decay on matrices only, not on norms and biases."""
+
+    learning_rate: Annotated[float, Field(gt=0)]
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    gradient_clipping: Annotated[float, Field(ge=0)] = Field(1.0, description="global norm; 0 = off")
+
+
+class ScheduleConfig(Section):
+    """Linear warm-up, then a cosine to `min_learning_rate_fraction` of the peak at the last step."""
+
+    warmup_fraction: Fraction = 0.1
+    min_learning_rate_fraction: Fraction = 0.1
+
+
+class ParallelConfig(Section):
+    pp: Size = Field(1, description="pipeline stages")
+    dp: Size | None = Field(None, description="replicas; left out: what the processes allow")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+
+
+class EvaluationConfig(Section):
+    interval_steps: Count = Field(0, description="0 = only after the last step")
+    num_samples: Count = Field(0, description="held-out sequences; 0 = no validation")
+
+
+class LoggingConfig(Section):
+    interval_steps: Size = 10
+    progress_bar: bool = True
+
+
+class CheckpointConfig(Section):
+    interval_steps: Count = Field(0, description="0 = only after the last step")
+    keep: Size = Field(2, description="complete checkpoints kept")
+
+
+class HardwareConfig(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    peak_tflops: Annotated[float, Field(gt=0)] | None = Field(None, description="per device, for MFU")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig
+    model: ModelConfig
+    ffn: FFNConfig = FFNConfig()
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    hardware: HardwareConfig = HardwareConfig()

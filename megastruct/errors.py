@@ -1,0 +1,56 @@
+"""What a user did wrong, said in one message: where it is, what was found, what is wanted, what to do.
+
+A `UserError` carries any number of `Problem`s, so that all mistakes of a config are reported at once. Programs
+catch it at their outermost function with `user_errors_exit`: the message goes to stderr, the exit code is 2, and
+no traceback is shown. Every other exception is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+EXIT_CODE_USER_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake. `where` is the path of a config key or of a file; `suggestion` is something that works."""
+
+    where: str
+    found: str
+    suggestion: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.where}: {self.found}" if self.where else self.found
+        return f"{text}\n    try: {self.suggestion}" if self.suggestion else text
+
+
+class UserError(Exception):
+    """A mistake in what the user handed in (config, files, command line), with all its problems."""
+
+    def __init__(self, problems: Problem | Sequence[Problem], headline: str = "") -> None:
+        self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        self.headline = headline
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        lines = [self.headline] if self.headline else []
+        return "\n".join(lines + [f"  {problem}" if self.headline else str(problem) for problem in self.problems])
+
+    def __reduce__(self) -> tuple[Any, ...]:  # so that a worker process can hand it to its parent
+        return (UserError, (self.problems, self.headline))
+
+
+@contextmanager
+def user_errors_exit(print_message: bool = True) -> Iterator[None]:
+    """Turn a `UserError` into one message on stderr and exit code 2; `print_message` is false on all ranks but one."""
+    try:
+        yield
+    except UserError as error:
+        if print_message:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_CODE_USER_ERROR) from None

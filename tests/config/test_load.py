@@ -1,0 +1,127 @@
+"""Reading configs: includes, overrides, and every mistake at once with its path and a way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megastruct.config import load_config
+from megastruct.config.compare import changes_of_the_run
+from megastruct.config.load import dump_config
+from megastruct.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+QUICKSTART = CONFIGS / "run" / "quickstart.yaml"
+
+
+def problems(path: Path, *overrides: str) -> dict[str, str]:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    return {problem.where: str(problem) for problem in caught.value.problems}
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "run").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_run_config_parses(path: Path) -> None:
+    assert load_config(path).run.name
+
+
+def test_resolved_config_reads_back(tmp_path: Path) -> None:
+    config = load_config(QUICKSTART, ["training.num_steps=7"])
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_include_order_and_overrides(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("training: {num_steps: 5}\noptimizer: {learning_rate: 6e-4}\n")
+    (tmp_path / "run.yaml").write_text(f"include: [{QUICKSTART}, base.yaml]\noptimizer: {{beta2: 0.95}}\n")
+    config = load_config(tmp_path / "run.yaml", ["model.num_layers=6", "parallel.dp=2"])
+    assert config.training.num_steps == 5
+    assert config.optimizer.learning_rate == 6e-4
+    assert config.optimizer.beta2 == 0.95
+    assert config.model.num_layers == 6
+    # dp=3 does not divide the batch of 32: named with a value that works
+    assert "training.global_batch_size" in problems(tmp_path / "run.yaml", "parallel.dp=3")
+
+
+def test_all_problems_come_at_once() -> None:
+    found = problems(
+        QUICKSTART,
+        "model.hiden_size=64",
+        "model.num_layers=twelve",
+        "optimiser.learning_rate=1",
+        "model.num_attention_heads=5",
+        "ffn.rank=4096",
+    )
+    assert "model.hidden_size" in found["model.hiden_size"]
+    assert "'twelve'" in found["model.num_layers"]
+    assert "optimizer" in found["optimiser"]
+
+
+def test_cross_field_problems_beside_unknown_keys() -> None:
+    found = problems(QUICKSTART, "model.hiden_size=64", "model.num_attention_heads=5", "ffn.rank=4096")
+    assert {"model.hiden_size", "model.num_attention_heads", "ffn.rank"} == set(found)
+    assert "does not divide" in found["model.num_attention_heads"]
+    assert "ffn.rank=64" in found["ffn.rank"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where", "suggestion"),
+    [
+        (["training.num_tokens=100"], "training.num_steps, training.num_tokens", "exactly one"),
+        (["parallel.zero_stage=2"], "parallel.zero_stage", "parallel.zero_stage=1"),
+        (["parallel.zero_stage=0", "training.precision=bf16"], "parallel.zero_stage", "parallel.zero_stage=1"),
+        (["parallel.pp=5"], "parallel.pp", "parallel.pp=4"),
+        (["training.global_batch_size=30"], "training.global_batch_size", "training.global_batch_size=32"),
+        (["evaluation.num_samples=65"], "evaluation.num_samples", "evaluation.num_samples=72"),
+        (["model.num_key_value_heads=3"], "model.num_key_value_heads", "model.num_key_value_heads=2"),
+        (["model.head_dim=7"], "model.head_dim", "model.head_dim=8"),
+        (["ffn.structure=dense"], "ffn.rank", "no ffn.rank"),
+        (["ffn.rank=null"], "ffn.rank", "ffn.rank=32"),
+        (["nonsense"], "nonsense", "section.key=value"),
+        (["parallel.zero_stage=4"], "parallel.zero_stage", "less than or equal to 3"),
+        (["run.name=../elsewhere"], "run.name", "match pattern"),
+    ],
+)
+def test_impossible_values_name_the_key_and_a_way_out(overrides: list[str], where: str, suggestion: str) -> None:
+    found = problems(QUICKSTART, *overrides)
+    assert set(found) == {where}
+    assert suggestion in found[where]
+
+
+def test_suggestions_of_checks_work() -> None:
+    for bad, fix in [
+        ("parallel.pp=5", "parallel.pp=4"),
+        ("model.num_key_value_heads=3", "model.num_key_value_heads=2"),
+        ("evaluation.num_samples=65", "evaluation.num_samples=72"),
+        ("model.num_attention_heads=5", "model.num_attention_heads=4"),
+    ]:
+        assert any(fix in text for text in problems(QUICKSTART, bad).values())
+        load_config(QUICKSTART, [fix])
+
+
+def test_missing_file_names_a_close_one() -> None:
+    found = problems(CONFIGS / "run" / "quikstart.yaml")
+    assert str(QUICKSTART) in next(iter(found.values()))
+
+
+@pytest.mark.parametrize(
+    "text", ["model: [", "just words", "a: 1\na: 2\n", "x: !!python/object/apply:os.system ['true']\n"]
+)
+def test_broken_yaml(tmp_path: Path, text: str) -> None:
+    (tmp_path / "broken.yaml").write_text(text)
+    assert str(tmp_path / "broken.yaml") in next(iter(problems(tmp_path / "broken.yaml")))
+
+
+def test_include_ring(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("include: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("include: a.yaml\n")
+    assert "includes itself" in next(iter(problems(tmp_path / "a.yaml").values()))
+
+
+def test_what_may_change_when_a_run_goes_on() -> None:
+    base = load_config(QUICKSTART)
+    moved = load_config(QUICKSTART, ["parallel.pp=4", "logging.interval_steps=1", "training.micro_batch_size=4"])
+    assert changes_of_the_run(base, moved) == []
+    other = load_config(QUICKSTART, ["optimizer.learning_rate=1e-4", "run.seed=5"])
+    assert {path for path, _, _ in changes_of_the_run(base, other)} == {"optimizer.learning_rate", "run.seed"}

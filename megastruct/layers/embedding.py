@@ -1,0 +1,30 @@
+"""Token embedding."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megastruct.layers.linear import Names, draw_normal
+
+
+class Embedding(nn.Module):
+    """weight [vocab, h]. Ids come in as batches are, [b, s]; activations leave sequence first, [s, b, h]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, init_std: float = 0.02) -> None:
+        super().__init__()
+        self.init_std = init_std
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [b, s] -> [s, b, h]"""
+        return F.embedding(ids.t(), self.weight)
+
+    def project(self, x: Tensor) -> Tensor:
+        """The tied output head: x [s, b, h] -> logits [s, b, vocab]."""
+        return F.linear(x, self.weight)
+
+    @torch.no_grad()
+    def init_weights(self, names: Names) -> None:
+        self.weight.copy_(draw_normal(tuple(self.weight.shape), self.init_std, (*names, "weight")))

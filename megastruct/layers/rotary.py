@@ -1,0 +1,34 @@
+"""Rotary position embedding, Su et al. 2021 (arXiv 2104.09864), in the half-split layout of GPT-NeoX and LLaMA."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Rotary:
+    """Angles position * base^(-2i/d), in float32 whatever the model's dtype: bf16 cannot tell late positions apart.
+
+    No module and no buffer, so that a cast of the model leaves the tables alone. They are made on first use for a
+    length and a device.
+    """
+
+    def __init__(self, head_dim: int, base: float) -> None:
+        self.head_dim, self.base = head_dim, base
+        self._tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def tables(self, seq_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each float32 [s, 1, 1, head_dim / 2]."""
+        key = (seq_length, device)
+        if key not in self._tables:
+            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+            angles = torch.outer(torch.arange(seq_length, dtype=torch.float64), self.base**-exponents)
+            cos, sin = (table.float().to(device)[:, None, None] for table in (angles.cos(), angles.sin()))
+            self._tables[key] = (cos, sin)
+        return self._tables[key]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [s, b, heads, head_dim] turned by its position: feature i is paired with i + head_dim / 2."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

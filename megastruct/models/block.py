@@ -1,0 +1,31 @@
+"""One transformer block, pre-norm: x + attention(norm x), then x + mlp(norm x)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Block(nn.Module):
+    """`recompute`: keep only the block's input for the backward and run the forward again there."""
+
+    def __init__(
+        self, attention: nn.Module, mlp: nn.Module, attention_norm: nn.Module, mlp_norm: nn.Module, recompute: bool
+    ) -> None:
+        super().__init__()
+        self.attention_norm = attention_norm
+        self.attention = attention
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [s, b, h] -> [s, b, h]"""
+        if self.recompute and self.training:
+            # Nothing random happens inside, so no generator state has to be kept for the second forward.
+            return checkpoint(self._forward, x, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))

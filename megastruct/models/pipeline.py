@@ -1,0 +1,116 @@
+"""The same layers as a DeepSpeed pipeline, one stage per rank of the pipe axis.
+
+What crosses a stage border is one tensor, the activations [s, b, h].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from typing import Any
+
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megastruct.config.schema import Config
+from megastruct.models.cost import layer_costs
+from megastruct.models.gpt import EMBEDDING, HEAD, NamedLayer, init_weights, named_layers
+from megastruct.parallel.topology import Topology
+
+TIED_PREFIX = "tied_modules."
+
+
+class GPTPipeline(PipelineModule):
+    """One stage of the decoder. Only the stage's own layers are built; their weights depend on names alone."""
+
+    def __init__(self, config: Config, topology: Topology, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.layer_names = [layer.name for layer in named_layers(config)]
+        self.stage_costs = [layer.forward_flops for layer in layer_costs(config)]
+        if config.model.tie_embeddings:
+            self.layer_names.append(HEAD)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its partition with print()
+            super().__init__(
+                layers=_layer_specs(config),
+                topology=PipeModelDataParallelTopology(num_pp=topology.pp_size, num_mp=1, num_dp=topology.dp_size),
+                loss_fn=loss_fn,
+                partition_method="balanced",
+            )
+
+    def _partition_layers(self, method: str = "balanced") -> None:
+        """Called by PipelineModule: cut where the most expensive stage is cheapest, from the analytic FLOPs.
+
+        DeepSpeed's own methods count layers, or build every layer on every rank to count its parameters.
+        """
+        self.parts = balanced_stages(self.stage_costs, self.num_stages)
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def canonical_name(self, name: str) -> str:
+        """DeepSpeed's `3.mlp.fc1.weight` or `tied_modules.embedding.weight` -> the layout's own name."""
+        if name.startswith(TIED_PREFIX):
+            return name.removeprefix(TIED_PREFIX)
+        index, _, rest = name.partition(".")
+        return f"{self.layer_names[int(index)]}.{rest}"
+
+
+def balanced_stages(costs: list[int], num_stages: int) -> list[int]:
+    """Cut the list of layers into stages of at least one layer: boundaries [0, ..., len(costs)], length num_stages + 1.
+
+    The largest stage is as small as possible; among such cuts, the squares of the stages' costs sum to least.
+    """
+    totals = [0]
+    for cost in costs:
+        totals.append(totals[-1] + cost)
+    # best[stop] = (largest stage, sum of squares, boundaries) over the first `stop` layers
+    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, (0,))}
+    for stage in range(num_stages):
+        nxt: dict[int, tuple[int, int, tuple[int, ...]]] = {}
+        for stop in range(stage + 1, len(costs) - (num_stages - stage - 1) + 1):
+            options = []
+            for start, (largest, squares, cuts) in best.items():
+                if start < stop:
+                    cost = totals[stop] - totals[start]
+                    options.append((max(largest, cost), squares + cost * cost, (*cuts, stop)))
+            if options:
+                nxt[stop] = min(options)
+        best = nxt
+    return list(best[len(costs)][2])
+
+
+def _layer_specs(config: Config) -> list[LayerSpec]:
+    layers, seed = named_layers(config), config.run.seed
+    if not config.model.tie_embeddings:
+        return [_Spec(layer, seed) for layer in layers]
+    embedding, *others = layers
+    head = _TiedSpec(embedding, seed, forward_fn=lambda module, x: module.project(x))
+    return [_TiedSpec(embedding, seed), *[_Spec(layer, seed) for layer in others], head]
+
+
+def _build(layer: NamedLayer, seed: int) -> nn.Module:
+    module = layer.build()
+    init_weights(module, layer.name, seed)
+    return module
+
+
+class _Spec(LayerSpec):
+    """Builds a named layer with its weights, on the stages that own it."""
+
+    def __init__(self, layer: NamedLayer, seed: int) -> None:
+        super().__init__(nn.Module)
+        self.layer, self.seed = layer, seed
+
+    def build(self, log: bool = False) -> nn.Module:
+        return _build(self.layer, self.seed)
+
+
+class _TiedSpec(TiedLayerSpec):
+    """The embedding, on the first stage and, as the head, on the last; DeepSpeed sums the two gradients."""
+
+    def __init__(self, layer: NamedLayer, seed: int, forward_fn: Callable[[Any, Tensor], Tensor] | None = None) -> None:
+        super().__init__(EMBEDDING, nn.Module, forward_fn=forward_fn, tied_weight_attr="weight")
+        self.layer, self.seed = layer, seed
+
+    def build(self, log: bool = False) -> nn.Module:
+        return _build(self.layer, self.seed)

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Train. ./launch.sh                                         the quick start: sets up, makes data, trains, generates
+#        ./launch.sh CONFIG.yaml [section.key=value ...]     any config; --help lists the launcher's options
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+tools/setup.sh
+python=.venv/bin/python
+if [ $# -gt 0 ]; then
+  exec $python -m megastruct.start "$@"
+fi
+
+data=data/sample
+$python tools/make_sample_corpus.py --output $data/text
+$python tools/train_tokenizer.py --input $data/text --output $data/tokenizer --vocab-size 2048
+$python tools/prepare_data.py --input $data/text --tokenizer $data/tokenizer.model --output $data/tokens \
+  --validation-fraction 0.02
+$python -m megastruct.start configs/run/quickstart.yaml
+echo "a few generated words:"
+$python tools/generate.py runs/quickstart --prompt "The file" --max-new-tokens 40

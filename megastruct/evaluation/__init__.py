@@ -1,0 +1,1 @@
+"""Fifth floor: what a model is worth."""

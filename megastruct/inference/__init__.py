@@ -1,0 +1,1 @@
+"""Fourth floor: using a trained model."""

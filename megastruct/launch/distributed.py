@@ -1,0 +1,57 @@
+"""Joining the process group."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from megastruct.errors import Problem, UserError
+from megastruct.launch.environment import Process
+
+
+def choose_device(wanted: str, process: Process) -> torch.device:
+    """The device of this rank, on the accelerator that DeepSpeed chose when it was imported (DS_ACCELERATOR)."""
+    found = get_accelerator().device_name()
+    if wanted != "auto" and found != wanted:
+        suggestion = f"start with DS_ACCELERATOR={wanted}" if wanted == "cpu" else "hardware.device=auto"
+        raise UserError(Problem("hardware.device", f"{wanted}, but DeepSpeed runs on {found} here", suggestion))
+    if found == "cpu":
+        return torch.device("cpu")
+    if process.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            Problem(
+                "--num-gpus",
+                f"process {process.local_rank} of this node has no GPU: there are {torch.cuda.device_count()}",
+                f"--num-gpus {torch.cuda.device_count()}",
+            )
+        )
+    device = torch.device("cuda", process.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def join(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Initialise torch.distributed, through DeepSpeed: nccl on GPUs, gloo on CPUs."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed broadcasts inside backward hooks; nothing is differentiated through it.
+    warnings.filterwarnings("ignore", message="c10d::.* an autograd kernel was not registered")
+    # On CPU this op is compiled at start (30 s) and leaves 66 MiB in /dev/shm per rank and run; training never uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if os.environ["MASTER_PORT"] == "0":  # alone: any free port will do
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], 0, 1, is_master=True)
+        os.environ["MASTER_PORT"] = str(store.port)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=timeout, verbose=False)
+
+
+def leave() -> None:
+    """Wait for all, then take the process group down."""
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""First floor: what is measured, under which names, and where it is written."""

@@ -1,0 +1,47 @@
+"""Speed since the last logged step, counting training steps only: validation and checkpoints are outside."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Throughput:
+    """`flops_per_token`: training FLOPs of the whole model; `peak_tflops`: of one device, None if unknown."""
+
+    tokens_per_step: int
+    flops_per_token: int
+    num_devices: int
+    peak_tflops: float | None
+    _seconds: float = field(default=0.0, init=False)
+    _data_seconds: float = field(default=0.0, init=False)
+    _steps: int = field(default=0, init=False)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around one training step (the loss is read inside, so the device has finished)."""
+        start = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - start
+        self._steps += 1
+
+    def waited_for_data(self, seconds: float) -> None:
+        self._data_seconds += seconds
+
+    def read(self) -> dict[str, float | None]:
+        """Means over the steps since the last reading, by metric name; starts the next window."""
+        seconds = self._seconds / max(1, self._steps)
+        tokens_per_second = self.tokens_per_step / seconds if seconds else 0.0
+        tflops = tokens_per_second * self.flops_per_token / self.num_devices / 1e12
+        values = {
+            "step_time_seconds": seconds,
+            "data_wait_seconds": self._data_seconds / max(1, self._steps),
+            "tokens_per_second": tokens_per_second,
+            "tflops_per_device": tflops,
+            "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
+        }
+        self._seconds, self._data_seconds, self._steps = 0.0, 0.0, 0
+        return values

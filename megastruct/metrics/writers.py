@@ -1,0 +1,99 @@
+"""Where metrics go: metrics.jsonl, TensorBoard, and the terminal. Only rank 0 has writers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# key in metrics.jsonl -> TensorBoard tag
+TENSORBOARD_TAGS: dict[str, str] = {
+    "loss": "train/loss",
+    "perplexity": "train/perplexity",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/grad_norm",
+    "tokens": "train/tokens",
+    "skipped_documents": "data/skipped_documents",
+    "data_wait_seconds": "data/wait_seconds",
+    "step_time_seconds": "speed/step_time_seconds",
+    "tokens_per_second": "speed/tokens_per_second",
+    "tflops_per_device": "speed/tflops_per_device",
+    "mfu": "speed/mfu",
+    "memory_bytes": "speed/memory_bytes",
+    "validation_loss": "validation/loss",
+    "validation_perplexity": "validation/perplexity",
+}
+
+Metrics = dict[str, Any]
+
+
+class MetricWriter:
+    """Writes one record per logged step. Records after `resume_step` are dropped: those steps are run again."""
+
+    def __init__(self, folder: Path, resume_step: int, texts: dict[str, str]) -> None:
+        """`texts`: title -> YAML or JSON, shown on TensorBoard's text page."""
+        self.path = folder / "metrics.jsonl"
+        _truncate(self.path, resume_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+        for title, text in texts.items():
+            self._board.add_text(title, "```\n" + text + "\n```", resume_step)
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """`metrics` by key of TENSORBOARD_TAGS; None stands for unknown and stays out of TensorBoard."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for key, value in metrics.items():
+            if value is not None:
+                self._board.add_scalar(TENSORBOARD_TAGS[key], value, step)
+        self._board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+class Progress:
+    """The bar on stderr: step, loss, tokens/s, time left. Lines of text stand above it."""
+
+    def __init__(self, total_steps: int, first_step: int, enabled: bool) -> None:
+        # Where stderr is no terminal every refresh is a line of its own, so refresh seldom.
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            desc="training",
+            disable=not enabled,
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,
+            dynamic_ncols=True,
+        )
+
+    def update(self, loss: float, tokens_per_second: float) -> None:
+        self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+        self._bar.update()
+
+    def say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _truncate(path: Path, resume_step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # the line that was being written when the run was killed
+            continue
+        if record["step"] <= resume_step:
+            kept.append(line + "\n")
+    aside = path.with_suffix(".jsonl.writing")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,171 @@
+"""Train a model: the loop, in one file.
+
+Started by `deepspeed --module megastruct.train CONFIG [section.key=value ...]` (what ./launch.sh does), by
+`torchrun -m megastruct.train ...`, or alone for one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megastruct.config import Config, load_config
+from megastruct.data import Batch
+from megastruct.errors import user_errors_exit
+from megastruct.launch.distributed import choose_device, join, leave
+from megastruct.launch.environment import current_process
+from megastruct.metrics.devices import peak_memory_bytes, peak_tflops
+from megastruct.metrics.throughput import Throughput
+from megastruct.metrics.writers import Metrics, MetricWriter, Progress
+from megastruct.models.cost import training_flops_per_token
+from megastruct.parallel.topology import Topology
+from megastruct.training.engine import Engine, build_engine
+from megastruct.training.preflight import Data, preflight
+from megastruct.training.resume import gather_cursor, resume, save
+from megastruct.training.run_folder import finished_steps, run_folder, write_run_folder
+from megastruct.training.schedules import learning_rate
+
+
+class Run:
+    """One run on one rank, from its newest checkpoint to its last step."""
+
+    def __init__(self, config: Config, topology: Topology, data: Data, device: torch.device) -> None:
+        self.config, self.topology, self.data, self.device = config, topology, data, device
+        self.engine: Engine = build_engine(config, topology, device)
+        self.step, cursor = resume(self.engine)
+        self.reader = self._open_reader(cursor) if self.engine.reads_data else None
+        self.validation = self._validation_batches()
+        self.throughput = Throughput(
+            config.training.tokens_per_step,
+            training_flops_per_token(config),
+            topology.world_size,
+            peak_tflops(device, config.hardware.peak_tflops),
+        )
+        self.writer: MetricWriter | None = None
+        if dist.get_rank() == 0:
+            texts = write_run_folder(config, data.describe(), data.tokenizer.path)
+            self.writer = MetricWriter(run_folder(config), self.step, texts)
+        self.progress = Progress(
+            config.training.total_steps, self.step, enabled=dist.get_rank() == 0 and config.logging.progress_bar
+        )
+
+    def train(self) -> None:
+        total = self.config.training.total_steps
+        while self.step < total:
+            loss = self._train_step()
+            last = self.step == total
+            metrics = self._metrics(loss) if last or self.step % self.config.logging.interval_steps == 0 else {}
+            if self.config.evaluation.num_samples and _due(self.step, self.config.evaluation.interval_steps, last):
+                metrics |= self._validate()
+            if self.writer and metrics:
+                self.writer.write(self.step, metrics)
+            if _due(self.step, self.config.checkpoint.interval_steps, last):
+                save(self.engine, self.step, self._cursor(), {"tokens": self.tokens})
+        self.progress.close()
+        if self.writer:
+            self.writer.close()
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.config.training.tokens_per_step
+
+    def _train_step(self) -> float:
+        start = time.perf_counter()
+        with self.throughput.step():
+            self.engine.set_learning_rate(learning_rate(self.config, self.step))
+            loss = self.engine.train_batch(self._timed(self.reader) if self.reader else None)
+        self.step += 1
+        self.progress.update(loss, self.config.training.tokens_per_step / (time.perf_counter() - start))
+        return loss
+
+    def _metrics(self, loss: float) -> Metrics:
+        memory = torch.tensor(peak_memory_bytes(self.device), device=self.device)
+        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        return {
+            "loss": loss,
+            "perplexity": _perplexity(loss),
+            "learning_rate": learning_rate(self.config, self.step - 1),
+            "grad_norm": self.engine.gradient_norm(),
+            "tokens": self.tokens,
+            "memory_bytes": int(memory),
+            "skipped_documents": self.data.skipped_documents(self._cursor()),
+            **self.throughput.read(),
+        }
+
+    def _validate(self) -> Metrics:
+        count = self.config.evaluation.num_samples // (self.config.training.micro_batch_size * self.topology.dp_size)
+        loss = self.engine.evaluate(self.validation, count)
+        if self.writer:
+            self.progress.say(f"step {self.step}: validation loss {loss:.4f}, perplexity {_perplexity(loss):.2f}")
+        return {"validation_loss": loss, "validation_perplexity": _perplexity(loss)}
+
+    def _open_reader(self, cursor: Any) -> Any:
+        training = self.config.training
+        return self.data.train_reader(
+            training.global_batch_size,
+            training.micro_batch_size,
+            self.topology.dp_rank(dist.get_rank()),
+            self.topology.dp_size,
+            cursor,
+            start_sample=self.step * training.global_batch_size,
+        )
+
+    def _validation_batches(self) -> list[Batch]:
+        if not self.engine.reads_data or not self.config.evaluation.num_samples:
+            return []
+        return self.data.validation_batches(
+            self.config.evaluation.num_samples,
+            self.config.training.micro_batch_size,
+            self.topology.dp_rank(dist.get_rank()),
+            self.topology.dp_size,
+        )
+
+    def _cursor(self) -> Any:
+        """Where the whole run stands in the data. Collective."""
+        return gather_cursor(self.engine, self.reader.cursor() if self.reader else None, self.data.cursor_shape)
+
+    def _timed(self, reader: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            start = time.perf_counter()
+            batch = next(reader)
+            self.throughput.waited_for_data(time.perf_counter() - start)
+            yield batch
+
+
+def _due(step: int, interval_steps: int, last: bool) -> bool:
+    return last or (interval_steps > 0 and step % interval_steps == 0)
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # beyond, a float overflows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="YAML file, for example configs/run/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_args(argv)
+    process = current_process()
+    with user_errors_exit(print_message=process.local_rank == 0):
+        config = load_config(args.config, args.overrides)
+        topology, data = preflight(config, process.world_size)
+        device = choose_device(config.hardware.device, process)
+    if finished_steps(config) >= config.training.total_steps:
+        if process.rank == 0:
+            print(f"{run_folder(config)} is finished: {config.training.total_steps} steps are done.", file=sys.stderr)
+        return
+    with user_errors_exit():
+        join(device)
+        Run(config, topology, data, device).train()
+        leave()
+
+
+if __name__ == "__main__":
+    main()

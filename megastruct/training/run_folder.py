@@ -1,0 +1,75 @@
+"""The folder of a run: resolved config, environment, metrics, TensorBoard, checkpoints.
+
+runs/NAME/  config.yaml  environment.json  data.json  tokenizer.model  metrics.jsonl  tensorboard/  checkpoints/
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megastruct.checkpoint.store import latest_checkpoint
+from megastruct.config.compare import changes_of_the_run
+from megastruct.config.load import dump_config, load_config
+from megastruct.config.schema import Config
+from megastruct.errors import Problem, UserError
+from megastruct.launch.environment import describe_environment
+
+CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
+DATA_FILE = "data.json"
+TOKENIZER_FILE = "tokenizer.model"
+
+
+def run_folder(config: Config) -> Path:
+    return Path(config.run.folder) / config.run.name
+
+
+def checkpoints_folder(config: Config) -> Path:
+    return run_folder(config) / "checkpoints"
+
+
+def finished_steps(config: Config) -> int:
+    """Steps of the newest complete checkpoint, 0 if there is none."""
+    latest = latest_checkpoint(checkpoints_folder(config))
+    return int(latest.name.removeprefix("step_")) if latest else 0
+
+
+def check_run_folder(config: Config, data: dict[str, Any]) -> None:
+    """Raises UserError if the folder holds a run of another config or other data."""
+    folder = run_folder(config)
+    if not (folder / CONFIG_FILE).exists():
+        return
+    changes = changes_of_the_run(load_config(folder / CONFIG_FILE), config)
+    problems = [Problem(path, f"{new!r}, but the run was started with {old!r}") for path, old, new in changes]
+    if (folder / DATA_FILE).exists():
+        before = json.loads((folder / DATA_FILE).read_text(encoding="utf-8"))
+        problems += [
+            Problem(f"data ({key})", f"{data.get(key)!r}, but the run was started with {value!r}")
+            for key, value in before.items()
+            if data.get(key) != value
+        ]
+    if problems:
+        raise UserError(
+            [*problems, Problem("", "a run folder holds one run", f"run.name={config.run.name}-2 for a new run")],
+            headline=f"{folder} holds a run of another config",
+        )
+
+
+def write_run_folder(config: Config, data: dict[str, Any], tokenizer: Path) -> dict[str, str]:
+    """Write the descriptions and copy the tokenizer, on rank 0; returns them as title -> text for TensorBoard."""
+    folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
+    texts = {
+        CONFIG_FILE: dump_config(config),
+        ENVIRONMENT_FILE: json.dumps(describe_environment(), indent=1),
+        DATA_FILE: json.dumps(data, indent=1),
+    }
+    for name, text in texts.items():
+        aside = folder / f".{name}.writing"
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(folder / name)
+    return texts

@@ -1,0 +1,96 @@
+"""Real ranks for tests: processes over gloo, forked from a parent that has imported torch and DeepSpeed already.
+
+A rank that starts from nothing spends seconds importing; a forked one starts at once. Each rank's output goes to a
+file that is shown when a rank fails.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("LOG_LEVEL", "warning")
+
+import deepspeed  # noqa: F401 - imported before the fork
+import torch
+import torch._dynamo
+import torch._inductor.compile_fx  # deepspeed.initialize imports it: seconds per rank, unless the parent has it
+import torch.multiprocessing
+
+from megastruct.launch.distributed import join, leave
+
+TIMEOUT_SECONDS = 240
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(*arguments)` on `world_size` ranks; their results, by rank. Raises if one fails or hangs."""
+    torch.set_num_threads(1)
+    context = torch.multiprocessing.get_context("fork")
+    with TemporaryDirectory() as folder:
+        port = _free_port()
+        processes = [
+            context.Process(target=_rank, args=(rank, world_size, port, Path(folder), function, arguments))
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        failure = _wait(processes)
+        if failure:
+            logs = "\n".join(
+                f"-- rank {r}\n{(Path(folder) / f'log.{r}').read_text()[-3000:]}" for r in range(world_size)
+            )
+            raise AssertionError(f"{failure}\n{logs}")
+        return [torch.load(Path(folder) / f"result.{r}", weights_only=False) for r in range(world_size)]
+
+
+def _wait(processes: list[Any]) -> str:
+    start, failure = time.monotonic(), ""
+    while any(process.is_alive() for process in processes) and not failure:
+        if any(process.exitcode not in (None, 0) for process in processes):
+            time.sleep(0.5)  # let the others say why, too
+            failure = "a rank failed"
+        elif time.monotonic() - start > TIMEOUT_SECONDS:
+            failure = f"no end after {TIMEOUT_SECONDS} s"
+        time.sleep(0.01)
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+        process.join()
+    codes = [process.exitcode for process in processes]
+    return failure or ("" if not any(codes) else f"exit codes {codes}")
+
+
+def _rank(rank: int, world_size: int, port: int, folder: Path, function: Callable[..., Any], arguments: Any) -> None:
+    log = open(folder / f"log.{rank}", "w")  # noqa: SIM115 - until the process ends
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    code = 1
+    try:
+        join(torch.device("cpu"))
+        torch.save(function(*arguments), folder / f"result.{rank}")
+        leave()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

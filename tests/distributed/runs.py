@@ -1,0 +1,79 @@
+"""What ranks run in tests: a few training steps on a fixed stream of random tokens, cut as the loader cuts it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megastruct.config.schema import Config
+from megastruct.data.batch import Batch
+from megastruct.data.order import deal
+from megastruct.parallel.topology import Topology
+from megastruct.training.engine import Engine, build_engine
+
+CPU = torch.device("cpu")
+
+
+def batches(config: Config, topology: Topology, first_step: int = 0) -> Iterator[Batch]:
+    training = config.training
+    for step in range(first_step, training.total_steps):
+        generator = torch.Generator().manual_seed(step)
+        shape = (training.global_batch_size, training.seq_length + 1)
+        rows = torch.randint(0, config.model.vocab_size, shape, generator=generator)
+        replica = topology.dp_rank(dist.get_rank())
+        for micro_batch in deal(0, training.global_batch_size, training.micro_batch_size, replica, topology.dp_size):
+            yield Batch(rows[micro_batch, :-1], rows[micro_batch, 1:])
+
+
+def train_steps(engine: Engine, first_step: int, last_step: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of the steps in [first_step, last_step)."""
+    iterator = batches(engine.config, engine.topology, first_step) if engine.reads_data else None
+    results = []
+    for step in range(first_step, last_step):
+        engine.set_learning_rate(1e-2 * (1 - step / 40))
+        loss = engine.train_batch(iterator)
+        results.append((loss, engine.gradient_norm()))
+    return results
+
+
+def losses(config: Config, topology: Topology) -> list[tuple[float, float]]:
+    """Train the whole run."""
+    return train_steps(build_engine(config, topology, CPU), 0, config.training.total_steps)
+
+
+def losses_and_evaluation(config: Config, topology: Topology) -> tuple[list[Any], float, list[Any]]:
+    """Train half of the run, evaluate, train the other half."""
+    engine = build_engine(config, topology, CPU)
+    half = config.training.total_steps // 2
+    first = train_steps(engine, 0, half)
+    held_out = list(batches(config.model_copy(), topology, first_step=half))
+    count = config.training.global_batch_size // (config.training.micro_batch_size * topology.dp_size)
+    evaluated = engine.evaluate(held_out[:count], count)
+    return first, evaluated, train_steps(engine, half, config.training.total_steps)
+
+
+def save_half_way(config: Config, topology: Topology, folder: Path) -> list[tuple[float, float]]:
+    """Train half of the run, save, go on to the end."""
+    import numpy as np
+
+    from megastruct.training.resume import save
+
+    engine = build_engine(config, topology, CPU)
+    half = config.training.total_steps // 2
+    first = train_steps(engine, 0, half)
+    save(engine, half, np.array([[half]]), {})
+    return first + train_steps(engine, half, config.training.total_steps)
+
+
+def resume_half_way(config: Config, topology: Topology) -> list[tuple[float, float]]:
+    """Load what `save_half_way` saved and train to the end."""
+    from megastruct.training.resume import resume
+
+    engine = build_engine(config, topology, CPU)
+    step, cursor = resume(engine)
+    assert cursor is not None and cursor.tolist() == [[step]]
+    return train_steps(engine, step, config.training.total_steps)

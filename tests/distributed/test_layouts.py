@@ -1,0 +1,104 @@
+"""Every layout trains as one process does: losses and gradient norms over 20 steps.
+
+The bounds stand in docs/tolerances.md too. In bf16 a weight that rounds the other way once does so from then on: a
+tied embedding's two gradients are summed in bf16 by one process and in fp32 over a pipeline, and clipping multiplies
+all gradients by a norm whose last digit depends on the order of a sum. Without either, pipelines in bf16 are as close
+as in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from configs import tiny_config
+from megastruct.config.checks import cross_field_problems
+from megastruct.config.schema import Config
+from megastruct.parallel.topology import Topology
+from ranks import run_ranks
+from runs import losses, losses_and_evaluation
+
+BOUNDS = {"fp32": (1e-6, 1e-6), "bf16": (3e-3, 2e-2)}
+PIPELINES = [(pp, dp, zero) for pp in (1, 2, 4) for dp in (1, 2) for zero in (0, 1)]
+PLAIN = [(1, dp, zero) for dp in (1, 2) for zero in (2, 3)]
+
+
+def config_for(precision: str, pp: int, zero: int, **sections: Any) -> Config:
+    sections["training"] = {"precision": precision, **sections.get("training", {})}
+    return tiny_config(parallel={"pp": pp, "zero_stage": zero}, **sections)
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict[str, Any]:
+    """precision -> the (loss, norm) pairs of a single process."""
+    return {
+        precision: run_ranks(1, losses, config_for(precision, 1, 1), Topology(1, 1))[0]
+        for precision in ("fp32", "bf16")
+    }
+
+
+def compare(results: list[Any], wanted: list[Any], loss_bound: float, norm_bound: float) -> None:
+    assert all(result == results[0] for result in results), "ranks disagree"
+    assert len(results[0]) == len(wanted) == 20
+    for step, ((loss, norm), (wanted_loss, wanted_norm)) in enumerate(zip(results[0], wanted, strict=True)):
+        assert abs(loss - wanted_loss) <= loss_bound, f"loss of step {step}"
+        assert abs(norm - wanted_norm) <= norm_bound * wanted_norm, f"gradient norm of step {step}"
+
+
+@pytest.mark.parametrize(("pp", "dp", "zero"), [layout for layout in PIPELINES + PLAIN if layout != (1, 1, 1)])
+def test_fp32(one_process: Any, pp: int, dp: int, zero: int) -> None:
+    results = run_ranks(pp * dp, losses, config_for("fp32", pp, zero), Topology(pp, dp))
+    compare(results, one_process["fp32"], *BOUNDS["fp32"])
+
+
+@pytest.mark.parametrize(("pp", "dp", "zero"), [layout for layout in PIPELINES + PLAIN if layout[2] > 0])
+def test_bf16(one_process: Any, pp: int, dp: int, zero: int) -> None:
+    results = run_ranks(pp * dp, losses, config_for("bf16", pp, zero), Topology(pp, dp))
+    compare(results, one_process["bf16"], *BOUNDS["bf16"])
+
+
+@pytest.mark.parametrize(("pp", "dp"), [(2, 1), (4, 1), (2, 2)])
+def test_bf16_without_tying_and_clipping_is_tight(pp: int, dp: int) -> None:
+    plain = {"model": {"tie_embeddings": False}, "optimizer": {"gradient_clipping": 0.0}}
+    alone = run_ranks(1, losses, config_for("bf16", 1, 1, **plain), Topology(1, 1))[0]
+    results = run_ranks(pp * dp, losses, config_for("bf16", pp, 1, **plain), Topology(pp, dp))
+    compare(results, alone, *BOUNDS["fp32"])
+
+
+def test_losses_fall_and_differ_from_a_wrong_model(one_process: Any) -> None:
+    """The comparison can fail: another seed is far outside of every bound."""
+    other = run_ranks(1, losses, config_for("fp32", 1, 1, run={"seed": 5}), Topology(1, 1))[0]
+    assert min(abs(a[0] - b[0]) for a, b in zip(other, one_process["fp32"], strict=True)) > 1e-3
+    assert one_process["fp32"][-1][0] < one_process["fp32"][0][0] - 0.1
+
+
+@pytest.mark.parametrize(("pp", "dp", "zero"), [(2, 1, 1), (1, 2, 2), (1, 1, 3)])
+def test_recomputed_activations_change_nothing(one_process: Any, pp: int, dp: int, zero: int) -> None:
+    config = config_for("fp32", pp, zero, training={"activation_checkpointing": True})
+    compare(run_ranks(pp * dp, losses, config, Topology(pp, dp)), one_process["fp32"], *BOUNDS["fp32"])
+
+
+@pytest.mark.parametrize(("pp", "dp", "zero"), [(2, 2, 1), (1, 2, 3)])
+def test_evaluation_agrees_and_leaves_training_alone(one_process: Any, pp: int, dp: int, zero: int) -> None:
+    alone = run_ranks(1, losses_and_evaluation, config_for("fp32", 1, 1), Topology(1, 1))[0]
+    results = run_ranks(pp * dp, losses_and_evaluation, config_for("fp32", pp, zero), Topology(pp, dp))
+    for first, evaluated, second in results:
+        compare([first + second], one_process["fp32"], *BOUNDS["fp32"])
+        assert abs(evaluated - alone[1]) <= BOUNDS["fp32"][0]
+
+
+@pytest.mark.parametrize("clipping", [0.0, 0.05])
+@pytest.mark.parametrize("zero", [0, 1])
+def test_clipping_counts_all_stages(clipping: float, zero: int) -> None:
+    """Without ZeRO the norm is ours, with it DeepSpeed's; a pipeline and one process agree in both."""
+    optimizer = {"gradient_clipping": clipping}
+    alone = run_ranks(1, losses, config_for("fp32", 1, 1, optimizer=optimizer), Topology(1, 1))[0]
+    results = run_ranks(2, losses, config_for("fp32", 2, zero, optimizer=optimizer), Topology(2, 1))
+    compare(results, alone, *BOUNDS["fp32"])
+
+
+def test_layouts_under_test_pass_the_config_check() -> None:
+    for pp, dp, zero in PIPELINES + PLAIN:
+        config = config_for("fp32", pp, zero)
+        assert not cross_field_problems(config.model_copy(update={"evaluation": config.evaluation})), (pp, dp, zero)

@@ -1,11 +1,7 @@
-"""Shared by all tests: helpers can be imported by name."""
+"""The environment of all tests. Helpers beside the tests can be imported by name (`pythonpath` in pyproject.toml)."""
 
 import os
-import sys
-from pathlib import Path
 
-TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches a network

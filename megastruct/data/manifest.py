@@ -1,0 +1,195 @@
+"""The manifest of token shards: what lies in the folder, how it was made, and whether it is all there.
+
+    FOLDER/manifest.json
+    FOLDER/tokenizer.model
+    FOLDER/train/00000-000.bin        tokens of input shard 0, first part: little-endian uint16 or uint32, no header
+    FOLDER/validation/00000-000.bin   the same for held-out documents
+
+The files of a split, one after the other in the manifest's order, are one stream of tokens; every document ends
+with the end-of-document id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megastruct.data.source import MANIFEST_NAME
+from megastruct.errors import Problem, UserError
+
+FORMAT_NAME = "megastruct-tokens"
+FORMAT_VERSION = 1
+TOKENIZER_NAME = "tokenizer.model"
+SPLITS = ("train", "validation")
+_MAKE_AGAIN = "make the folder again with tools/prepare_data.py, or copy it again"
+_READ_BYTES = 1 << 20
+
+Count = Annotated[int, Field(ge=0)]
+
+
+def _inside_folder(path: str) -> str:
+    parts = PurePosixPath(path.replace("\\", "/"))
+    if not path or parts.is_absolute() or ".." in parts.parts or ":" in path:
+        raise ValueError(f"{path!r} must be a path inside of the folder (relative, without '..')")
+    return path
+
+
+InnerPath = Annotated[str, AfterValidator(_inside_folder)]
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TokenizerRecord(Record):
+    file: InnerPath
+    fingerprint: str
+    vocab_size: Annotated[int, Field(ge=1)]
+    eod_id: Count
+
+
+class SourceRecord(Record):
+    """One input shard."""
+
+    name: str
+    num_bytes: Count
+
+
+class Settings(Record):
+    """All that determines the tokens in the folder; the same settings give the same bytes."""
+
+    tokenizer: TokenizerRecord
+    text_column: str
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)]
+    max_shard_tokens: Annotated[int, Field(ge=1)]
+    sources: tuple[SourceRecord, ...]
+
+
+class TokenFile(Record):
+    file: InnerPath
+    num_tokens: Annotated[int, Field(ge=1)]
+    num_documents: Count  # that end in this file
+    num_bytes: Count
+    sha256: str
+
+
+class Splits(Record):
+    train: tuple[TokenFile, ...]
+    validation: tuple[TokenFile, ...]
+
+
+class Total(Record):
+    num_tokens: Count
+    num_documents: Count
+
+
+class Totals(Record):
+    train: Total
+    validation: Total
+
+
+class Manifest(Record):
+    format: Literal["megastruct-tokens"]
+    version: Literal[1]
+    dtype: Literal["uint16", "uint32"]
+    settings: Settings
+    splits: Splits
+    totals: Totals
+    skipped_documents: dict[str, Count]  # by reason
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Manifest:
+        for split in SPLITS:
+            files, total = getattr(self.splits, split), getattr(self.totals, split)
+            if total != total_of(files):
+                raise ValueError(f"the totals of {split!r} are not the sums over its files")
+            for file in files:
+                if file.num_bytes != file.num_tokens * self.token_dtype.itemsize:
+                    raise ValueError(f"{file.file}: {file.num_tokens} tokens do not take {file.num_bytes} bytes")
+        return self
+
+    @property
+    def token_dtype(self) -> np.dtype:
+        """Of the tokens on disk: little-endian."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+
+def total_of(files: Iterable[TokenFile]) -> Total:
+    files = list(files)
+    return Total(
+        num_tokens=sum(file.num_tokens for file in files), num_documents=sum(file.num_documents for file in files)
+    )
+
+
+def dtype_for(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """The narrowest type on disk that holds all ids in [0, vocab_size)."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of `folder` (not the files that it lists).
+
+    Raises:
+        UserError: it cannot be read or breaks its schema, with every broken field.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(Problem(str(path), f"cannot be read ({error.strerror})", _MAKE_AGAIN)) from None
+    except ValidationError as error:
+        problems = []
+        for mistake in error.errors():
+            place = ".".join(map(str, mistake["loc"]))
+            problems.append(Problem(f"{path}: {place}" if place else str(path), mistake["msg"], _MAKE_AGAIN))
+        raise UserError(problems) from None
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Check that every file is there with its size; reads no contents.
+
+    Raises:
+        UserError: with every missing or damaged file.
+    """
+    problems = []
+    for split in SPLITS:
+        for file in getattr(manifest.splits, split):
+            path = folder / file.file
+            if not path.is_file():
+                problems.append(Problem(str(path), "is listed in the manifest and does not exist", _MAKE_AGAIN))
+            elif path.stat().st_size != file.num_bytes:
+                found = f"has {path.stat().st_size} bytes, the manifest says {file.num_bytes}"
+                problems.append(Problem(str(path), found, _MAKE_AGAIN))
+    if problems:
+        raise UserError(problems)
+
+
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Read every file and compare its sha256 with the manifest's.
+
+    Raises:
+        UserError: with every missing or damaged file.
+    """
+    check_files(folder, manifest)
+    problems = []
+    for split in SPLITS:
+        for file in getattr(manifest.splits, split):
+            if file_sha256(folder / file.file) != file.sha256:
+                problems.append(
+                    Problem(str(folder / file.file), "its contents differ from the manifest's sha256", _MAKE_AGAIN)
+                )
+    if problems:
+        raise UserError(problems)
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,163 @@
+"""The order of the data: which sample is consumed when, by whom, and where it lies. Pure functions, no I/O.
+
+    global sample index --deal-->    step, data-parallel rank, micro-batch
+    global sample index --locate_rows--> epoch, row of the token shards           (kind: tokens)
+    global sample index --locate_streams--> virtual stream, row inside that stream (kind: text)
+
+None of it depends on the number of ranks or on the micro-batch size except `deal`, which only hands samples out.
+So the tokens of step t are the same set, whatever the layout of the run.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from megastruct.parallel.seeds import derive_seed
+
+_NUM_ROUNDS = 12
+_UINT = np.uint64
+
+
+def deal(first_sample: int, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> np.ndarray:
+    """The samples of one rank among [first_sample, first_sample + num_samples), cut into micro-batches.
+
+    Micro-batches are runs of `micro_batch_size` samples, dealt to the ranks in turn: another dp_size deals the same
+    micro-batches to other ranks, so that in bf16 too only the order of sums between micro-batches changes.
+
+    Returns:
+        int64 [num_samples / (dp_size * micro_batch_size), micro_batch_size], global sample indices.
+
+    Raises:
+        ValueError: the samples do not divide evenly, or the rank does not exist.
+    """
+    if not 0 <= dp_rank < dp_size:
+        raise ValueError(f"dp_rank {dp_rank} is not in [0, {dp_size})")
+    if micro_batch_size < 1 or num_samples < 1 or num_samples % (micro_batch_size * dp_size):
+        raise ValueError(
+            f"{num_samples} samples do not divide into micro-batches of {micro_batch_size} on {dp_size} ranks"
+        )
+    samples = first_sample + np.arange(num_samples, dtype=np.int64)
+    return samples.reshape(-1, dp_size, micro_batch_size)[:, dp_rank]
+
+
+class Permutation:
+    """A keyed pseudo-random bijection of [0, size) that costs O(1) memory, for sizes from 1 to 2^62.
+
+    A Feistel network over Z_a x Z_b with a * b just above `size`: each round adds a keyed hash of one half to the
+    other half, so it can be undone whatever the hash is. An image outside of [0, size) is mapped again until it
+    falls inside (cycle walking); at most one value in about sqrt(size) is outside.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        if not 1 <= size <= 2**62:
+            raise ValueError(f"the size of a permutation must be in [1, 2^62], got {size}")
+        self.size = size
+        left_size = math.isqrt(size - 1) + 1
+        self._left_size = _UINT(left_size)
+        self._right_size = _UINT(-(-size // left_size))
+        self._keys = [_UINT(derive_seed("feistel", seed, round_index)) for round_index in range(_NUM_ROUNDS)]
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        """Images of `indices` (integers in [0, size), any shape) as int64 of the same shape."""
+        return self._walk(indices, self._encipher)
+
+    def inverse(self, images: np.ndarray) -> np.ndarray:
+        """The indices whose images are `images`: `inverse(self(x)) == x`. Same types as `__call__`."""
+        return self._walk(images, self._decipher)
+
+    def _walk(self, values, step) -> np.ndarray:
+        values = np.asarray(values)
+        if values.size and (values.min() < 0 or values.max() >= self.size):
+            raise ValueError(f"values must be in [0, {self.size})")
+        walked = step(values.astype(_UINT).ravel())
+        outside = np.flatnonzero(walked >= self.size)
+        while outside.size:
+            walked[outside] = step(walked[outside])
+            outside = outside[walked[outside] >= self.size]
+        return walked.astype(np.int64).reshape(values.shape)
+
+    def _encipher(self, values: np.ndarray) -> np.ndarray:
+        left, right = values % self._left_size, values // self._left_size
+        for round_index, key in enumerate(self._keys):
+            if round_index % 2 == 0:
+                left = (left + _mix(right, key) % self._left_size) % self._left_size
+            else:
+                right = (right + _mix(left, key) % self._right_size) % self._right_size
+        return right * self._left_size + left
+
+    def _decipher(self, values: np.ndarray) -> np.ndarray:
+        left, right = values % self._left_size, values // self._left_size
+        for round_index, key in reversed(list(enumerate(self._keys))):
+            if round_index % 2 == 0:
+                left = (left + self._left_size - _mix(right, key) % self._left_size) % self._left_size
+            else:
+                right = (right + self._right_size - _mix(left, key) % self._right_size) % self._right_size
+        return right * self._left_size + left
+
+
+def _mix(values: np.ndarray, key: np.uint64) -> np.ndarray:
+    """The finaliser of splitmix64 over `values` + key: every input bit reaches every output bit. uint64 in and out."""
+    mixed = values * _UINT(0x9E3779B97F4A7C15) + key  # array arithmetic wraps modulo 2^64, which is what is wanted
+    mixed = (mixed ^ (mixed >> _UINT(30))) * _UINT(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> _UINT(27))) * _UINT(0x94D049BB133111EB)
+    return mixed ^ (mixed >> _UINT(31))
+
+
+def locate_rows(samples: np.ndarray, num_rows: int, seed: int) -> np.ndarray:
+    """Rows of the un-shuffled packing that `samples` (int64, any shape) read: every row once per epoch.
+
+    Sample i belongs to epoch i // num_rows; each epoch has its own permutation. int64 of the same shape.
+    """
+    epochs, offsets = np.divmod(np.asarray(samples, dtype=np.int64), num_rows)
+    rows = np.empty_like(offsets)
+    for epoch in np.unique(epochs).tolist():
+        inside = epochs == epoch
+        rows[inside] = epoch_permutation(seed, epoch, num_rows)(offsets[inside])
+    return rows
+
+
+def epoch_permutation(seed: int, epoch: int, num_rows: int) -> Permutation:
+    """The order in which the rows of the token shards are read in one epoch."""
+    return Permutation(num_rows, derive_seed("data", "rows", seed, epoch))
+
+
+def locate_streams(samples: np.ndarray, num_streams: int) -> tuple[np.ndarray, np.ndarray]:
+    """(stream, row inside the stream) of text samples: streams take turns. Both int64, shaped as `samples`."""
+    rows, streams = np.divmod(np.asarray(samples, dtype=np.int64), num_streams)
+    return streams, rows
+
+
+def rows_consumed(num_samples: int, stream: int, num_streams: int) -> int:
+    """How many rows of `stream` the global samples [0, num_samples) have taken."""
+    return max(0, -(-(num_samples - stream) // num_streams))
+
+
+def streams_of_rank(
+    num_streams: int, first_sample: int, micro_batch_size: int, dp_rank: int, dp_size: int
+) -> list[int]:
+    """The streams from which a rank can ever be dealt a sample, from `first_sample` on.
+
+    The rank's samples are runs of micro_batch_size, one in every dp_size * micro_batch_size samples.
+    """
+    common = math.gcd(num_streams, dp_size * micro_batch_size)
+    first_of_rank = first_sample + dp_rank * micro_batch_size
+    residues = {(first_of_rank + i) % common for i in range(micro_batch_size)}
+    return [stream for stream in range(num_streams) if stream % common in residues]
+
+
+def default_num_streams(num_shards: int) -> int:
+    """The largest power of two that is at most `num_shards`, capped at 64 (open files and buffers per rank)."""
+    return min(64, 1 << (num_shards.bit_length() - 1))
+
+
+def shard_order(num_shards: int, stream: int, num_streams: int, seed: int, epoch: int) -> np.ndarray:
+    """Indices into the sorted list of shards that `stream` reads in `epoch`, in that order; int64.
+
+    The shards of a stream never change (a strided part of one seeded permutation); their order does every epoch.
+    """
+    shards = Permutation(num_shards, derive_seed("data", "shards", seed))(np.arange(num_shards))
+    own = shards[stream::num_streams]
+    again = Permutation(len(own), derive_seed("data", "stream", seed, stream, epoch))
+    return own[again(np.arange(len(own)))]

@@ -1,0 +1,236 @@
+"""Text shards -> token shards (see manifest.py for the folder), by worker processes that take one shard at a time.
+
+Every file is written aside and moved into place, then the shard's record is written to `progress/`: a run that was
+killed goes on with the shards that have no record. The manifest comes last and replaces `progress/`. What a shard
+becomes depends on the settings and on the shard alone, so the folder has the same bytes for any number of workers.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from megastruct.data.manifest import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    SPLITS,
+    TOKENIZER_NAME,
+    Manifest,
+    Settings,
+    SourceRecord,
+    Splits,
+    TokenizerRecord,
+    Totals,
+    check_files,
+    dtype_for,
+    load_manifest,
+    total_of,
+)
+from megastruct.data.prepare_shard import ShardJob, ShardRecord, write_atomically
+from megastruct.data.prepare_workers import run_jobs
+from megastruct.data.source import TextShard, check_shards, find_shards
+from megastruct.data.tokenizer import Tokenizer
+from megastruct.errors import Problem, UserError
+
+PROGRESS_NAME = "progress"
+_LOCK_NAME = ".lock"
+
+
+def prepare(
+    input_path: str,
+    output: Path,
+    tokenizer_path: str,
+    *,
+    text_column: str = "content",
+    validation_fraction: float = 0.005,
+    num_workers: int = 1,
+    max_shard_tokens: int = 2**29,
+    report: Callable[[str], None] = print,
+) -> Manifest:
+    """Turn the text shards of `input_path` into token shards in `output`; does nothing if that is done already.
+
+    `report` gets the lines that tell what happens; a terminal gets a progress bar on stderr as well.
+
+    Raises:
+        UserError: bad input, an output folder that holds something else, or a worker process that died.
+    """
+    tokenizer = Tokenizer(tokenizer_path, where="--tokenizer")
+    shards = find_shards(input_path, "--input")
+    settings = _settings(tokenizer, shards, text_column, validation_fraction, max_shard_tokens)
+    _refuse_other_contents(output)
+    output.mkdir(parents=True, exist_ok=True)
+    with _locked(output):
+        if (output / MANIFEST_NAME).is_file():
+            manifest = load_manifest(output)
+            _refuse_other_settings(output, manifest.settings, settings)
+            check_files(output, manifest)
+            shutil.rmtree(output / PROGRESS_NAME, ignore_errors=True)
+            report(f"already done: {_summary(output, manifest)}")
+            return manifest
+        check_shards(shards, text_column)
+        _begin(output, tokenizer, settings)
+        records = _make_shards(output, tokenizer, shards, settings, num_workers, report)
+        manifest = _manifest(settings, records)
+        write_atomically(output / MANIFEST_NAME, manifest.model_dump_json(indent=1).encode() + b"\n")
+        shutil.rmtree(output / PROGRESS_NAME)
+    report(f"done: {_summary(output, manifest)}")
+    return manifest
+
+
+def _settings(
+    tokenizer: Tokenizer,
+    shards: list[TextShard],
+    text_column: str,
+    validation_fraction: float,
+    max_shard_tokens: int,
+) -> Settings:
+    return Settings(
+        tokenizer=TokenizerRecord(
+            file=TOKENIZER_NAME,
+            fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eod_id=tokenizer.eod_id,
+        ),
+        text_column=text_column,
+        validation_fraction=validation_fraction,
+        max_shard_tokens=max_shard_tokens,
+        sources=tuple(SourceRecord(name=shard.name, num_bytes=shard.num_bytes) for shard in shards),
+    )
+
+
+def _refuse_other_contents(output: Path) -> None:
+    """Nothing of anyone else's is ever overwritten."""
+    if output.exists() and not output.is_dir():
+        raise UserError(Problem("--output", f"{output} is not a folder", "give a folder, which need not exist"))
+    if output.is_dir():
+        ours = {MANIFEST_NAME, PROGRESS_NAME, _LOCK_NAME}
+        names = {path.name for path in output.iterdir()}
+        if names and not names & ours:
+            found = f"{output} holds other files ({', '.join(sorted(names)[:5])})"
+            raise UserError(Problem("--output", found, "give an empty folder, or one that does not exist"))
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Keep a second run out of the same folder; the system frees the lock of a run that was killed."""
+    path = output / _LOCK_NAME
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock.fileno()).st_ino != path.stat().st_ino:
+                raise FileNotFoundError  # a run that ended just now removed the file that we locked
+        except OSError:
+            found = f"another run is writing to {output}"
+            raise UserError(Problem("--output", found, "wait for it, or give another folder")) from None
+        try:
+            yield
+        finally:
+            path.unlink()
+
+
+def _refuse_other_settings(output: Path, old: Settings, new: Settings) -> None:
+    problems = []
+    suggestion = "give the same settings, or another --output"
+    for key in ("text_column", "validation_fraction", "max_shard_tokens"):
+        before, now = getattr(old, key), getattr(new, key)
+        if before != now:
+            option = "--" + key.replace("_", "-")
+            problems.append(Problem(option, f"{output} was made with {before}, now it is {now}", suggestion))
+    if old.tokenizer != new.tokenizer:
+        found = f"{output} was made with another tokenizer (sha256 {old.tokenizer.fingerprint[:12]}...)"
+        problems.append(Problem("--tokenizer", found, suggestion))
+    if old.sources != new.sources:
+        found = f"{output} was made from {len(old.sources)} shards, which are not the {len(new.sources)} given now"
+        differing = sorted({source.name for source in set(old.sources) ^ set(new.sources)})
+        problems.append(Problem("--input", f"{found} (differing: {', '.join(differing[:5])})", suggestion))
+    if problems:
+        raise UserError(problems)
+
+
+def _begin(output: Path, tokenizer: Tokenizer, settings: Settings) -> None:
+    """Write down the settings, or compare them with those of the run that is being continued."""
+    path = output / PROGRESS_NAME / "settings.json"
+    if path.is_file():
+        _refuse_other_settings(output, Settings.model_validate_json(path.read_bytes()), settings)
+    for folder in (PROGRESS_NAME, *SPLITS):
+        (output / folder).mkdir(exist_ok=True)
+    write_atomically(path, settings.model_dump_json(indent=1).encode())
+    write_atomically(output / TOKENIZER_NAME, tokenizer.path.read_bytes())
+
+
+def _make_shards(
+    output: Path,
+    tokenizer: Tokenizer,
+    shards: list[TextShard],
+    settings: Settings,
+    num_workers: int,
+    report: Callable[[str], None],
+) -> list[ShardRecord]:
+    jobs = [
+        ShardJob(
+            index=index,
+            shard=shard,
+            output=output,
+            record_path=output / PROGRESS_NAME / f"{index:05d}.json",
+            tokenizer=tokenizer,
+            text_column=settings.text_column,
+            validation_fraction=settings.validation_fraction,
+            max_shard_tokens=settings.max_shard_tokens,
+            dtype=dtype_for(settings.tokenizer.vocab_size),
+        )
+        for index, shard in enumerate(shards)
+    ]
+    records = {job.index: record for job in jobs if (record := _finished(job))}
+    if records:
+        report(f"going on with a run that was interrupted: {len(records)} of {len(jobs)} shards are done")
+    records |= run_jobs([job for job in jobs if job.index not in records], num_workers, report)
+    return [records[index] for index in range(len(jobs))]
+
+
+def _finished(job: ShardJob) -> ShardRecord | None:
+    """The record of a shard that an earlier run finished, if its files are whole."""
+    try:
+        record = ShardRecord.model_validate_json(job.record_path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+    for split in SPLITS:
+        for file in getattr(record.splits, split):
+            path = job.output / file.file
+            if not path.is_file() or os.path.getsize(path) != file.num_bytes:
+                return None
+    return record
+
+
+def _manifest(settings: Settings, records: list[ShardRecord]) -> Manifest:
+    files = {split: tuple(file for record in records for file in getattr(record.splits, split)) for split in SPLITS}
+    skipped: Counter[str] = Counter()
+    for record in records:
+        skipped.update(record.skipped_documents)
+    return Manifest(
+        format=FORMAT_NAME,
+        version=FORMAT_VERSION,
+        dtype=dtype_for(settings.tokenizer.vocab_size),
+        settings=settings,
+        splits=Splits(**files),
+        totals=Totals(**{split: total_of(files[split]) for split in SPLITS}),
+        skipped_documents=dict(sorted(skipped.items())),
+    )
+
+
+def _summary(output: Path, manifest: Manifest) -> str:
+    totals, skipped = manifest.totals, manifest.skipped_documents
+    text = (
+        f"{output}: {totals.train.num_tokens:,} training tokens in {totals.train.num_documents:,} documents, "
+        f"{totals.validation.num_tokens:,} held-out tokens in {totals.validation.num_documents:,}"
+    )
+    if any(skipped.values()):
+        text += f"; skipped {', '.join(f'{count:,} {reason}' for reason, count in skipped.items() if count)}"
+    return text

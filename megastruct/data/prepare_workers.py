@@ -1,0 +1,153 @@
+"""Worker processes for token shards, their progress, and what happens when one of them dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for_process
+
+from tqdm import tqdm
+
+from megastruct.data.prepare_shard import ShardJob, ShardRecord, make_shard
+from megastruct.errors import Problem, UserError
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+_counts = None  # in a worker: shared [documents, tokens] of all workers
+
+
+def run_jobs(jobs: list[ShardJob], num_workers: int, report: Callable[[str], None]) -> dict[int, ShardRecord]:
+    """Do all jobs; the records by the jobs' indices.
+
+    A broken shard does not stop the others, so that all broken shards are reported at once.
+
+    Raises:
+        UserError: shards are damaged, or a worker died (what was finished stays).
+    """
+    progress = _Progress(jobs, report)
+    try:
+        if num_workers == 1 or len(jobs) <= 1:
+            return _run_here(jobs, progress)
+        return _run_in_pool(jobs, num_workers, progress)
+    finally:
+        progress.close()
+
+
+def _run_here(jobs: list[ShardJob], progress: _Progress) -> dict[int, ShardRecord]:
+    records, problems = {}, []
+    for job in jobs:
+        try:
+            records[job.index] = make_shard(job, progress.add)
+            progress.finish_shard(job)
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return records
+
+
+def _run_in_pool(jobs: list[ShardJob], num_workers: int, progress: _Progress) -> dict[int, ShardRecord]:
+    # Started afresh, not forked: the threads of Arrow and SentencePiece do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    counts = context.Array("q", 2)
+    records, problems = {}, []
+    num_workers = min(num_workers, len(jobs))
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(counts,))
+    try:
+        jobs_of = {pool.submit(_work, job): job for job in jobs}
+        running: set[Future] = set(jobs_of)
+        while running:
+            done, running = wait(running, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+            progress.set(*counts)
+            for future in done:
+                try:
+                    records[jobs_of[future].index] = future.result()
+                    progress.finish_shard(jobs_of[future])
+                except UserError as error:
+                    problems += error.problems
+    except BrokenProcessPool:
+        found = "a worker process died; it was killed from outside or the machine ran out of memory"
+        suggestion = f"run the same command again, it goes on where it stopped; perhaps --workers {num_workers // 2}"
+        raise UserError(Problem("--workers", found, suggestion)) from None
+    except BaseException:  # for one Ctrl-C the user wants all of them to stop
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    if problems:
+        raise UserError(sorted(problems, key=lambda problem: problem.where))
+    return records
+
+
+def _start_worker(counts) -> None:
+    global _counts
+    _counts = counts
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent says it once
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """A parent that was killed cannot stop its workers, and they must not write beside the run that follows."""
+    wait_for_process([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _work(job: ShardJob) -> ShardRecord:
+    def count(num_documents: int, num_tokens: int) -> None:
+        with _counts.get_lock():
+            _counts[0] += num_documents
+            _counts[1] += num_tokens
+
+    return make_shard(job, count)
+
+
+class _Progress:
+    """A bar with speeds and remaining time on a terminal; elsewhere one line per finished shard.
+
+    How many documents there are is not known without reading them, so the remaining time is told from the bytes of
+    the shards that are finished.
+    """
+
+    def __init__(self, jobs: list[ShardJob], report: Callable[[str], None]) -> None:
+        self._report = report
+        self._num_shards, self._num_bytes = len(jobs), sum(job.shard.num_bytes for job in jobs)
+        self._done_shards = self._done_bytes = 0
+        self._num_documents = self._num_tokens = 0
+        self._start_seconds = time.monotonic()
+        self._bar = tqdm(
+            total=self._num_bytes, unit="B", unit_scale=True, desc="shards", disable=not sys.stderr.isatty()
+        )
+
+    def add(self, num_documents: int, num_tokens: int) -> None:
+        self.set(self._num_documents + num_documents, self._num_tokens + num_tokens)
+
+    def set(self, num_documents: int, num_tokens: int) -> None:
+        self._num_documents, self._num_tokens = num_documents, num_tokens
+        self._bar.set_postfix_str(self._speed(), refresh=False)
+        self._bar.update(0)
+
+    def finish_shard(self, job: ShardJob) -> None:
+        self._done_shards += 1
+        self._done_bytes += job.shard.num_bytes
+        self._bar.update(job.shard.num_bytes)
+        if self._bar.disable:
+            seconds = time.monotonic() - self._start_seconds
+            left_seconds = seconds * (self._num_bytes / max(1, self._done_bytes) - 1)
+            self._report(
+                f"shard {self._done_shards}/{self._num_shards} done ({job.shard.name}): {self._speed()}, "
+                f"{tqdm.format_interval(left_seconds)} left"
+            )
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _speed(self) -> str:
+        seconds = max(1e-9, time.monotonic() - self._start_seconds)
+        return f"{self._num_documents / seconds:,.0f} documents/s, {self._num_tokens / seconds:,.0f} tokens/s"

@@ -1,0 +1,88 @@
+"""What all readers share: they deal samples to their rank, step by step, and know how many the run has consumed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+
+from megastruct.data.batch import Batch, batch_from_rows
+from megastruct.data.order import deal
+
+
+class Reader(ABC, Iterator[Batch]):
+    """An endless iterator of this rank's micro-batches, from global sample `start_sample` on.
+
+    A step takes `global_batch_size` samples, of which this rank gets global_batch_size / (dp_size *
+    micro_batch_size) micro-batches.
+
+    Raises:
+        ValueError: the sizes do not divide (the config's checks say it to the user before).
+    """
+
+    def __init__(
+        self, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int, start_sample: int
+    ) -> None:
+        deal(start_sample, global_batch_size, micro_batch_size, dp_rank, dp_size)  # refuse bad sizes now
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._dp_rank = dp_rank
+        self._dp_size = dp_size
+        self._next_step_sample = start_sample
+        self._micro_batches: deque[np.ndarray] = deque()  # what is left of the current step, int64 [micro_batch] each
+
+    def __next__(self) -> Batch:
+        if not self._micro_batches:
+            self._micro_batches.extend(self._next_step())
+            self._next_step_sample += self._global_batch_size
+        return batch_from_rows(self._read(self._micro_batches.popleft()))
+
+    def samples_consumed(self) -> int:
+        """Global samples consumed by all ranks; defined between steps only.
+
+        Raises:
+            RuntimeError: the current step has micro-batches left.
+        """
+        if self._micro_batches:
+            raise RuntimeError(f"{len(self._micro_batches)} micro-batches of the current step are not consumed yet")
+        return self._next_step_sample
+
+    @property
+    @abstractmethod
+    def skipped_documents(self) -> int:
+        """Broken documents that were passed over so far, as far as this rank knows."""
+
+    @abstractmethod
+    def cursor(self) -> np.ndarray:
+        """The next unconsumed sample, int64 [num_streams, columns]; to be taken between steps."""
+
+    @abstractmethod
+    def _read(self, places: np.ndarray) -> np.ndarray:
+        """Rows int64 [micro_batch, seq_length + 1] of one micro-batch of `_next_step`."""
+
+    def _next_step(self) -> np.ndarray:
+        """One entry per sample of this rank in the next step, int64 [num_micro_batches, micro_batch]."""
+        return self._deal(self._next_step_sample)
+
+    def _deal(self, first_sample: int) -> np.ndarray:
+        return deal(first_sample, self._global_batch_size, self._micro_batch_size, self._dp_rank, self._dp_size)
+
+
+def merge_cursors(cursors: list[np.ndarray]) -> np.ndarray:
+    """One cursor out of those of all data-parallel ranks, which were taken after the same step.
+
+    Streams that a rank does not own are rows of -1, so the largest value is the known one. int64, same shape.
+
+    Raises:
+        ValueError: there is none, or the shapes differ.
+    """
+    if not cursors or any(cursor.shape != cursors[0].shape for cursor in cursors):
+        raise ValueError(f"cursors of equal shape are wanted, got {[cursor.shape for cursor in cursors]}")
+    return np.maximum.reduce(cursors)
+
+
+def validation_samples(num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> np.ndarray:
+    """This rank's held-out rows by the rule of training: int64 [num_micro_batches, micro_batch]."""
+    return deal(0, num_samples, micro_batch_size, dp_rank, dp_size)

@@ -90,8 +90,9 @@ def _environment(config: Config) -> dict[str, str]:
 
 
 def _beside(program: str) -> str:
-    path = Path(sys.executable).with_name(program)
-    return os.path.relpath(path) if path.exists() else program
+    """The program as installed with this Python; its bare name if that is elsewhere than below the working folder."""
+    path = os.path.relpath(Path(sys.executable).with_name(program))
+    return program if path.startswith("..") or not Path(path).exists() else path
 
 
 if __name__ == "__main__":

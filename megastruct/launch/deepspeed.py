@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ def deepspeed_command(options: LaunchOptions, num_processes: int, arguments: Seq
     With a node rank, every node runs its own launcher and none needs ssh; otherwise deepspeed reaches the hosts of
     the hostfile by pdsh or ssh.
     """
-    command = [str(Path(sys.executable).with_name("deepspeed"))]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner"]  # what the `deepspeed` script runs, in this Python
     if options.hostfile is not None:
         command += ["--hostfile", options.hostfile]
         if options.num_gpus is not None:  # otherwise the hostfile's slots say how many

@@ -38,17 +38,28 @@ def choose_device(wanted: str, process: Process) -> torch.device:
 
 
 def join(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Initialise torch.distributed, through DeepSpeed: nccl on GPUs, gloo on CPUs."""
+    """Initialise torch.distributed (nccl on GPUs, gloo on CPUs) and hand it to DeepSpeed."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed broadcasts inside backward hooks; nothing is differentiated through it.
     warnings.filterwarnings("ignore", message="c10d::.* an autograd kernel was not registered")
     # On CPU this op is compiled at start (30 s) and leaves 66 MiB in /dev/shm per rank and run; training never uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    cuda = device.type == "cuda"
+    backend = "nccl" if cuda else "gloo"
+    store = None
     if os.environ["MASTER_PORT"] == "0":  # alone: any free port will do
         store = dist.TCPStore(os.environ["MASTER_ADDR"], 0, 1, is_master=True)
         os.environ["MASTER_PORT"] = str(store.port)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", timeout=timeout, verbose=False)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        backend,
+        timeout=timeout,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        device_id=device if cuda else None,  # else NCCL guesses the device at every barrier, and warns
+    )
+    deepspeed.init_distributed(backend, verbose=False)
 
 
 def leave() -> None:

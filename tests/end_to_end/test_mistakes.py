@@ -1,0 +1,113 @@
+"""What users get wrong: one message with the path and a way out, exit code 2, nothing started, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed
+
+from megastruct.start import main
+from processes import Corpus, run_tool, start
+
+
+def message(capsys: Any, *arguments: Any) -> str:
+    """The message of a start that must fail before anything is started."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    assert exit_.value.code == 2
+    assert not torch.distributed.is_initialized()
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("error: ")
+    return captured.err
+
+
+def test_many_mistakes_in_one_message(config: Path, capsys: Any) -> None:
+    text = message(capsys, config, "model.hiden_size=3", "training.precison=bf16", "parallel.zero_stage=9")
+    assert "3 problems" in text
+    for part in ("model.hidden_size", "training.precision", "parallel.zero_stage: 9"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["parallel.pp=2", "parallel.zero_stage=3"], ["parallel.zero_stage", "parallel.zero_stage=1"]),
+        (["data.path=nowhere"], ["data.path", "nowhere"]),
+        (["model.vocab_size=100"], ["model.vocab_size", "320"]),
+        (["parallel.pp=2", "--num-gpus", "3"], ["parallel.pp", "3 processes", "pipelines of 2"]),
+        (["parallel.dp=2", "--num-gpus", "3"], ["parallel.dp", "2 processes, 3 were started"]),
+        (["--num-gpus", "3"], ["training.global_batch_size", "3 replicas", "=6"]),
+        (["evaluation.num_samples=8000"], ["evaluation.num_samples", "8000"]),
+        (["--hostfile", "nowhere"], ["--hostfile", "slots"]),
+    ],
+)
+def test_impossible_starts(config: Path, capsys: Any, overrides: list[str], parts: list[str]) -> None:
+    text = message(capsys, config, *overrides)
+    for part in parts:
+        assert part in text
+
+
+def test_no_such_config(tmp_path: Path, capsys: Any) -> None:
+    assert str(tmp_path / "none.yaml") in message(capsys, tmp_path / "none.yaml")
+
+
+def test_another_tokenizer(config: Path, tmp_path: Path, corpus: Corpus, capsys: Any) -> None:
+    other = tmp_path / "other.model"
+    run_tool("train_tokenizer.py", "--input", corpus.text, "--output", tmp_path / "other", "--vocab-size", 310)
+    assert "data.tokenizer" in message(capsys, config, f"data.tokenizer={other}")
+
+
+def test_text_mistakes(config: Path, tmp_path: Path, corpus: Corpus, capsys: Any) -> None:
+    text = ["data.kind=text", f"data.tokenizer={corpus.tokenizer}"]
+    assert "data.tokenizer" in message(capsys, config, "data.kind=text", f"data.path={corpus.text}")
+    assert "data.path" in message(capsys, config, *text, f"data.path={tmp_path}/none-*.parquet")
+    found = message(capsys, config, *text, f"data.path={corpus.text}", "data.text_column=txet")
+    assert "data.text_column" in found and "content" in found
+
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["some text"] * 100}), tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "c.parquet").write_bytes(b"")
+    found = message(capsys, config, *text, f"data.path={tmp_path}/*.parquet")
+    assert str(tmp_path / "b.parquet") in found and str(tmp_path / "c.parquet") in found
+
+
+def test_damaged_token_shards(config: Path, tmp_path: Path, corpus: Corpus, capsys: Any) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus.tokens, copy)
+    first = sorted((copy / "train").iterdir())[0]
+    first.write_bytes(first.read_bytes()[:-2])
+    assert str(first) in message(capsys, config, f"data.path={copy}")
+    (copy / "manifest.json").write_text("{")
+    assert "manifest.json" in message(capsys, config, f"data.path={copy}")
+
+
+def test_a_token_beyond_the_vocabulary_ends_the_run(config: Path, tmp_path: Path, corpus: Corpus) -> None:
+    """Seen only when it is read: by the ranks, with the name of the file and without a traceback."""
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus.tokens, copy)
+    first = sorted((copy / "train").iterdir())[0]
+    first.write_bytes(b"\xff\xff" * (first.stat().st_size // 2))
+    result = start(config, f"data.path={copy}")
+    assert result.returncode == 2
+    assert str(first) in result.stderr and "65535" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_run_folder_of_another_config(config: Path, tmp_path: Path, capsys: Any) -> None:
+    from megastruct.config.load import dump_config, load_config
+
+    run = tmp_path / "runs" / "test"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(dump_config(load_config(config)))
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
+    text = message(capsys, config, "optimizer.learning_rate=0.5", "run.seed=3")
+    assert "optimizer.learning_rate: 0.5" in text and "run.seed: 3" in text and "run.name=test-2" in text
+    assert (run / "metrics.jsonl").read_text() == json.dumps({"step": 1}) + "\n"

@@ -1,0 +1,48 @@
+"""The first command of the README, in a copy of the project, with nothing but the installed environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from processes import ROOT
+
+
+def copy_of_the_project(folder: Path) -> Path:
+    """Tracked files and new ones; the environment is linked, so that nothing is installed again."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    return folder
+
+
+def launch(folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    return subprocess.run(["./launch.sh"], cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def test_quick_start(tmp_path: Path) -> None:
+    folder = copy_of_the_project(tmp_path)
+    result = launch(folder)
+    assert result.returncode == 0, result.stderr
+    assert "tensorboard --logdir runs" in result.stdout
+    assert "a few generated words:\nThe file" in result.stdout
+    assert "Traceback" not in result.stderr and "Warning" not in result.stderr
+    records = [json.loads(line) for line in (folder / "runs/quickstart/metrics.jsonl").read_text().splitlines()]
+    validation = [record["validation_loss"] for record in records if "validation_loss" in record]
+    assert validation[-1] < validation[0] - 0.5
+    assert validation[-1] < 5.0  # a uniform guess over 2,048 tokens is 7.6
+
+    start = time.monotonic()
+    again = launch(folder)
+    assert again.returncode == 0 and "is finished: 300 steps are done" in again.stdout
+    assert time.monotonic() - start < 60

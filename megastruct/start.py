@@ -17,15 +17,16 @@ import torch
 from megastruct.config import Config, load_config
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.launch.deepspeed import LaunchOptions, deepspeed_command
+from megastruct.launch.environment import free_port
 from megastruct.training.preflight import preflight
 from megastruct.training.run_folder import finished_steps, run_folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    options = LaunchOptions(
-        args.hostfile, args.num_gpus, args.num_nodes, args.node_rank, args.master_addr, args.master_port
-    )
+    # On one machine any free port will do, so that several runs do not meet; several machines must agree on one.
+    port = args.master_port or (free_port() if args.hostfile is None else None)
+    options = LaunchOptions(args.hostfile, args.num_gpus, args.num_nodes, args.node_rank, args.master_addr, port)
     with user_errors_exit():
         config = load_config(args.config, args.overrides)
         num_processes = _processes_per_node(config, args.num_gpus)

@@ -26,6 +26,7 @@ import torch._inductor.compile_fx  # deepspeed.initialize imports it: seconds pe
 import torch.multiprocessing
 
 from megastruct.launch.distributed import join, leave
+from megastruct.launch.environment import free_port
 
 TIMEOUT_SECONDS = 240
 
@@ -35,7 +36,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
     torch.set_num_threads(1)
     context = torch.multiprocessing.get_context("fork")
     with TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         processes = [
             context.Process(target=_rank, args=(rank, world_size, port, Path(folder), function, arguments))
             for rank in range(world_size)
@@ -86,11 +87,3 @@ def _rank(rank: int, world_size: int, port: int, folder: Path, function: Callabl
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

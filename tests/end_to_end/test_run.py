@@ -77,7 +77,7 @@ def _check_tensorboard(run: Path, records: list[dict]) -> None:
 
 def test_torchrun_gives_the_same_run(config: Path, tmp_path: Path) -> None:
     assert start(config, "run.name=alone", "training.num_steps=4").returncode == 0
-    torchrun = ("--nproc-per-node", 2, "--master-port", 29871, "-m", "megastruct.train")
+    torchrun = ("--standalone", "--nproc-per-node", 2, "-m", "megastruct.train")
     result = start(*torchrun, config, "run.name=two", "training.num_steps=4", module="torch.distributed.run")
     assert result.returncode == 0, result.stderr
     alone, two = losses(tmp_path / "runs" / "alone"), losses(tmp_path / "runs" / "two")

@@ -2,12 +2,14 @@
 # Train. ./launch.sh                                         the quick start: sets up, makes data, trains, generates
 #        ./launch.sh CONFIG.yaml [section.key=value ...]     any config; --help lists the launcher's options
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-tools/setup.sh
-python=.venv/bin/python
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+"$root/tools/setup.sh"
 if [ $# -gt 0 ]; then
-  exec $python -m megastruct.start "$@"
+  exec "$root/.venv/bin/python" -m megastruct.start "$@" # from the caller's folder: its paths are meant
 fi
+
+cd "$root"
+python=.venv/bin/python
 
 data=data/sample
 $python tools/make_sample_corpus.py --output $data/text

@@ -18,6 +18,7 @@ setup(
         "submitit>=1.5",
         "pydantic>=2.9",
         "PyYAML>=6.0",
+        "psutil>=5.9",
         "tqdm>=4.66",
     ],
     extras_require={"test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-tqdm"]},

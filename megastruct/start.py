@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,33 +15,26 @@ import torch
 
 from megastruct.config import Config, load_config
 from megastruct.errors import Problem, UserError, user_errors_exit
-from megastruct.launch.deepspeed import LaunchOptions, deepspeed_command
-from megastruct.launch.environment import free_port
+from megastruct.launch.deepspeed import LaunchOptions, deepspeed_command, hostfile_slots, run_launcher
+from megastruct.launch.environment import cores_of_this_process, free_port
 from megastruct.training.preflight import preflight
 from megastruct.training.run_folder import finished_steps, run_folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
-    # On one machine any free port will do, so that several runs do not meet; several machines must agree on one.
-    port = args.master_port or (free_port() if args.hostfile is None else None)
-    options = LaunchOptions(args.hostfile, args.num_gpus, args.num_nodes, args.node_rank, args.master_addr, port)
     with user_errors_exit():
         config = load_config(args.config, args.overrides)
-        num_processes = _processes_per_node(config, args.num_gpus)
-        if args.hostfile is None:
-            preflight(config, num_processes)
-        else:
-            _check_hostfile(args)
+        options, world_size = _launch_options(config, args)
+        preflight(config, world_size)
     folder = run_folder(config)
     if finished_steps(config) >= config.training.total_steps:
         print(f"{folder} is finished: {config.training.total_steps} steps are done.")
     else:
         if finished_steps(config):
             print(f"{folder}: resuming after step {finished_steps(config)}.")
-        status = subprocess.run(
-            deepspeed_command(options, num_processes, [args.config, *args.overrides]), env=_environment(config)
-        ).returncode
+        command = deepspeed_command(options, [args.config, *args.overrides])
+        status = run_launcher(command, _environment(config, options.num_gpus))
         if status:
             raise SystemExit(status)
     if not args.node_rank:
@@ -62,30 +54,58 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _processes_per_node(config: Config, num_gpus: int | None) -> int:
-    if num_gpus is not None:
-        return num_gpus
-    if config.parallel.dp is not None:
-        return config.parallel.pp * config.parallel.dp
-    gpus = torch.cuda.device_count() if config.hardware.device != "cpu" else 0
-    return gpus or config.parallel.pp
-
-
-def _check_hostfile(args: argparse.Namespace) -> None:
-    if not Path(args.hostfile).is_file():
-        raise UserError(
-            Problem("--hostfile", f"{args.hostfile} is no file", "a file with lines such as: node1 slots=8")
+def _launch_options(config: Config, args: argparse.Namespace) -> tuple[LaunchOptions, int]:
+    """(options for the launcher, number of processes on all nodes). Raises UserError for options that do not fit."""
+    problems = [
+        Problem(f"--{name.replace('_', '-')}", f"{getattr(args, name)} is less than {least}", f"{least} or more")
+        for name, least in (("num_gpus", 1), ("num_nodes", 1), ("node_rank", 0), ("master_port", 1))
+        if getattr(args, name) is not None and getattr(args, name) < least
+    ]
+    if args.hostfile is None:
+        problems += [
+            Problem(
+                f"--{name.replace('_', '-')}", "set without --hostfile", "--hostfile FILE with a line for each node"
+            )
+            for name in ("num_nodes", "node_rank", "master_addr")
+            if getattr(args, name) is not None
+        ]
+    if args.node_rank is not None and args.master_addr is None and args.hostfile is not None:
+        problems.append(
+            Problem("--master-addr", "missing beside --node-rank", "--master-addr ADDRESS_OF_THE_FIRST_NODE")
         )
-    if args.node_rank is not None and args.master_addr is None:
-        raise UserError(Problem("--master-addr", "missing beside --node-rank", "--master-addr ADDRESS_OF_FIRST_NODE"))
+    if problems:
+        raise UserError(problems)
+    if args.hostfile is not None:
+        slots = hostfile_slots(Path(args.hostfile), args.num_nodes, args.node_rank)
+        processes = args.num_gpus or max(slots)
+        world_size = args.num_gpus * len(slots) if args.num_gpus else sum(slots)
+        port = args.master_port
+    else:
+        processes = world_size = _local_processes(config, args.num_gpus)
+        port = args.master_port or free_port()  # any, so that several runs on a machine do not meet
+    per_node = args.num_gpus if args.hostfile is not None else processes
+    options = LaunchOptions(args.hostfile, per_node, args.num_nodes, args.node_rank, args.master_addr, port)
+    return options, world_size
 
 
-def _environment(config: Config) -> dict[str, str]:
-    """For the launcher and all ranks: the accelerator, and a CPU share for each of many processes."""
+def _local_processes(config: Config, num_gpus: int | None) -> int:
+    gpus = torch.cuda.device_count() if config.hardware.device != "cpu" else 0
+    if config.hardware.device == "cuda" and not gpus:
+        raise UserError(Problem("hardware.device", "cuda, but PyTorch sees no GPU here", "hardware.device=auto"))
+    one_replica = config.parallel.pp * config.parallel.tp
+    wanted = num_gpus or (one_replica * config.parallel.dp if config.parallel.dp else gpus or one_replica)
+    if gpus and wanted > gpus:
+        found = f"{wanted} processes are wanted, there are {gpus} GPUs"
+        raise UserError(Problem("--num-gpus", found, "smaller parallel sizes, or hardware.device=cpu"))
+    return wanted
+
+
+def _environment(config: Config, processes: int | None) -> dict[str, str]:
+    """For the launcher and all ranks: the accelerator, and each process's share of the cores."""
     environment = dict(os.environ)
     if config.hardware.device == "cpu" or not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-        environment.setdefault("OMP_NUM_THREADS", "1")
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores_of_this_process() // (processes or 1))))
     environment.setdefault("LOG_LEVEL", "warning")
     return environment
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megastruct.config import Config, load_config
 from megastruct.data import Batch
-from megastruct.errors import user_errors_exit
+from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.launch.distributed import choose_device, join, leave
 from megastruct.launch.environment import current_process
 from megastruct.metrics.devices import peak_memory_bytes, peak_tflops
@@ -28,8 +28,8 @@ from megastruct.models.cost import training_flops_per_token
 from megastruct.parallel.topology import Topology
 from megastruct.training.engine import Engine, build_engine
 from megastruct.training.preflight import Data, preflight
-from megastruct.training.resume import gather_cursor, resume, save
-from megastruct.training.run_folder import finished_steps, run_folder, write_run_folder
+from megastruct.training.resume import agreed_finished_steps, gather_cursor, resume, save
+from megastruct.training.run_folder import finished_steps, lock_run_folder, run_folder, write_run_folder
 from megastruct.training.schedules import learning_rate
 
 
@@ -46,10 +46,11 @@ class Run:
             config.training.tokens_per_step,
             training_flops_per_token(config),
             topology.world_size,
-            peak_tflops(device, config.hardware.peak_tflops),
+            peak_tflops(device, config.training.precision, config.hardware.peak_tflops),
         )
         self.writer: MetricWriter | None = None
         if dist.get_rank() == 0:
+            self.lock = lock_run_folder(config)
             texts = write_run_folder(config, data.describe(), data.tokenizer.path)
             self.writer = MetricWriter(run_folder(config), self.step, texts)
         self.progress = Progress(
@@ -82,8 +83,18 @@ class Run:
             self.engine.set_learning_rate(learning_rate(self.config, self.step))
             loss = self.engine.train_batch(self._timed(self.reader) if self.reader else None)
         self.step += 1
+        self._refuse_divergence(loss)
         self.progress.update(loss, self.config.training.tokens_per_step / (time.perf_counter() - start))
         return loss
+
+    def _refuse_divergence(self, loss: float) -> None:
+        """End the run before weights that are lost take the place of a good checkpoint."""
+        norm = self.engine.gradient_norm()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            found = f"the loss is {loss} and the gradient norm {norm} at step {self.step}"
+            saved = f"step {finished_steps(self.config)} is saved in {run_folder(self.config)}"
+            suggestion = f"a lower optimizer.learning_rate or a longer warm-up, as another run ({saved})"
+            raise UserError(Problem("training", found, suggestion))
 
     def _metrics(self, loss: float) -> Metrics:
         memory = torch.tensor(peak_memory_bytes(self.device), device=self.device)
@@ -153,17 +164,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(argv)
     process = current_process()
-    with user_errors_exit(print_message=process.local_rank == 0):
+    with user_errors_exit(print_message=process.local_rank == 0):  # the same on all ranks of a node
         config = load_config(args.config, args.overrides)
         topology, data = preflight(config, process.world_size)
-        device = choose_device(config.hardware.device, process)
-    if finished_steps(config) >= config.training.total_steps:
-        if process.rank == 0:
-            print(f"{run_folder(config)} is finished: {config.training.total_steps} steps are done.", file=sys.stderr)
-        return
     with user_errors_exit():
+        device = choose_device(config.hardware.device, process)
         join(device)
-        Run(config, topology, data, device).train()
+        if agreed_finished_steps(config, device) < config.training.total_steps:
+            Run(config, topology, data, device).train()
+        elif process.rank == 0:
+            print(f"{run_folder(config)} is finished: {config.training.total_steps} steps are done.", file=sys.stderr)
         leave()
 
 

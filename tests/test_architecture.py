@@ -14,7 +14,7 @@ PACKAGE = ROOT / "megastruct"
 FLOORS: list[set[str]] = [
     {"errors", "ops", "parallel", "config"},
     {"layers", "data", "checkpoint", "metrics", "launch"},
-    set(),  # tensor_parallel
+    {"tensor_parallel"},
     {"models"},
     {"training", "inference"},
     {"evaluation"},

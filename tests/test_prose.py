@@ -14,7 +14,6 @@ from megastruct.start import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MADE_LATER = {"data/tokens", "runs/NAME"}  # by the commands themselves
 
 
 def shell_lines(page: Path) -> list[str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout that is not installed
 
 from megastruct.data import Tokenizer
 from megastruct.errors import Problem, UserError, user_errors_exit
@@ -26,11 +29,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     with user_errors_exit():
+        _check(args)
         model, config = load_model(args.run, args.device)
         tokenizer = Tokenizer(args.tokenizer or args.run / "tokenizer.model")
         prompt = torch.from_numpy(tokenizer.encode([args.prompt])[0].astype("int64")).to(args.device)
-        if not len(prompt):
-            raise UserError(Problem("--prompt", f"{args.prompt!r} has no tokens", '--prompt "The "'))
+        if not 0 < len(prompt) < config.training.seq_length:
+            found = f"{len(prompt)} tokens, the model reads {config.training.seq_length} in all"
+            raise UserError(Problem("--prompt", found, '--prompt "The "'))
         ids = generate(
             model,
             prompt,
@@ -41,6 +46,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             seed=args.seed,
         )
         print(tokenizer.decode(ids.tolist()))
+
+
+def _check(args: argparse.Namespace) -> None:
+    problems = [
+        Problem(option, f"{value} is less than {least}", f"{option} {least} or more")
+        for option, value, least in (
+            ("--max-new-tokens", args.max_new_tokens, 1),
+            ("--temperature", args.temperature, 0),
+            ("--top-k", args.top_k, 1),
+        )
+        if value < least
+    ]
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        problems.append(Problem("--device", f"{args.device}, but PyTorch sees no GPU here", "--device cpu"))
+    if problems:
+        raise UserError(problems)
 
 
 if __name__ == "__main__":

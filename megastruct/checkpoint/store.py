@@ -24,8 +24,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megastruct.checkpoint.sharded import global_shape
 from megastruct.errors import Problem, UserError
 
 STATE_FILE = "state.json"
@@ -53,25 +55,28 @@ def latest_checkpoint(root: Path) -> Path | None:
 def save_checkpoint(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint from all ranks, then remove all but the newest `keep`. Collective over the world.
 
-    `tensors`: this rank's CPU tensors by global name; a tensor that several ranks hold is written once.
+    `tensors`: this rank's CPU tensors by global name, a `ShardedTensor` where it holds a part; what several ranks hold
+    is written once.
     `state`: plain values for state.json, taken from rank 0.
     """
     final = checkpoint_folder(root, step)
     aside = root / f".{final.name}.writing"
     if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        root.mkdir(parents=True, exist_ok=True)
+        for left_over in (*root.glob(".step_*.writing"), *root.glob(".step_*.removing")):  # of a killed run
+            shutil.rmtree(left_over)
+        aside.mkdir()
     dist.barrier()
     dcp.save(tensors, storage_writer=dcp.FileSystemWriter(aside, single_file_per_rank=True, sync_files=True))
     dist.barrier()
     if dist.get_rank() == 0:
         _write_synced(aside / STATE_FILE, json.dumps(state, indent=1))
         if final.exists():  # an equal step of an earlier attempt
-            shutil.rmtree(final)
+            _remove(final)
         os.replace(aside, final)
         _sync_folder(root)
         for _, old in complete_checkpoints(root)[:-keep]:
-            shutil.rmtree(old)
+            _remove(old)
     dist.barrier()
     return final
 
@@ -88,7 +93,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors` (CPU, by global name) in place; every rank reads what it needs. Works without a process group.
 
-    Raises UserError if a tensor is missing or has another shape.
+    Raises UserError if a tensor is missing or has another shape, or a file is damaged.
     """
     reader = SafeFileSystemReader(folder)
     try:
@@ -97,15 +102,27 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         raise UserError(Problem(str(folder), f"no readable checkpoint: {error}", f"remove {folder}")) from None
     problems = []
     for name, tensor in tensors.items():
-        size = getattr(stored.get(name), "size", None)
-        if size != tensor.shape:
+        size, wanted = getattr(stored.get(name), "size", None), global_shape(tensor)
+        if size != wanted:
             found = "missing" if size is None else f"of shape {list(size)}"
-            problems.append(Problem(f"{folder}: {name}", f"{found}, the model wants {list(tensor.shape)}"))
+            problems.append(Problem(f"{folder}: {name}", f"{found}, the model wants {list(wanted)}"))
     if problems:
         raise UserError(problems[:8], headline=f"{folder} does not fit the model ({len(problems)} tensors)")
     with warnings.catch_warnings():  # that it loads in one process is what was asked for
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        try:
+            dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        except (CheckpointException, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            found = f"a damaged checkpoint: {reason[-1]}"
+            raise UserError(Problem(str(folder), found, "remove it to resume from the one before")) from None
+
+
+def _remove(folder: Path) -> None:
+    """Out of sight first: what has its final name is complete, also when the removal is interrupted."""
+    hidden = folder.with_name(f".{folder.name}.removing")
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden)
 
 
 class SafeFileSystemReader(dcp.FileSystemReader):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import gcd
 
 from megastruct.config.schema import Config
 from megastruct.errors import Problem
+from megastruct.ops.cost import STRUCTURES
+from megastruct.parallel.sizes import nearest_multiple, shard_problems
 
 Check = Callable[[Config], Iterator[Problem]]
 
@@ -34,14 +37,40 @@ def check_attention(config: Config) -> Iterator[Problem]:
 
 
 def check_ffn(config: Config) -> Iterator[Problem]:
+    """The keys of the structure and no others, and sizes that divide; each suggestion agrees with the others."""
     ffn, model = config.ffn, config.model
-    smaller = min(model.hidden_size, model.ffn_hidden_size)
-    if ffn.structure == "dense" and ffn.rank is not None:
-        yield Problem("ffn.rank", f"{ffn.rank}, but ffn.structure is dense", "ffn.structure=lowrank, or no ffn.rank")
-    if ffn.structure == "lowrank" and ffn.rank is None:
-        yield Problem("ffn.rank", "missing, but ffn.structure is lowrank", f"ffn.rank={max(1, model.hidden_size // 4)}")
-    if ffn.structure == "lowrank" and ffn.rank is not None and ffn.rank > smaller:
-        yield Problem("ffn.rank", f"{ffn.rank} is above the full rank {smaller}", f"ffn.rank={max(1, smaller // 2)}")
+    wanted = STRUCTURES[ffn.structure].sizes
+    for key in ("rank", "nblocks"):
+        if key not in wanted and getattr(ffn, key) is not None:
+            others = [name for name, structure in STRUCTURES.items() if key in structure.sizes]
+            yield Problem(
+                f"ffn.{key}",
+                f"{getattr(ffn, key)}, but ffn.structure is {ffn.structure}",
+                f"ffn.structure={' or '.join(others)}, or no ffn.{key} (ffn.{key}=null)",
+            )
+    full_rank, common = min(model.hidden_size, model.ffn_hidden_size), gcd(model.hidden_size, model.ffn_hidden_size)
+    nblocks = 1
+    if "nblocks" in wanted:
+        # With a rank that may stay, blocks that divide it as well.
+        divided = gcd(common, ffn.rank) if "rank" in wanted and ffn.rank and ffn.rank <= full_rank else common
+        nblocks = _nearest_divisor(divided, ffn.nblocks or 4)
+        if ffn.nblocks is None:
+            yield Problem("ffn.nblocks", f"missing, but ffn.structure is {ffn.structure}", f"ffn.nblocks={nblocks}")
+        elif common % ffn.nblocks:
+            sizes = f"model.hidden_size = {model.hidden_size} and model.ffn_hidden_size = {model.ffn_hidden_size}"
+            yield Problem("ffn.nblocks", f"{ffn.nblocks} does not divide {sizes}", f"ffn.nblocks={nblocks}")
+        else:
+            nblocks = ffn.nblocks
+    if "rank" in wanted:
+        if ffn.rank is None:
+            rank = nearest_multiple(min(model.hidden_size // 4, full_rank), nblocks)
+            yield Problem("ffn.rank", f"missing, but ffn.structure is {ffn.structure}", f"ffn.rank={rank}")
+        elif ffn.rank > full_rank:
+            rank = nearest_multiple(max(1, full_rank // 2), nblocks)
+            yield Problem("ffn.rank", f"{ffn.rank} is above the full rank {full_rank}", f"ffn.rank={rank}")
+        elif ffn.rank % nblocks:
+            rank = min(nearest_multiple(ffn.rank, nblocks), full_rank)
+            yield Problem("ffn.rank", f"{ffn.rank} is no multiple of ffn.nblocks = {nblocks}", f"ffn.rank={rank}")
 
 
 def check_length(config: Config) -> Iterator[Problem]:
@@ -51,8 +80,9 @@ def check_length(config: Config) -> Iterator[Problem]:
         yield Problem("training.num_steps, training.num_tokens", found, "set exactly one of them")
 
 
-def check_batch(config: Config) -> Iterator[Problem]:
-    training, dp = config.training, config.parallel.dp or 1
+def check_batch(config: Config, dp_size: int | None = None) -> Iterator[Problem]:
+    """`dp_size`: the replicas that there really are, where the config leaves it to the number of processes."""
+    training, dp = config.training, dp_size or config.parallel.dp or 1
     share = training.micro_batch_size * dp
     factor = f"micro_batch_size {training.micro_batch_size}" + (f" x dp {dp}" if dp > 1 else "")
     for where, value in (
@@ -82,7 +112,29 @@ def check_parallel(config: Config) -> Iterator[Problem]:
         )
 
 
-CHECKS: tuple[Check, ...] = (check_attention, check_ffn, check_length, check_batch, check_parallel)
+def check_tensor_parallel(config: Config) -> Iterator[Problem]:
+    model, ffn = config.model, config.ffn
+    yield from shard_problems(
+        config.parallel.tp,
+        seq_length=config.training.seq_length,
+        vocab_size=model.vocab_size,
+        num_attention_heads=model.num_attention_heads,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        structure=ffn.structure,
+        rank=ffn.rank,
+        nblocks=ffn.nblocks,
+    )
+
+
+CHECKS: tuple[Check, ...] = (
+    check_attention,
+    check_ffn,
+    check_length,
+    check_batch,
+    check_parallel,
+    check_tensor_parallel,
+)
 
 
 def cross_field_problems(config: Config) -> list[Problem]:

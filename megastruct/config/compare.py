@@ -11,8 +11,11 @@ FREE_KEYS = (
     "training.activation_checkpointing",
     "training.compile",
     "run.folder",
-    "data.path",  # where the same data lies: what it holds is compared by its description
+    "data.path",  # this and the following: the data is compared by its description
     "data.tokenizer",
+    "data.text_column",
+    "data.validation_fraction",
+    "data.num_streams",
 )
 
 

@@ -23,9 +23,11 @@ def deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
         # In fp32 without ZeRO, DeepSpeed's norm leaves out later stages: training/optimizer.py clips there.
         "gradient_clipping": config.optimizer.gradient_clipping if zero_stage else 0.0,
         "steps_per_print": 2**62,
+        # Between stages every tensor-parallel rank sends its own part of the sequence, whole.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
     if training.precision == "bf16":
-        values["bf16"] = {"enabled": True}
+        values["bf16"] = {"enabled": True, "check_grad_overflow": False}  # the loop stops at it; DeepSpeed would skip
         values["data_types"] = {"grad_accum_dtype": "fp32"}
         values["communication_data_type"] = "fp32"
     return values

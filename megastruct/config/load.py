@@ -26,6 +26,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key that is no word", problem_mark=key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"key {key_node.value!r} is given twice", problem_mark=key_node.start_mark
@@ -48,7 +50,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     config, more = _validated(values)
     problems += more
     if config is not None:
-        problems += cross_field_problems(config)
+        faulty = {problem.where for problem in problems}
+        problems += [problem for problem in cross_field_problems(config) if not _speaks_of(problem, faulty)]
     if problems or config is None:
         noun = "problem" if len(problems) == 1 else "problems"
         raise UserError(problems, headline=f"{path}: {len(problems)} {noun}")
@@ -135,7 +138,21 @@ def _validated(values: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
             problems += [_explain(item) for item in errors]
             faulty |= {item["loc"] for item in errors}
             values = _without(values, [item["loc"] for item in errors])
+            for item in errors:
+                _stand_in(values, item["loc"])
     return None, problems
+
+
+# A required key that is missing or of a wrong type gets a value that offends nothing, for the sake of the other checks.
+_STAND_INS: dict[str, Any] = {"kind": "tokens", "name": "run", "path": "-", "learning_rate": 1.0}
+_STAND_IN_SIZE = 5040  # divides and is divided by most sizes
+
+
+def _stand_in(values: dict[str, Any], path: tuple[int | str, ...]) -> None:
+    if len(path) == 2 and str(path[1]) in _known_keys(path[:1]):
+        field = _section(path[:1]).model_fields[str(path[1])]
+        if field.is_required():
+            values.setdefault(str(path[0]), {})[path[1]] = _STAND_INS.get(str(path[1]), _STAND_IN_SIZE)
 
 
 def _explain(item: Any) -> Problem:
@@ -153,18 +170,28 @@ def _explain(item: Any) -> Problem:
     return Problem(where, f"{found}: {message}")
 
 
+def _speaks_of(problem: Problem, keys: set[str]) -> bool:
+    return any(key in str(problem) for key in keys if "." in key)
+
+
 def _is_union_tag(key: int | str) -> bool:
     return isinstance(key, str) and not key.isidentifier()
 
 
 def _known_keys(path: tuple[int | str, ...]) -> list[str]:
+    return list(_section(path).model_fields)
+
+
+def _section(path: tuple[int | str, ...]) -> type[BaseModel]:
+    """The class of the section at `path`; BaseModel itself, which has no keys, if there is none."""
     model: type[BaseModel] = Config
     for key in path:
-        annotation = model.model_fields[str(key)].annotation
+        field = model.model_fields.get(str(key))
+        annotation = field.annotation if field else None
         if not isinstance(annotation, type) or not issubclass(annotation, BaseModel):
-            return []
+            return BaseModel
         model = annotation
-    return list(model.model_fields)
+    return model
 
 
 def _without(values: dict[str, Any], paths: Iterable[tuple[int | str, ...]]) -> dict[str, Any]:

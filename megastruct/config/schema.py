@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from megastruct.ops.cost import STRUCTURES
+
 Size = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -65,11 +67,21 @@ class ModelConfig(Section):
 
 
 class FFNConfig(Section):
-    """The structure of both feed-forward linears."""
+    """The structure of both feed-forward linears, and the sizes that `STRUCTURES[structure]` asks for."""
 
-    structure: Literal["dense", "lowrank"] = "dense"
-    rank: Size | None = Field(None, description="LowRank: inner width R")
+    structure: Literal["dense", "lowrank", "blockdense", "blockshuffle"] = "dense"
+    rank: Size | None = Field(None, description="LowRank, BlockDense: inner width R")
+    nblocks: Size | None = Field(None, description="BlockDense, BlockShuffle: number of blocks B")
     dense_first_block: bool = Field(True, description="the first block keeps its dense FFN, as in the paper")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The structure's own keys with their values, as cost functions and layers take them."""
+        return {key: getattr(self, key) for key in STRUCTURES[self.structure].sizes}
+
+    def of_block(self, index: int) -> FFNConfig:
+        """What holds for one block."""
+        return FFNConfig() if index == 0 and self.dense_first_block else self
 
 
 class DataConfig(Section):
@@ -89,7 +101,7 @@ class TrainingConfig(Section):
     num_tokens: Size | None = None
     precision: Literal["fp32", "bf16"] = "bf16"
     activation_checkpointing: bool = False
-    compile: bool = Field(False, description="torch.compile every block, the head and the loss")
+    compile: bool = Field(False, description="torch.compile every block and the loss")
 
     @property
     def tokens_per_step(self) -> int:
@@ -120,6 +132,7 @@ class ScheduleConfig(Section):
 
 class ParallelConfig(Section):
     pp: Size = Field(1, description="pipeline stages")
+    tp: Size = Field(1, description="ranks that share every block's weights; activations are cut along the sequence")
     dp: Size | None = Field(None, description="replicas; left out: what the processes allow")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
 

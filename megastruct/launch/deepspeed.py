@@ -1,15 +1,25 @@
-"""The command line of the deepspeed launcher."""
+"""The deepspeed launcher: its command line, its hostfile, and an end for all of its processes."""
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from megastruct.errors import Problem, UserError
 
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """Options that pass on to `deepspeed`; None = its own default."""
+    """Options that pass on to `deepspeed`; None = its own default. `num_gpus`: processes per node."""
 
     hostfile: str | None = None
     num_gpus: int | None = None
@@ -19,20 +29,20 @@ class LaunchOptions:
     master_port: int | None = None
 
 
-def deepspeed_command(options: LaunchOptions, num_processes: int, arguments: Sequence[str]) -> list[str]:
-    """The argv that starts `num_processes` ranks per node of `megastruct.train` with `arguments`.
+def deepspeed_command(options: LaunchOptions, arguments: Sequence[str]) -> list[str]:
+    """The argv that starts the ranks of `megastruct.train` with `arguments`.
 
     With a node rank, every node runs its own launcher and none needs ssh; otherwise deepspeed reaches the hosts of
     the hostfile by pdsh or ssh.
     """
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]  # what the `deepspeed` script runs, in this Python
-    if options.hostfile is not None:
+    if options.hostfile is None:
+        # A machine-wide hostfile must not turn a local start into another one.
+        command += ["--hostfile", "", *_local_devices(options.num_gpus or 1)]
+    else:
         command += ["--hostfile", options.hostfile]
         if options.num_gpus is not None:  # otherwise the hostfile's slots say how many
             command += ["--num_gpus", str(options.num_gpus)]
-    else:
-        # A machine-wide hostfile must not turn a local start into another one.
-        command += ["--hostfile", "", "--num_gpus", str(num_processes)]
     if options.num_nodes is not None:
         command += ["--num_nodes", str(options.num_nodes)]
     if options.node_rank is not None:
@@ -42,3 +52,58 @@ def deepspeed_command(options: LaunchOptions, num_processes: int, arguments: Seq
     if options.master_port is not None:
         command += ["--master_port", str(options.master_port)]
     return [*command, "--log_level", "error", "--no_local_rank", "--module", "megastruct.train", *arguments]
+
+
+def hostfile_slots(path: Path, num_nodes: int | None, node_rank: int | None) -> list[int]:
+    """Processes per node, of the first `num_nodes` lines `host slots=N`. Raises UserError for anything else."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        found = f"{path}: {error.strerror}"
+        raise UserError(Problem("--hostfile", found, "a file with lines such as: node1 slots=8")) from None
+    slots = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = re.fullmatch(r"\s*\S+\s+slots=(\d+)\s*", line)
+        if not match or int(match[1]) < 1:
+            raise UserError(Problem(f"{path}:{number}", f"{line.strip()!r} is no host", "node1 slots=8"))
+        slots.append(int(match[1]))
+    slots = slots[:num_nodes]
+    if not slots or (num_nodes or 0) > len(slots) or (node_rank or 0) >= len(slots):
+        found = f"{path} names {len(slots)} hosts"
+        raise UserError(Problem("--num-nodes, --node-rank", found, "numbers that fit the file; node ranks start at 0"))
+    return slots
+
+
+def run_launcher(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Run to the end and return its exit code. SIGTERM and SIGINT end the launcher and all ranks.
+
+    The launcher's own front end would die of the signal alone and leave the ranks running.
+    """
+    process = subprocess.Popen(command, env=environment)
+    stopped = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        stopped = True
+        for child in psutil.Process().children(recursive=True):
+            child.terminate()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stopped:
+        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+    return status if status >= 0 else 128 - status
+
+
+def _local_devices(processes: int) -> list[str]:
+    """The launcher deletes CUDA_VISIBLE_DEVICES where it is told a number of GPUs: name those that it lists."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if all(device.strip().isdigit() for device in visible) and len(visible) >= processes:
+        return ["--include", "localhost:" + ",".join(device.strip() for device in visible[:processes])]
+    return ["--num_gpus", str(processes)]

@@ -42,6 +42,7 @@ def join(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> No
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed broadcasts inside backward hooks; nothing is differentiated through it.
     warnings.filterwarnings("ignore", message="c10d::.* an autograd kernel was not registered")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     # On CPU this op is compiled at start (30 s) and leaves 66 MiB in /dev/shm per rank and run; training never uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     cuda = device.type == "cuda"

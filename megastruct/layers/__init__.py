@@ -5,7 +5,18 @@ and the layer's full name), so that the weights do not depend on what else is bu
 """
 
 from megastruct.layers.embedding import Embedding
-from megastruct.layers.linear import Linear, LinearBuilder, LowRankLinear
+from megastruct.layers.linear import Linear, LinearBuilder
 from megastruct.layers.norm import LayerNorm, RMSNorm
+from megastruct.layers.structured import LINEARS, BlockDenseLinear, BlockShuffleLinear, LowRankLinear
 
-__all__ = ["Embedding", "LayerNorm", "Linear", "LinearBuilder", "LowRankLinear", "RMSNorm"]
+__all__ = [
+    "LINEARS",
+    "BlockDenseLinear",
+    "BlockShuffleLinear",
+    "Embedding",
+    "LayerNorm",
+    "Linear",
+    "LinearBuilder",
+    "LowRankLinear",
+    "RMSNorm",
+]

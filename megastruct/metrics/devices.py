@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 
 import torch
 
-# Dense (not sparse) bf16 matrix peak in TFLOP/s, from the vendors' data sheets. The first name that is part of the
-# device's own name counts, so longer names stand first.
+# Dense (not sparse) bf16 matrix peak in TFLOP/s, from the vendors' data sheets. The first name that stands in the
+# device's own name as whole words counts, so longer names stand first.
 PEAK_BF16_TFLOPS: tuple[tuple[str, float], ...] = (
     ("B200", 2250.0),
     ("GH200", 989.0),
@@ -18,6 +19,7 @@ PEAK_BF16_TFLOPS: tuple[tuple[str, float], ...] = (
     ("H100", 989.0),
     ("H800", 989.0),
     ("L40S", 362.0),
+    ("L40", 181.0),
     ("L4", 121.0),
     ("A100", 312.0),
     ("A800", 312.0),
@@ -30,14 +32,22 @@ PEAK_BF16_TFLOPS: tuple[tuple[str, float], ...] = (
 )
 
 
-def peak_tflops(device: torch.device, configured: float | None) -> float | None:
-    """TFLOP/s that one device could do at best: the configured number, else the table; None if neither knows."""
+def peak_tflops(device: torch.device, precision: str, configured: float | None) -> float | None:
+    """TFLOP/s that one device could do at best: the configured number, else the table's; None if neither knows.
+
+    The table is of bf16; what fp32 can reach depends on the matrix-product mode that PyTorch is set to.
+    """
     if configured is not None:
         return configured
-    if device.type != "cuda":
+    if device.type != "cuda" or precision != "bf16":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16_TFLOPS if part in name), None)
+    return peak_of_name(torch.cuda.get_device_name(device))
+
+
+def peak_of_name(name: str) -> float | None:
+    """bf16 TFLOP/s of a device by the name that the driver gives, None if it is not in the table."""
+    matches = (peak for part, peak in PEAK_BF16_TFLOPS if re.search(rf"\b{re.escape(part)}\b", name))
+    return next(matches, None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -39,7 +39,7 @@ class MetricWriter:
         self.path = folder / "metrics.jsonl"
         _truncate(self.path, resume_step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
         for title, text in texts.items():
             self._board.add_text(title, "```\n" + text + "\n```", resume_step)
 

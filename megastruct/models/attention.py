@@ -1,4 +1,8 @@
-"""Causal self-attention with rotary positions and grouped key/value heads, of its own width a."""
+"""Causal self-attention with rotary positions and grouped key/value heads, of its own width a.
+
+Under tensor parallelism a rank has heads/tp query heads and their key/value heads. Between blocks a rank holds its
+part of the sequence; here it sees all of it, for its own heads.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,16 @@ from torch import Tensor, nn
 
 from megastruct.layers.linear import LinearBuilder
 from megastruct.layers.rotary import Rotary, rotate
+from megastruct.parallel.collectives import gather_sequence
+from megastruct.parallel.groups import TensorGroup
 
 
 class Attention(nn.Module):
-    """q [h -> heads x dh], k and v [h -> kv_heads x dh], out [heads x dh -> h]."""
+    """q [h -> heads x dh], k and v [h -> kv_heads x dh], out [heads x dh -> h].
+
+    `column` makes a linear whose outputs are cut over the group (its input is the whole sequence), `row` one whose
+    inputs are. Where there are fewer key/value heads than ranks, `replicated` makes their projections, on every rank.
+    """
 
     def __init__(
         self,
@@ -19,24 +29,34 @@ class Attention(nn.Module):
         num_kv_heads: int,
         head_dim: int,
         rope_base: float,
-        linear: LinearBuilder,
+        column: LinearBuilder,
+        row: LinearBuilder,
+        replicated: LinearBuilder,
+        tp: TensorGroup,
     ) -> None:
         super().__init__()
-        self.head_dim = head_dim
-        self.grouped = num_kv_heads < num_heads
-        self.query = linear(hidden_size, num_heads * head_dim)
-        self.key = linear(hidden_size, num_kv_heads * head_dim)
-        self.value = linear(hidden_size, num_kv_heads * head_dim)
-        self.out = linear(num_heads * head_dim, hidden_size)
+        self.head_dim, self.tp = head_dim, tp
+        local_heads, queries_per_kv = num_heads // tp.size, num_heads // num_kv_heads
+        cut = num_kv_heads % tp.size == 0
+        self.grouped = cut and queries_per_kv > 1
+        # With key/value heads on every rank: which of them each local query head takes.
+        first = tp.rank * local_heads
+        self.kv_of_query = None if cut else [(first + i) // queries_per_kv for i in range(local_heads)]
+        self.query = column(hidden_size, num_heads * head_dim)
+        self.key, self.value = ((column if cut else replicated)(hidden_size, num_kv_heads * head_dim) for _ in range(2))
+        self.out = row(num_heads * head_dim, hidden_size)
         self.rotary = Rotary(head_dim, rope_base)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [s, b, h] -> [s, b, h]"""
+        """x [s/tp, b, h] -> [s/tp, b, h]"""
+        x = gather_sequence(x, self.tp)  # [s, b, h]
         s, b, _ = x.shape
         cos, sin = self.rotary.tables(s, x.device)
-        q = rotate(self.query(x).view(s, b, -1, self.head_dim), cos, sin)  # [s, b, heads, dh]
-        k = rotate(self.key(x).view(s, b, -1, self.head_dim), cos, sin)  # [s, b, kv_heads, dh]
+        q = rotate(self.query(x).view(s, b, -1, self.head_dim), cos, sin)  # [s, b, heads/tp, dh]
+        k = rotate(self.key(x).view(s, b, -1, self.head_dim), cos, sin)  # [s, b, kv_heads/tp or kv_heads, dh]
         v = self.value(x).view(s, b, -1, self.head_dim)
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [b, heads, s, dh]
+        if self.kv_of_query is not None:
+            k, v = k[:, :, self.kv_of_query], v[:, :, self.kv_of_query]  # [s, b, heads/tp, dh]
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [b, heads/tp, s, dh]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
-        return self.out(y.permute(2, 0, 1, 3).reshape(s, b, -1))  # [s, b, a] -> [s, b, h]
+        return self.out(y.permute(2, 0, 1, 3).reshape(s, b, -1))  # [s, b, a/tp] -> [s/tp, b, h]

@@ -20,7 +20,7 @@ class Block(nn.Module):
         self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [s, b, h] -> [s, b, h]"""
+        """x [s/tp, b, h] -> [s/tp, b, h]"""
         if self.recompute and self.training:
             # Nothing random happens inside, so no generator state has to be kept for the second forward.
             return checkpoint(self._forward, x, use_reentrant=False, preserve_rng_state=False)

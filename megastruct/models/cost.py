@@ -6,20 +6,27 @@ half is not taken off), and the backward costs two forwards.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from megastruct.config.schema import Config, FFNConfig
-from megastruct.ops import cost
+from megastruct.ops.cost import STRUCTURES
+
+PARTS = ("attention_projections", "attention_scores", "ffn", "head")
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer of the list in gpt.py: parameters, and forward FLOPs per token."""
+    """One layer of the list in gpt.py: parameters, and forward FLOPs per token by part (see PARTS)."""
 
     name: str
     parameters: int
-    forward_flops: int
+    flops: Mapping[str, int] = field(default_factory=dict)
     ffn_weights: int = 0
+
+    @property
+    def forward_flops(self) -> int:
+        return sum(self.flops.values())
 
 
 def layer_costs(config: Config) -> list[LayerCost]:
@@ -28,8 +35,8 @@ def layer_costs(config: Config) -> list[LayerCost]:
     d, v = model.hidden_size, model.vocab_size
     norm = d * (2 if model.norm == "layernorm" and model.bias else 1)
     blocks = [_block_cost(config, index, norm) for index in range(model.num_layers)]
-    head = LayerCost("head", 0 if model.tie_embeddings else v * d, 2 * v * d)
-    return [LayerCost("embedding", v * d, 0), *blocks, LayerCost("final_norm", norm, 0), head]
+    head = LayerCost("head", 0 if model.tie_embeddings else v * d, {"head": 2 * v * d})
+    return [LayerCost("embedding", v * d), *blocks, LayerCost("final_norm", norm), head]
 
 
 def total_parameters(config: Config) -> int:
@@ -45,29 +52,56 @@ def forward_flops_per_token(config: Config) -> int:
     return sum(layer.forward_flops for layer in layer_costs(config))
 
 
+def forward_flops_by_part(config: Config) -> dict[str, int]:
+    layers = layer_costs(config)
+    return {part: sum(layer.flops.get(part, 0) for layer in layers) for part in PARTS}
+
+
 def training_flops_per_token(config: Config) -> int:
     return 3 * forward_flops_per_token(config)
 
 
+def dense_equivalent(config: Config) -> Config:
+    """The same model with dense FFNs everywhere."""
+    return config.model_copy(update={"ffn": FFNConfig()})
+
+
+def guide_weights(config: Config) -> int:
+    """Entries of the dense matrices that guide the structured linears (none in dense blocks)."""
+    blocks = [index for index in range(config.model.num_layers) if config.ffn.of_block(index).structure != "dense"]
+    return len(blocks) * _ffn_weights(config, FFNConfig())
+
+
+def guided_fraction(config: Config, dense: Config | None = None) -> float:
+    """g of the FLOP-matched schedule: guided for g of the base steps, which are then read again without the guide.
+
+    Such a run costs what the dense one does, with the guide evaluated half of the time: F_struct (1 + g) + g F_guide/2
+    = F_dense, forward FLOPs of whole models. `dense` is the model to be matched, if it is not the same one with dense
+    FFNs (as for the paper's wide models, which match their GQA baselines). 0 where the structured model costs as much.
+    """
+    structured, matched = (forward_flops_per_token(c) for c in (config, dense or dense_equivalent(config)))
+    return max(0.0, (matched - structured) / (structured + guide_weights(config)))  # 2 FLOPs a weight, half the time
+
+
 def _block_cost(config: Config, index: int, norm: int) -> LayerCost:
     model = config.model
-    d, f, a = model.hidden_size, model.ffn_hidden_size, model.attention_width
+    d, a = model.hidden_size, model.attention_width
     kv = model.kv_heads * model.attention_head_dim
     attention = 2 * a * d + 2 * kv * d
-    ffn = FFNConfig() if index == 0 and config.ffn.dense_first_block else config.ffn
-    ffn_weights = _linear_weights(ffn, d, model.fc1_out_features) + _linear_weights(ffn, f, d)
+    ffn_weights = _ffn_weights(config, config.ffn.of_block(index))
     biases = (a + 2 * kv + d) + (model.fc1_out_features + d) if model.bias else 0
     scores = 2 * config.training.seq_length * a
     return LayerCost(
         f"blocks.{index}",
         attention + ffn_weights + biases + 2 * norm,
-        2 * (attention + scores + ffn_weights),
+        {"attention_projections": 2 * attention, "attention_scores": 2 * scores, "ffn": 2 * ffn_weights},
         ffn_weights,
     )
 
 
-def _linear_weights(ffn: FFNConfig, n: int, m: int) -> int:
-    if ffn.structure == "dense":
-        return cost.dense_weights(n, m)
-    assert ffn.rank is not None  # config/checks.py
-    return cost.lowrank_weights(n, m, ffn.rank)
+def _ffn_weights(config: Config, ffn: FFNConfig) -> int:
+    """Weight entries of both linears of one block."""
+    model, weights = config.model, STRUCTURES[ffn.structure].weights
+    return weights(model.hidden_size, model.fc1_out_features, **ffn.sizes) + weights(
+        model.ffn_hidden_size, model.hidden_size, **ffn.sizes
+    )

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megastruct.config.schema import Config
+from megastruct.parallel.groups import TensorGroup
+from megastruct.tensor_parallel import vocab_parallel_cross_entropy
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -12,3 +20,10 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Every row is full, so the mean of micro-batch means is the mean over all tokens.
     """
     return F.cross_entropy(logits.float().flatten(0, 1), labels.t().reshape(-1))
+
+
+def make_loss(config: Config, tp: TensorGroup) -> Callable[[Tensor, Tensor], Tensor]:
+    """(logits [s, b, v/tp], labels [b, s]) -> loss, compiled if the config asks for it."""
+    if tp.size > 1:
+        return partial(vocab_parallel_cross_entropy, vocab_size=config.model.vocab_size, tp=tp)
+    return torch.compile(cross_entropy) if config.training.compile else cross_entropy

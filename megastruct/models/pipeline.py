@@ -1,6 +1,6 @@
 """The same layers as a DeepSpeed pipeline, one stage per rank of the pipe axis.
 
-What crosses a stage border is one tensor, the activations [s, b, h].
+What crosses a stage border is one tensor, the activations [s/tp, b, h]; every tensor-parallel rank sends its own part.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from megastruct.config.schema import Config
 from megastruct.models.cost import layer_costs
 from megastruct.models.gpt import EMBEDDING, HEAD, NamedLayer, init_weights, named_layers
+from megastruct.models.stages import balanced_stages
+from megastruct.parallel.groups import TensorGroup
 from megastruct.parallel.topology import Topology
 
 TIED_PREFIX = "tied_modules."
@@ -25,15 +27,17 @@ TIED_PREFIX = "tied_modules."
 class GPTPipeline(PipelineModule):
     """One stage of the decoder. Only the stage's own layers are built; their weights depend on names alone."""
 
-    def __init__(self, config: Config, topology: Topology, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.layer_names = [layer.name for layer in named_layers(config)]
+    def __init__(
+        self, config: Config, topology: Topology, tp: TensorGroup, loss_fn: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        self.layer_names = [layer.name for layer in named_layers(config, tp)]
         self.stage_costs = [layer.forward_flops for layer in layer_costs(config)]
         if config.model.tie_embeddings:
             self.layer_names.append(HEAD)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its partition with print()
             super().__init__(
-                layers=_layer_specs(config),
-                topology=PipeModelDataParallelTopology(num_pp=topology.pp_size, num_mp=1, num_dp=topology.dp_size),
+                layers=_layer_specs(config, tp),
+                topology=deepspeed_topology(topology),
                 loss_fn=loss_fn,
                 partition_method="balanced",
             )
@@ -55,32 +59,12 @@ class GPTPipeline(PipelineModule):
         return f"{self.layer_names[int(index)]}.{rest}"
 
 
-def balanced_stages(costs: list[int], num_stages: int) -> list[int]:
-    """Cut the list of layers into stages of at least one layer: boundaries [0, ..., len(costs)], length num_stages + 1.
-
-    The largest stage is as small as possible; among such cuts, the squares of the stages' costs sum to least.
-    """
-    totals = [0]
-    for cost in costs:
-        totals.append(totals[-1] + cost)
-    # best[stop] = (largest stage, sum of squares, boundaries) over the first `stop` layers
-    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, (0,))}
-    for stage in range(num_stages):
-        nxt: dict[int, tuple[int, int, tuple[int, ...]]] = {}
-        for stop in range(stage + 1, len(costs) - (num_stages - stage - 1) + 1):
-            options = []
-            for start, (largest, squares, cuts) in best.items():
-                if start < stop:
-                    cost = totals[stop] - totals[start]
-                    options.append((max(largest, cost), squares + cost * cost, (*cuts, stop)))
-            if options:
-                nxt[stop] = min(options)
-        best = nxt
-    return list(best[len(costs)][2])
+def deepspeed_topology(topology: Topology) -> PipeModelDataParallelTopology:
+    return PipeModelDataParallelTopology(num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.dp_size)
 
 
-def _layer_specs(config: Config) -> list[LayerSpec]:
-    layers, seed = named_layers(config), config.run.seed
+def _layer_specs(config: Config, tp: TensorGroup) -> list[LayerSpec]:
+    layers, seed = named_layers(config, tp), config.run.seed
     if not config.model.tie_embeddings:
         return [_Spec(layer, seed) for layer in layers]
     embedding, *others = layers

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megastruct.parallel.topology import Topology
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -16,3 +18,14 @@ class TensorGroup:
     group: ProcessGroup | None = None
     size: int = 1
     rank: int = 0
+
+
+def make_tensor_group(topology: Topology) -> TensorGroup:
+    """This rank's tensor-parallel group. Collective over the world: every rank makes every group, in one order."""
+    import torch.distributed as dist  # here, so that config checks and tools need not load it
+
+    rank = dist.get_rank()
+    if topology.tp_size == 1:
+        return TensorGroup()
+    groups = [(ranks, dist.new_group(ranks)) for ranks in topology.tp_groups()]
+    return next(TensorGroup(group, len(ranks), ranks.index(rank)) for ranks, group in groups if rank in ranks)

@@ -14,14 +14,17 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from torch import Tensor, nn
 
 from megastruct.config.deepspeed import deepspeed_config
 from megastruct.config.schema import Config
 from megastruct.data.batch import Batch
+from megastruct.models.block import Block
 from megastruct.models.gpt import build_gpt
-from megastruct.models.loss import cross_entropy
-from megastruct.models.pipeline import GPTPipeline
+from megastruct.models.loss import make_loss
+from megastruct.models.pipeline import GPTPipeline, deepspeed_topology
+from megastruct.parallel.groups import TensorGroup, make_tensor_group
 from megastruct.parallel.topology import Topology
 from megastruct.training.optimizer import GradientClipper, build_optimizer
 
@@ -29,20 +32,25 @@ from megastruct.training.optimizer import GradientClipper, build_optimizer
 class Engine:
     """What the loop needs of DeepSpeed. Losses are means over all tokens of the global batch, equal on all ranks."""
 
-    def __init__(self, module: nn.Module, config: Config, topology: Topology, device: torch.device) -> None:
-        self.config, self.topology, self.device = config, topology, device
+    def __init__(
+        self, module: nn.Module, config: Config, topology: Topology, tp: TensorGroup, device: torch.device
+    ) -> None:
+        self.config, self.topology, self.tp, self.device = config, topology, tp, device
         optimizer = build_optimizer(module, config.optimizer, device.type)
         with contextlib.redirect_stdout(io.StringIO()):  # its optimizers print their memory with print()
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,
                 config=deepspeed_config(config, topology.dp_size),
+                mpu=self._mpu(),
                 dist_init_required=False,
             )
         self.clipper: GradientClipper | None = None
         if config.parallel.zero_stage == 0:
-            pipe_group = module._grid.get_pipe_parallel_group() if topology.pp_size > 1 else None
-            self.clipper = GradientClipper(module.parameters(), config.optimizer.gradient_clipping, pipe_group)
+            model_group = module._grid.get_model_parallel_group()  # all stages and tensor ranks of one replica
+            self.clipper = GradientClipper(
+                module.parameters(), config.optimizer.gradient_clipping, model_group, counts_replicated=tp.rank == 0
+            )
             optimizer.register_step_pre_hook(self.clipper)
         if config.training.compile:
             self._compile()
@@ -82,16 +90,13 @@ class Engine:
         """Global norm of the last step's gradient, before clipping."""
         return self.clipper.norm if self.clipper else float(self.deepspeed.get_global_grad_norm())
 
-    def close(self) -> None:
-        """Free DeepSpeed's buffers and hooks (its destroy() leaves the forward hooks on the module)."""
-        for hook in (self.deepspeed.module_forward_pre_hook, self.deepspeed.module_forward_post_hook):
-            if hook is not None:
-                hook.remove()
-        self.deepspeed.destroy()
+    def _mpu(self) -> Any:
+        """DeepSpeed's view of the groups, where the module does not bring it."""
+        return None
 
     def _compile(self) -> None:
         for module in self.module.modules():
-            if type(module).__name__ == "Block":
+            if isinstance(module, Block):
                 module.compile()
 
 
@@ -99,8 +104,9 @@ class PipelineEngine(Engine):
     """ZeRO 0 and 1, any number of stages."""
 
     def __init__(self, config: Config, topology: Topology, device: torch.device) -> None:
-        loss = torch.compile(cross_entropy) if config.training.compile else cross_entropy
-        super().__init__(GPTPipeline(config, topology, loss), config, topology, device)
+        tp = make_tensor_group(topology)
+        module = GPTPipeline(config, topology, tp, make_loss(config, tp))
+        super().__init__(module, config, topology, tp, device)
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(self.module.canonical_name(name), p) for name, p in self.module.named_parameters()]
@@ -117,8 +123,9 @@ class PlainEngine(Engine):
     """ZeRO 2 and 3, one stage."""
 
     def __init__(self, config: Config, topology: Topology, device: torch.device) -> None:
-        super().__init__(build_gpt(config), config, topology, device)
-        self.loss = torch.compile(cross_entropy) if config.training.compile else cross_entropy
+        tp = make_tensor_group(topology)
+        super().__init__(build_gpt(config, tp), config, topology, tp, device)
+        self.loss = make_loss(config, tp)
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self.module.named_parameters())
@@ -147,8 +154,11 @@ class PlainEngine(Engine):
         return self.loss(self.deepspeed(batch.ids.to(self.device)), batch.labels.to(self.device))
 
     def _mean(self, value: Tensor) -> float:
-        dist.all_reduce(value)
-        return float(value / self.topology.dp_size)
+        dist.all_reduce(value)  # the ranks of a tensor-parallel group have the same loss
+        return float(value / self.topology.world_size)
+
+    def _mpu(self) -> Any:
+        return PipelineParallelGrid(topology=deepspeed_topology(self.topology))
 
 
 def build_engine(config: Config, topology: Topology, device: torch.device) -> Engine:

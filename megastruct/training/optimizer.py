@@ -30,17 +30,24 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device_type: str)
 
 
 class GradientClipper:
-    """Global-norm clipping of plain (unpartitioned) gradients over the stages of a pipeline; keeps the last norm.
+    """Global-norm clipping of plain (unpartitioned) gradients over the ranks of one replica; keeps the last norm.
 
     Hooked before the optimizer's step where ZeRO is off: there DeepSpeed clips by a norm that misses the unmarked
     parameters of all stages but the first (`clip_grad_norm_` in deepspeed/runtime/utils.py).
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], max_norm: float, pipe_group: Any | None) -> None:
-        # A tied weight has a copy on another stage, with the same summed gradient: it counts once.
-        parameters = list(parameters)
-        self.counted = [p for p in parameters if not getattr(p, "ds_pipe_replicated", False)]
-        self.parameters, self.max_norm, self.pipe_group = parameters, max_norm, pipe_group
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], max_norm: float, model_group: Any, counts_replicated: bool
+    ) -> None:
+        """`counts_replicated`: whether this tensor-parallel rank is the one that counts what all of them hold."""
+        self.parameters, self.max_norm, self.model_group = list(parameters), max_norm, model_group
+        # A tied weight has a copy on another stage, with the same summed gradient: it counts once, too.
+        self.counted = [
+            p
+            for p in self.parameters
+            if not getattr(p, "ds_pipe_replicated", False)
+            and (counts_replicated or getattr(p, "tensor_model_parallel", False))
+        ]
         self.norm = 0.0
 
     @torch.no_grad()
@@ -48,8 +55,7 @@ class GradientClipper:
         squares = [p.grad.float().square().sum() for p in self.counted if p.grad is not None]
         device = self.parameters[0].device
         total = torch.stack(squares).sum() if squares else torch.zeros((), device=device)
-        if self.pipe_group is not None:
-            dist.all_reduce(total, group=self.pipe_group)
+        dist.all_reduce(total, group=self.model_group)
         self.norm = float(total.sqrt())
         if self.max_norm and self.norm > self.max_norm:
             for p in self.parameters:

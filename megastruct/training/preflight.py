@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
+from megastruct.config.checks import check_batch
 from megastruct.config.schema import Config
 from megastruct.data import open_data
 from megastruct.data.text_data import TextData
@@ -11,13 +15,39 @@ from megastruct.parallel.topology import Topology
 from megastruct.training.run_folder import check_run_folder
 
 Data = TokenData | TextData
+T = TypeVar("T")
 
 
 def preflight(config: Config, world_size: int) -> tuple[Topology, Data]:
-    """Check layout, data and run folder for `world_size` processes. Raises UserError with what is wrong."""
-    topology = Topology.of_world(world_size, config.parallel.pp, config.parallel.dp)
-    _check_batch(config, topology.dp_size)
-    data = open_data(
+    """Check layout, batch, data and run folder for `world_size` processes.
+
+    Raises UserError with all that is wrong.
+    """
+    problems: list[Problem] = []
+    topology = _collect(
+        problems, lambda: Topology.of_world(world_size, config.parallel.pp, config.parallel.dp, config.parallel.tp)
+    )
+    if topology:
+        problems += check_batch(config, topology.dp_size)
+    data = _collect(problems, lambda: _open(config))
+    if data and topology and not problems:
+        _collect(problems, lambda: _check_held_out(config, data, topology))
+        _collect(problems, lambda: check_run_folder(config, data.describe()))
+    if problems or topology is None or data is None:
+        raise UserError(problems)
+    return topology, data
+
+
+def _collect(problems: list[Problem], function: Callable[[], T]) -> T | None:
+    try:
+        return function()
+    except UserError as error:
+        problems += error.problems
+        return None
+
+
+def _open(config: Config) -> Data:
+    return open_data(
         config.data.kind,
         config.data.path,
         config.data.tokenizer,
@@ -28,25 +58,8 @@ def preflight(config: Config, world_size: int) -> tuple[Topology, Data]:
         validation_fraction=config.data.validation_fraction,
         num_streams=config.data.num_streams,
     )
+
+
+def _check_held_out(config: Config, data: Data, topology: Topology) -> None:
     if isinstance(data, TokenData) and config.evaluation.num_samples:  # text would have to be read for it
         data.validation_batches(config.evaluation.num_samples, config.training.micro_batch_size, 0, topology.dp_size)
-    check_run_folder(config, data.describe())
-    return topology, data
-
-
-def _check_batch(config: Config, dp_size: int) -> None:
-    share = config.training.micro_batch_size * dp_size
-    problems = [
-        Problem(
-            key,
-            f"{value} is no multiple of micro_batch_size {config.training.micro_batch_size} x {dp_size} replicas",
-            f"{key}={max(share, value // share * share)}",
-        )
-        for key, value in (
-            ("training.global_batch_size", config.training.global_batch_size),
-            ("evaluation.num_samples", config.evaluation.num_samples),
-        )
-        if value % share
-    ]
-    if problems:
-        raise UserError(problems, headline=f"{dp_size} replicas do not divide the batch")

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from megastruct.checkpoint.sharded import ShardedTensor
 from megastruct.checkpoint.store import latest_checkpoint, load_state, load_tensors, save_checkpoint
+from megastruct.config.schema import Config
+from megastruct.errors import Problem, UserError
 from megastruct.training.engine import Engine
-from megastruct.training.run_folder import checkpoints_folder
+from megastruct.training.run_folder import checkpoints_folder, finished_steps
 from megastruct.training.state import ParameterState, capture, restore
 
 KINDS = tuple(field.name for field in fields(ParameterState))
@@ -21,7 +24,12 @@ KINDS = tuple(field.name for field in fields(ParameterState))
 
 def save(engine: Engine, step: int, cursor: np.ndarray, state: dict[str, Any]) -> Path:
     """Write `step`'s checkpoint from all ranks. `cursor`: the whole run's (`gather_cursor`)."""
-    tensors = {f"{kind}.{name}": getattr(s, kind) for name, s in capture(engine).items() for kind in KINDS}
+    parameters = dict(engine.named_parameters())
+    tensors = {
+        f"{kind}.{name}": _global(engine, parameters[name], getattr(captured, kind))
+        for name, captured in capture(engine).items()
+        for kind in KINDS
+    }
     config = engine.config
     state = {"step": step, "cursor": cursor.tolist(), "layout": config.parallel.model_dump(), **state}
     return save_checkpoint(checkpoints_folder(config), step, tensors, state, config.checkpoint.keep)
@@ -33,12 +41,42 @@ def resume(engine: Engine) -> tuple[int, np.ndarray | None]:
     if folder is None:
         return 0, None
     state = load_state(folder)
-    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.named_parameters()}
-    tensors: dict[str, Tensor] = {f"{kind}.{n}": torch.empty(shape) for n, shape in shapes.items() for kind in KINDS}
+    local = {
+        name: ParameterState(*(torch.empty(getattr(p, "ds_shape", p.shape)) for _ in KINDS))
+        for name, p in engine.named_parameters()
+    }
+    tensors = {
+        f"{kind}.{name}": _global(engine, p, getattr(local[name], kind))
+        for name, p in engine.named_parameters()
+        for kind in KINDS
+    }
     load_tensors(folder, tensors)
-    parameters = {name: ParameterState(*(tensors[f"{kind}.{name}"] for kind in KINDS)) for name in shapes}
-    restore(engine, parameters, state["step"])
+    restore(engine, local, state["step"])
     return state["step"], np.array(state["cursor"], dtype=np.int64)
+
+
+def _global(engine: Engine, parameter: nn.Parameter, local: Tensor) -> Tensor:
+    """`local` under the global form of its parameter: a view that knows its place, where ranks hold parts."""
+    spec = getattr(parameter, "shard_spec", None)
+    if spec is None:
+        return local
+    shape = parameter.global_shape  # type: ignore[attr-defined]
+    return ShardedTensor.of(local, shape, spec.boxes(shape, engine.tp.rank))
+
+
+def agreed_finished_steps(config: Config, device: torch.device) -> int:
+    """Steps of the newest checkpoint, after all ranks have found the same. Collective.
+
+    Raises UserError on all ranks if they have not: they would wait for each other until the group's time is out.
+    """
+    own = torch.tensor([finished_steps(config)], device=device)
+    steps = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(steps, own)
+    found = sorted({int(step) for step in steps})
+    if len(found) > 1:
+        message = f"the newest checkpoint is another one on different ranks: steps {found}"
+        raise UserError(Problem("run.folder", message, "a folder on a file system that all nodes share"))
+    return found[0]
 
 
 def gather_cursor(engine: Engine, cursor: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:

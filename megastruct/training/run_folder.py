@@ -5,10 +5,10 @@ runs/NAME/  config.yaml  environment.json  data.json  tokenizer.model  metrics.j
 
 from __future__ import annotations
 
+import fcntl
 import json
-import shutil
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megastruct.checkpoint.store import latest_checkpoint
 from megastruct.config.compare import changes_of_the_run
@@ -21,6 +21,7 @@ CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 DATA_FILE = "data.json"
 TOKENIZER_FILE = "tokenizer.model"
+LOCK_FILE = ".lock"
 
 
 def run_folder(config: Config) -> Path:
@@ -38,14 +39,15 @@ def finished_steps(config: Config) -> int:
 
 
 def check_run_folder(config: Config, data: dict[str, Any]) -> None:
-    """Raises UserError if the folder holds a run of another config or other data."""
+    """Raises UserError if the folder cannot be written, is in use, or holds a run of another config or other data."""
     folder = run_folder(config)
+    lock_run_folder(config).close()
     if not (folder / CONFIG_FILE).exists():
         return
     changes = changes_of_the_run(load_config(folder / CONFIG_FILE), config)
     problems = [Problem(path, f"{new!r}, but the run was started with {old!r}") for path, old, new in changes]
     if (folder / DATA_FILE).exists():
-        before = json.loads((folder / DATA_FILE).read_text(encoding="utf-8"))
+        before = _read_description(folder / DATA_FILE)
         problems += [
             Problem(f"data ({key})", f"{data.get(key)!r}, but the run was started with {value!r}")
             for key, value in before.items()
@@ -58,11 +60,40 @@ def check_run_folder(config: Config, data: dict[str, Any]) -> None:
         )
 
 
+def lock_run_folder(config: Config) -> IO[str]:
+    """Make the folder and take its lock, which is held until the returned file is closed or the process ends.
+
+    Raises UserError if the folder cannot be written or another process trains in it.
+    """
+    folder = run_folder(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK_FILE).open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(Problem("run.folder", f"{folder}: {error.strerror}", "run.folder=runs")) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        found = f"another process trains in {folder}"
+        raise UserError(Problem("run.name", found, f"wait for it, or run.name={config.run.name}-2")) from None
+    return lock
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(Problem(str(path), f"no valid JSON: {error}", "remove the file")) from None
+
+
 def write_run_folder(config: Config, data: dict[str, Any], tokenizer: Path) -> dict[str, str]:
     """Write the descriptions and copy the tokenizer, on rank 0; returns them as title -> text for TensorBoard."""
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(tokenizer, folder / TOKENIZER_FILE)
+    aside = folder / f".{TOKENIZER_FILE}.writing"
+    aside.write_bytes(tokenizer.read_bytes())  # which may be the file in this folder
+    aside.replace(folder / TOKENIZER_FILE)
     texts = {
         CONFIG_FILE: dump_config(config),
         ENVIRONMENT_FILE: json.dumps(describe_environment(), indent=1),

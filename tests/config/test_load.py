@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from configs import tiny_config
 from megastruct.config import load_config
+from megastruct.config.checks import cross_field_problems
 from megastruct.config.compare import changes_of_the_run
 from megastruct.config.load import dump_config
+from megastruct.config.schema import FFNConfig
 from megastruct.errors import UserError
+from megastruct.layers import LINEARS
+from megastruct.ops.cost import STRUCTURES
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 QUICKSTART = CONFIGS / "run" / "quickstart.yaml"
@@ -78,6 +87,15 @@ def test_cross_field_problems_beside_unknown_keys() -> None:
         (["model.head_dim=7"], "model.head_dim", "model.head_dim=8"),
         (["ffn.structure=dense"], "ffn.rank", "no ffn.rank"),
         (["ffn.rank=null"], "ffn.rank", "ffn.rank=32"),
+        (["ffn.nblocks=2"], "ffn.nblocks", "no ffn.nblocks"),
+        (["ffn.structure=blockdense"], "ffn.nblocks", "ffn.nblocks=4"),
+        (["ffn.structure=blockdense", "ffn.nblocks=2", "ffn.rank=null"], "ffn.rank", "ffn.rank=32"),
+        (["ffn.structure=blockdense", "ffn.nblocks=8", "ffn.rank=30"], "ffn.rank", "ffn.rank=32"),
+        (["ffn.structure=blockdense", "ffn.nblocks=3"], "ffn.nblocks", "ffn.nblocks=2"),
+        (["ffn.structure=blockdense", "ffn.nblocks=2", "ffn.rank=129"], "ffn.rank", "ffn.rank=64"),
+        (["ffn.structure=blockshuffle", "ffn.rank=null"], "ffn.nblocks", "ffn.nblocks=4"),
+        (["ffn.structure=blockshuffle", "ffn.nblocks=4"], "ffn.rank", "no ffn.rank"),
+        (["ffn.structure=blockshuffle", "ffn.rank=null", "ffn.nblocks=48"], "ffn.nblocks", "ffn.nblocks=32"),
         (["nonsense"], "nonsense", "section.key=value"),
         (["parallel.zero_stage=4"], "parallel.zero_stage", "less than or equal to 3"),
         (["run.name=../elsewhere"], "run.name", "match pattern"),
@@ -98,6 +116,33 @@ def test_suggestions_of_checks_work() -> None:
     ]:
         assert any(fix in text for text in problems(QUICKSTART, bad).values())
         load_config(QUICKSTART, [fix])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    structure=st.sampled_from(sorted(STRUCTURES)),
+    rank=st.none() | st.integers(1, 40),
+    nblocks=st.none() | st.integers(1, 40),
+    hidden_size=st.sampled_from([8, 12, 16, 30]),
+    ffn_hidden_size=st.sampled_from([6, 16, 36, 45]),
+)
+def test_suggestions_for_the_ffn_work_together(
+    structure: str, rank: int | None, nblocks: int | None, hidden_size: int, ffn_hidden_size: int
+) -> None:
+    model = {"hidden_size": hidden_size, "ffn_hidden_size": ffn_hidden_size, "num_attention_heads": 1, "head_dim": 8}
+    ffn: dict[str, object] = {"structure": structure, "rank": rank, "nblocks": nblocks}
+    for problem in cross_field_problems(tiny_config(model=model, ffn=ffn)):
+        key, value = re.findall(r"ffn\.(\w+)=(\w+)", problem.suggestion)[-1]
+        assert problem.where == f"ffn.{key}"
+        ffn[key] = None if value == "null" else int(value)
+    config = tiny_config(model=model, ffn=ffn)
+    assert cross_field_problems(config) == []
+    assert set(config.ffn.sizes) == {key for key in ("rank", "nblocks") if ffn[key] is not None}
+
+
+def test_every_structure_can_be_chosen() -> None:
+    field = FFNConfig.model_fields["structure"]
+    assert set(get_args(field.annotation)) == set(STRUCTURES) == set(LINEARS)
 
 
 def test_missing_file_names_a_close_one() -> None:

@@ -24,7 +24,7 @@ def batches(config: Config, topology: Topology, first_step: int = 0) -> Iterator
         generator = torch.Generator().manual_seed(step)
         shape = (training.global_batch_size, training.seq_length + 1)
         rows = torch.randint(0, config.model.vocab_size, shape, generator=generator)
-        replica = topology.dp_rank(dist.get_rank())
+        replica = topology.dp_rank(dist.get_rank() if dist.is_initialized() else 0)
         for micro_batch in deal(0, training.global_batch_size, training.micro_batch_size, replica, topology.dp_size):
             yield Batch(rows[micro_batch, :-1], rows[micro_batch, 1:])
 
@@ -77,3 +77,12 @@ def resume_half_way(config: Config, topology: Topology) -> list[tuple[float, flo
     step, cursor = resume(engine)
     assert cursor is not None and cursor.tolist() == [[step]]
     return train_steps(engine, step, config.training.total_steps)
+
+
+def evaluate_resumed(config: Config, topology: Topology) -> float:
+    """Load what `save_half_way` saved; the loss of the first micro-batch that would be trained on."""
+    from megastruct.training.resume import resume
+
+    engine = build_engine(config, topology, CPU)
+    step, _ = resume(engine)
+    return engine.evaluate([next(batches(config, topology, first_step=step))], 1)

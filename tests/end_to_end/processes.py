@@ -46,13 +46,28 @@ def start_and_kill(run: Path, step: int, *arguments: Any) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 240
-    while last_step(run) < step:
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    _wait_for_step(process, run, step)
     os.killpg(process.pid, 9)
     process.wait()
+
+
+def start_and_terminate(run: Path, step: int, *arguments: Any) -> tuple[int, str]:
+    """Run until `step` is in the metrics, then SIGTERM the starting process alone: (exit code, stderr)."""
+    command = [sys.executable, "-m", "megastruct.start", *map(str, arguments)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **pipes)
+    _wait_for_step(process, run, step)
+    process.terminate()
+    _, stderr = process.communicate(timeout=120)
+    return process.returncode, stderr
+
+
+def _wait_for_step(process: subprocess.Popen[Any], run: Path, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while last_step(run) < step:
+        assert process.poll() is None, "the run ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def last_step(run: Path) -> int:

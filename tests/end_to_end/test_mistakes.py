@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed
 
+from megastruct import start as start_module
 from megastruct.start import main
 from processes import Corpus, run_tool, start
 
 
 def message(capsys: Any, *arguments: Any) -> str:
     """The message of a start that must fail before anything is started."""
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        patch.setattr(start_module, "run_launcher", lambda *_: pytest.fail("processes were started"))
         main([str(argument) for argument in arguments])
     assert exit_.value.code == 2
-    assert not torch.distributed.is_initialized()
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ")
     return captured.err
@@ -40,9 +40,15 @@ def test_many_mistakes_in_one_message(config: Path, capsys: Any) -> None:
         (["model.vocab_size=100"], ["model.vocab_size", "320"]),
         (["parallel.pp=2", "--num-gpus", "3"], ["parallel.pp", "3 processes", "pipelines of 2"]),
         (["parallel.dp=2", "--num-gpus", "3"], ["parallel.dp", "2 processes, 3 were started"]),
-        (["--num-gpus", "3"], ["training.global_batch_size", "3 replicas", "=6"]),
+        (["--num-gpus", "3"], ["training.global_batch_size", "dp 3", "=12"]),
         (["evaluation.num_samples=8000"], ["evaluation.num_samples", "8000"]),
         (["--hostfile", "nowhere"], ["--hostfile", "slots"]),
+        (["--num-gpus", "0"], ["--num-gpus", "less than 1"]),
+        (["--node-rank", "1"], ["--node-rank", "without --hostfile"]),
+        (["hardware.device=cuda"], ["hardware.device", "hardware.device=auto"]),
+        (["run.folder=/dev/null/x"], ["run.folder", "run.folder=runs"]),
+        (["parallel.tp=3"], ["model.num_attention_heads", "training.seq_length=33", "model.ffn_hidden_size=63"]),
+        (["--num-gpus", "3", "data.path=nowhere"], ["training.global_batch_size", "data.path"]),
     ],
 )
 def test_impossible_starts(config: Path, capsys: Any, overrides: list[str], parts: list[str]) -> None:
@@ -111,3 +117,40 @@ def test_a_run_folder_of_another_config(config: Path, tmp_path: Path, capsys: An
     text = message(capsys, config, "optimizer.learning_rate=0.5", "run.seed=3")
     assert "optimizer.learning_rate: 0.5" in text and "run.seed: 3" in text and "run.name=test-2" in text
     assert (run / "metrics.jsonl").read_text() == json.dumps({"step": 1}) + "\n"
+
+
+def test_hostfiles(config: Path, tmp_path: Path, capsys: Any) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node1 slots=2\nnode2 slots=none\n")
+    assert f"{hosts}:2" in message(capsys, config, "--hostfile", hosts)
+    hosts.write_text("node1 slots=2\n# spare\nnode2 slots=1\n")
+    assert "names 2 hosts" in message(capsys, config, "--hostfile", hosts, "--node-rank", 2, "--master-addr", "x")
+    assert "--master-addr" in message(capsys, config, "--hostfile", hosts, "--node-rank", 1)
+    # all checks of a local start, for the processes of all nodes
+    assert "micro_batch_size 2 x dp 3" in message(capsys, config, "--hostfile", hosts)
+    assert "data.path" in message(capsys, config, "--hostfile", hosts, "data.path=nowhere")
+
+
+def test_a_folder_in_use(config: Path, capsys: Any) -> None:
+    from megastruct.config import load_config
+    from megastruct.training.run_folder import lock_run_folder
+
+    with lock_run_folder(load_config(config)):
+        assert "another process trains in" in message(capsys, config)
+
+
+def test_divergence_ends_the_run_and_keeps_the_checkpoint(config: Path, tmp_path: Path) -> None:
+    first = start(config, "training.num_steps=6", "optimizer.learning_rate=1e30", "schedule.warmup_fraction=0.0")
+    assert first.returncode == 2 and "gradient norm" in first.stderr and "Traceback" not in first.stderr
+    assert not list((tmp_path / "runs" / "test" / "checkpoints").glob("step_*6"))
+
+
+def test_a_damaged_checkpoint_is_named(config: Path, tmp_path: Path) -> None:
+    assert start(config, "checkpoint.interval_steps=6").returncode == 0
+    folder = tmp_path / "runs" / "test" / "checkpoints"
+    shutil.rmtree(folder / "step_00000012")
+    file = next((folder / "step_00000006").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:1000])
+    result = start(config, "checkpoint.interval_steps=6")
+    assert result.returncode == 2 and str(folder / "step_00000006") in result.stderr
+    assert "Traceback" not in result.stderr

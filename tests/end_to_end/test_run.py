@@ -7,13 +7,24 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from megastruct.config import load_config
 from megastruct.metrics.writers import TENSORBOARD_TAGS
-from processes import ROOT, Corpus, environment, losses, read_metrics, start, start_and_kill
+from processes import (
+    ROOT,
+    Corpus,
+    environment,
+    last_step,
+    losses,
+    read_metrics,
+    start,
+    start_and_kill,
+    start_and_terminate,
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +98,7 @@ def test_torchrun_gives_the_same_run(config: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["tokens", "text"])
 def test_killed_and_resumed_is_the_undisturbed_run(config: Path, tmp_path: Path, corpus: Corpus, kind: str) -> None:
-    """Bit for bit, killed at two moments: between checkpoints, and right after the first one."""
+    """Bit for bit, killed three times: before the first checkpoint, between two, and about when one is written."""
     arguments = [config, "parallel.dp=2" if kind == "text" else "parallel.pp=2"]
     if kind == "text":
         arguments += ["data.kind=text", f"data.path={corpus.text}", f"data.tokenizer={corpus.tokenizer}"]
@@ -95,6 +106,7 @@ def test_killed_and_resumed_is_the_undisturbed_run(config: Path, tmp_path: Path,
     result = start(*arguments, "run.name=undisturbed")
     assert result.returncode == 0, result.stderr
     run = tmp_path / "runs" / "killed"
+    start_and_kill(run, 1, *arguments, "run.name=killed")
     start_and_kill(run, 5, *arguments, "run.name=killed")
     start_and_kill(run, 9, *arguments, "run.name=killed")
     result = start(*arguments, "run.name=killed")
@@ -103,3 +115,12 @@ def test_killed_and_resumed_is_the_undisturbed_run(config: Path, tmp_path: Path,
     assert losses(run) == losses(tmp_path / "runs" / "undisturbed")
     if kind == "text":
         assert read_metrics(run)[-1]["skipped_documents"] > 0
+
+
+def test_terminated_start_ends_all_ranks_and_resumes(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "test"
+    code, stderr = start_and_terminate(run, 4, config, "training.num_steps=4000")
+    assert code != 0 and "the same command resumes" in stderr
+    steps = last_step(run)
+    time.sleep(3)
+    assert last_step(run) == steps, "ranks are still training"

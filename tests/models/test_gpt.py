@@ -13,7 +13,7 @@ from configs import tiny_config
 from megastruct.config.schema import Config
 from megastruct.models.gpt import GPT, build_gpt
 from megastruct.models.loss import cross_entropy
-from megastruct.models.pipeline import balanced_stages
+from megastruct.models.stages import balanced_stages
 
 VARIANTS = {
     "paper": {},
@@ -23,7 +23,32 @@ VARIANTS = {
     },
     "gqa_narrow_attention": {"model": {"num_key_value_heads": 2, "head_dim": 6}},
     "one_key_value_head": {"model": {"num_key_value_heads": 1}},
+    "blockdense": {"ffn": {"structure": "blockdense", "nblocks": 4, "rank": 8}},
+    "blockshuffle": {"ffn": {"structure": "blockshuffle", "nblocks": 4, "rank": None}},
+    "blockshuffle_swiglu": {
+        "ffn": {"structure": "blockshuffle", "nblocks": 2, "rank": None},
+        "model": {"activation": "swiglu", "bias": False},
+    },
 }
+
+
+def dense_weight(w: dict[str, Tensor], name: str) -> Tensor:
+    """[M, N], structured ones multiplied out from their definition with matrices of the whole size."""
+    if f"{name}.weight" in w:
+        return w[f"{name}.weight"]
+    v, u = w[f"{name}.v"], w[f"{name}.u"]
+    if v.ndim == 2:
+        return u @ v
+    if u.ndim == 2:
+        return u @ torch.block_diag(*v)
+    nblocks = len(u)
+
+    def shuffle(features: int) -> Tensor:  # row l * (features / B) + r picks feature r * B + l
+        order = [r * nblocks + block for block in range(nblocks) for r in range(features // nblocks)]
+        return torch.eye(features, dtype=v.dtype)[order]
+
+    inner, outer = shuffle(u.shape[2] * nblocks), shuffle(u.shape[1] * nblocks)
+    return outer.T @ torch.block_diag(*u) @ inner @ torch.block_diag(*v)
 
 
 def plain_model(config: Config, w: dict[str, Tensor], ids: Tensor) -> Tensor:
@@ -32,8 +57,7 @@ def plain_model(config: Config, w: dict[str, Tensor], ids: Tensor) -> Tensor:
     dh, heads, kv_heads = m.attention_head_dim, m.num_attention_heads, m.kv_heads
 
     def linear(x: Tensor, name: str) -> Tensor:
-        weight = w[f"{name}.weight"] if f"{name}.weight" in w else w[f"{name}.u"] @ w[f"{name}.v"]
-        y = x @ weight.T
+        y = x @ dense_weight(w, name).T
         return y + w[f"{name}.bias"] if m.bias else y
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -63,7 +87,7 @@ def plain_model(config: Config, w: dict[str, Tensor], ids: Tensor) -> Tensor:
         x = x + linear(torch.cat(outs, -1), f"{block}.attention.out")
         y = linear(norm(x, f"{block}.mlp_norm"), f"{block}.mlp.fc1")
         if m.activation == "swiglu":
-            gate, value = y[:, : m.ffn_hidden_size], y[:, m.ffn_hidden_size :]
+            gate, value = y[:, 0::2], y[:, 1::2]
             y = gate * torch.sigmoid(gate) * value
         else:
             y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))

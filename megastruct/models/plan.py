@@ -1,0 +1,171 @@
+"""What a config will cost, before anything is started: parameters, FLOPs, memory, traffic, and what looks unwise.
+
+Arithmetic alone: no device, no process group, no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import gcd, lcm
+from typing import Any
+
+from megastruct.config.schema import Config, FFNConfig
+from megastruct.errors import Problem, UserError
+from megastruct.models.cost import (
+    ffn_parameters,
+    forward_flops_by_part,
+    forward_flops_per_token,
+    guided_fraction,
+    total_parameters,
+    training_flops_per_token,
+)
+from megastruct.models.memory import memory_bytes
+from megastruct.models.stages import Stage, pipeline_stages
+from megastruct.models.traffic import micro_batches_per_step, traffic_bytes
+from megastruct.ops.cost import STRUCTURES
+from megastruct.parallel.sizes import nearest_multiple
+from megastruct.parallel.topology import Topology
+
+TILE = 128  # the width of a tile of a GPU's matrix product
+UNBALANCED = 1.15  # largest stage over the mean
+LONG_BUBBLE = 0.2  # share of the time that a pipeline's stages idle
+GRANULES = (TILE, 64, 32, 16, 8, 4, 2, 1)
+
+
+def make_plan(config: Config, num_devices: int | None = None, dense: Config | None = None) -> dict[str, Any]:
+    """The plan as plain values (JSON); its `memory_bytes` are those of the fullest stage.
+
+    `num_devices` None: what pp, tp and dp of the config ask for. `dense`: the model whose FLOPs a self-guided run shall
+    match, if not the same one with dense FFNs.
+    Raises UserError if the devices do not divide into the layout, or the batch not into the devices.
+    """
+    parallel = config.parallel
+    if num_devices is None:
+        num_devices = parallel.pp * parallel.tp * (parallel.dp or 1)
+    if num_devices < 1:
+        raise UserError(Problem("--num-gpus", f"{num_devices} devices", f"--num-gpus {parallel.pp * parallel.tp}"))
+    topology = Topology.of_world(num_devices, parallel.pp, parallel.dp, parallel.tp)
+    _check_batch(config, topology.dp_size)
+    stages = pipeline_stages(config)
+    described = [_stage(config, stage, topology.dp_size) for stage in stages]
+    forward, tokens = forward_flops_per_token(config), total_tokens(config)
+    return {
+        "name": config.run.name,
+        "parameters": total_parameters(config),
+        "ffn_parameters": ffn_parameters(config),
+        "ffn": {"structure": config.ffn.structure, **config.ffn.sizes, "share": ffn_share(config, config.ffn)},
+        "tokens": tokens,
+        "forward_flops_per_token": forward,
+        "training_flops": training_flops_per_token(config) * tokens,
+        "flops_share": {part: flops / forward for part, flops in forward_flops_by_part(config).items()},
+        "guided_fraction": guided_fraction(config, dense),
+        "layout": {"devices": num_devices, "pp": topology.pp_size, "dp": topology.dp_size, "tp": topology.tp_size},
+        "micro_batches_per_step": micro_batches_per_step(config, topology.dp_size),
+        "memory_bytes": max(described, key=lambda stage: stage["total_memory_bytes"])["memory_bytes"],
+        "stages": described,
+        "warnings": list(warnings(config, stages, topology.dp_size)),
+    }
+
+
+def total_tokens(config: Config) -> int:
+    return config.training.num_tokens or config.training.total_steps * config.training.tokens_per_step
+
+
+def ffn_share(config: Config, ffn: FFNConfig) -> float:
+    """Weights of a structured block's FFN as a share of the dense one's: the paper's 63 % and 32 %."""
+    model, weights = config.model, STRUCTURES[ffn.structure].weights
+    shapes = ((model.hidden_size, model.fc1_out_features), (model.ffn_hidden_size, model.hidden_size))
+    return sum(weights(n, m, **ffn.sizes) for n, m in shapes) / sum(n * m for n, m in shapes)
+
+
+def suggest(config: Config, share: float) -> list[dict[str, Any]]:
+    """For every structure the sizes nearest to a share of the dense FFN's weights, as {key: value} of overrides.
+
+    A rank is the nearest multiple of 128 if that comes within 5 % of the share, else of 64, 32 ... BlockDense keeps
+    the config's number of blocks, or has 4. Raises UserError for a share that is none.
+    """
+    if not 0.0 < share < 1.0:
+        raise UserError(Problem("--ffn-share", f"{share:g} is not between 0 and 1", "--ffn-share 0.32"))
+    common = gcd(config.model.hidden_size, config.model.ffn_hidden_size)
+    divisors = [blocks for blocks in range(1, common + 1) if common % blocks == 0]
+    blocks = config.ffn.nblocks or min(divisors, key=lambda number: abs(number - 4))
+    shuffles = [FFNConfig(structure="blockshuffle", nblocks=number) for number in divisors]
+    found = [
+        _nearest_rank(config, share, FFNConfig(structure="lowrank", rank=1)),
+        _nearest_rank(config, share, FFNConfig(structure="blockdense", rank=blocks, nblocks=blocks)),
+        min(shuffles, key=lambda ffn: abs(ffn_share(config, ffn) - share)),
+    ]
+    return [{"structure": ffn.structure, **ffn.sizes, "share": ffn_share(config, ffn)} for ffn in found]
+
+
+def _nearest_rank(config: Config, share: float, smallest: FFNConfig) -> FFNConfig:
+    """`smallest` with the rank that comes nearest; the share is proportional to the rank."""
+    assert smallest.rank is not None
+    exact = share / ffn_share(config, smallest) * smallest.rank
+    full_rank = min(config.model.hidden_size, config.model.ffn_hidden_size)
+    for granule in GRANULES:
+        rank = nearest_multiple(round(exact), lcm(granule, smallest.nblocks or 1))
+        if rank <= full_rank and abs(rank / exact - 1) <= 0.05:
+            break
+    return smallest.model_copy(update={"rank": min(rank, full_rank)})
+
+
+def warnings(config: Config, stages: list[Stage], dp_size: int) -> Iterator[str]:
+    """What works but is slower or larger than it need be, each with a way out."""
+    yield from _width_warnings(config)
+    if config.ffn.structure != "dense" and ffn_share(config, config.ffn) >= 1.0:
+        yield f"the {config.ffn.structure} FFN costs as much as the dense one: a smaller rank or more blocks would pay"
+    pp, flops = config.parallel.pp, [stage.forward_flops for stage in stages]
+    excess = max(flops) * len(flops) / sum(flops)
+    if excess > UNBALANCED:
+        where = f"stage {flops.index(max(flops))} has {excess:.2f} times the mean stage's FLOPs"
+        yield f"{where}: the others wait; fewer stages than parallel.pp={pp} balance better"
+    micro_batches = micro_batches_per_step(config, dp_size)
+    idle = (pp - 1) / (micro_batches + pp - 1)
+    if idle > LONG_BUBBLE:
+        where = f"{micro_batches} micro-batches per step leave {pp} stages idle {idle:.0%} of the time"
+        yield f"{where}: a smaller training.micro_batch_size or fewer replicas help"
+    if config.parallel.tp > 1:
+        yield "memory and traffic of tensor parallelism are not counted: memory is that of the unsharded stage"
+
+
+def _width_warnings(config: Config) -> Iterator[str]:
+    """Widths that fill no whole tiles, in models large enough for it to matter."""
+    model, ffn = config.model, config.ffn
+    if model.hidden_size < 4 * TILE:
+        return
+    for where, value in (("ffn.rank", ffn.rank or TILE), ("model.vocab_size", model.vocab_size)):
+        if value % TILE:
+            nearest = nearest_multiple(value, TILE)
+            yield f"{where} = {value} is no multiple of {TILE}: tiles stay half empty; try {where}={nearest}"
+    if ffn.nblocks:
+        width = (ffn.rank or model.hidden_size) // ffn.nblocks
+        if width % (TILE // 2):
+            yield f"ffn.nblocks = {ffn.nblocks} leaves blocks of width {width}, no multiple of {TILE // 2}: try fewer"
+
+
+def _stage(config: Config, stage: Stage, dp_size: int) -> dict[str, Any]:
+    memory = memory_bytes(config, stage, dp_size)
+    return {
+        "stage": stage.index,
+        "layers": [stage.layers[0].name, stage.layers[-1].name],
+        "parameters": stage.parameters,
+        "flops_share": stage.forward_flops / forward_flops_per_token(config),
+        "memory_bytes": memory,
+        "total_memory_bytes": sum(memory.values()),
+        "traffic_bytes_per_step": traffic_bytes(config, stage, dp_size),
+    }
+
+
+def _check_batch(config: Config, dp_size: int) -> None:
+    training = config.training
+    share = training.micro_batch_size * dp_size
+    if training.global_batch_size % share:
+        raise UserError(
+            Problem(
+                "training.global_batch_size",
+                f"{training.global_batch_size} is no multiple of micro_batch_size {training.micro_batch_size} x "
+                f"{dp_size} replicas",
+                f"training.global_batch_size={nearest_multiple(training.global_batch_size, share)}",
+            )
+        )

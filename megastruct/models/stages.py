@@ -1,0 +1,67 @@
+"""Where a pipeline is cut, and what each stage then holds: arithmetic on the list of layers, nothing is built."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from megastruct.config.schema import Config
+from megastruct.models.cost import LayerCost, layer_costs
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a pipeline, with its layers and the parameters that its devices hold."""
+
+    index: int
+    layers: tuple[LayerCost, ...]
+    parameters: int
+
+    @property
+    def forward_flops(self) -> int:
+        return sum(layer.forward_flops for layer in self.layers)
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(layer.name.startswith("blocks.") for layer in self.layers)
+
+    @property
+    def has_head(self) -> bool:
+        return self.layers[-1].name == "head"
+
+
+def pipeline_stages(config: Config) -> list[Stage]:
+    """The stages of `parallel.pp`. A tied head on another stage than the embedding holds a copy of its weight."""
+    layers = layer_costs(config)
+    cuts = balanced_stages([layer.forward_flops for layer in layers], config.parallel.pp)
+    stages = []
+    for index, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        parameters = sum(layer.parameters for layer in layers[start:stop])
+        if config.model.tie_embeddings and stop == len(layers) and start > 0:
+            parameters += config.model.vocab_size * config.model.hidden_size
+        stages.append(Stage(index, tuple(layers[start:stop]), parameters))
+    return stages
+
+
+def balanced_stages(costs: list[int], num_stages: int) -> list[int]:
+    """Cut the list of layers into stages of at least one layer: boundaries [0, ..., len(costs)], length num_stages + 1.
+
+    The largest stage is as small as possible; among such cuts, the squares of the stages' costs sum to least.
+    """
+    totals = [0]
+    for cost in costs:
+        totals.append(totals[-1] + cost)
+    # best[stop] = (largest stage, sum of squares, boundaries) over the first `stop` layers
+    best: dict[int, tuple[int, int, tuple[int, ...]]] = {0: (0, 0, (0,))}
+    for stage in range(num_stages):
+        nxt: dict[int, tuple[int, int, tuple[int, ...]]] = {}
+        for stop in range(stage + 1, len(costs) - (num_stages - stage - 1) + 1):
+            options = []
+            for start, (largest, squares, cuts) in best.items():
+                if start < stop:
+                    cost = totals[stop] - totals[start]
+                    options.append((max(largest, cost), squares + cost * cost, (*cuts, stop)))
+            if options:
+                nxt[stop] = min(options)
+        best = nxt
+    return list(best[len(costs)][2])

@@ -1,0 +1,146 @@
+"""Tensor parallelism with pipelines, replicas and ZeRO: one process's run, for every structure.
+
+Layer by layer it is proven in tests/tensor_parallel (float64, every gradient); here the whole engine is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from configs import tiny_config
+from megastruct.config.schema import Config
+from megastruct.parallel.topology import Topology
+from megastruct.training.engine import build_engine
+from ranks import run_ranks
+from runs import CPU, losses, resume_half_way, save_half_way, train_steps
+
+BOUNDS = {"fp32": (2e-6, 5e-6), "bf16": (1e-2, 5e-2)}
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "dense": {"structure": "dense", "rank": None},
+    "lowrank": {"structure": "lowrank", "rank": 8},
+    "blockdense": {"structure": "blockdense", "rank": 8, "nblocks": 2},
+    "blockshuffle": {"structure": "blockshuffle", "rank": None, "nblocks": 2},
+}
+LLAMA = {"activation": "swiglu", "norm": "rmsnorm", "bias": False, "tie_embeddings": False, "vocab_size": 62}
+FEW_KV_HEADS = {"num_key_value_heads": 2, "vocab_size": 61}
+
+
+def config_for(topology: Topology, zero: int = 1, structure: str = "lowrank", **sections: Any) -> Config:
+    parallel = {"pp": topology.pp_size, "tp": topology.tp_size, "zero_stage": zero}
+    # Few micro-batches: every one costs some hundred small collectives, slow where ranks share a core.
+    sections["training"] = {"global_batch_size": 4, **sections.get("training", {})}
+    return tiny_config(parallel=parallel, ffn=STRUCTURES[structure], **sections)
+
+
+def compare(
+    topology: Topology, zero: int = 1, precision: str = "fp32", structure: str = "lowrank", **sections: Any
+) -> None:
+    sections["training"] = {"precision": precision}
+    alone = run_ranks(1, losses, config_for(Topology(1, 1), 1, structure, **sections), Topology(1, 1))[0]
+    results = run_ranks(topology.world_size, losses, config_for(topology, zero, structure, **sections), topology)
+    assert all(result == results[0] for result in results), "ranks disagree"
+    loss_bound, norm_bound = BOUNDS[precision]
+    for step, ((loss, norm), (wanted, wanted_norm)) in enumerate(zip(results[0], alone, strict=True)):
+        assert abs(loss - wanted) <= loss_bound, f"loss of step {step}"
+        assert abs(norm - wanted_norm) <= norm_bound * wanted_norm, f"gradient norm of step {step}"
+
+
+@pytest.mark.parametrize("structure", sorted(STRUCTURES))
+def test_every_structure_with_a_pipeline(structure: str) -> None:
+    compare(Topology(2, 1, 2), structure=structure)
+
+
+@pytest.mark.parametrize("structure", sorted(STRUCTURES))
+def test_more_ranks_than_blocks(structure: str) -> None:
+    compare(Topology(1, 1, 4), structure=structure)
+
+
+@pytest.mark.parametrize(
+    ("topology", "zero"),
+    [(Topology(2, 2, 2), 1), (Topology(2, 1, 2), 0), (Topology(1, 2, 2), 2), (Topology(1, 2, 2), 3)],
+    ids=str,
+)
+def test_every_zero_stage(topology: Topology, zero: int) -> None:
+    compare(topology, zero)
+
+
+@pytest.mark.parametrize("topology", [Topology(1, 1, 2), Topology(2, 2, 2)], ids=str)
+def test_bf16(topology: Topology) -> None:
+    compare(topology, precision="bf16")
+
+
+@pytest.mark.parametrize("model", [LLAMA, FEW_KV_HEADS], ids=["llama", "few_kv_heads"])
+def test_model_variants(model: dict[str, Any]) -> None:
+    """Gated FFN, untied head, a vocabulary that does not divide; key/value heads fewer than ranks."""
+    compare(Topology(1, 1, 4), model=model)
+
+
+def parameters_after(config: Config, topology: Topology, steps: int) -> dict[str, tuple[bool, torch.Tensor]]:
+    """name -> (is it a part, this rank's weights) after `steps` steps; name.weight@start before the first."""
+    engine = build_engine(config, topology, CPU)
+    start = {name: p.detach().clone() for name, p in engine.named_parameters()}
+    train_steps(engine, 0, steps)
+    parts = {name: hasattr(p, "shard_spec") for name, p in engine.named_parameters()}
+    assert all(getattr(p, "tensor_model_parallel", False) == parts[n] for n, p in engine.named_parameters())
+    end = {name: (parts[name], p.detach().clone()) for name, p in engine.named_parameters()}
+    return end | {f"{name}@start": (parts[name], tensor) for name, tensor in start.items()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_replicated_parameters_stay_bit_equal(precision: str) -> None:
+    config = config_for(Topology(1, 1, 4), structure="blockdense", training={"precision": precision, "num_steps": 50})
+    ranks = run_ranks(4, parameters_after, config, Topology(1, 1, 4), 50)
+    replicated = [name for name, (is_part, _) in ranks[0].items() if not is_part and not name.endswith("@start")]
+    assert any("norm" in name for name in replicated) and any(name.endswith("fc1.v") for name in replicated)
+    for name in replicated:
+        assert all(torch.equal(rank[name][1], ranks[0][name][1]) for rank in ranks), name
+        assert not torch.equal(ranks[0][name][1], ranks[0][f"{name}@start"][1]), f"{name} was not trained"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (Topology(1, 1, 2), Topology(1, 1, 2)),
+        (Topology(2, 1, 2), Topology(1, 1, 1)),
+        (Topology(1, 2), Topology(1, 1, 4)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("structure", ["blockdense", "blockshuffle"])
+def test_resume_on_another_tp(tmp_path: Path, before: Topology, after: Topology, structure: str) -> None:
+    run = {"run": {"folder": str(tmp_path)}, "model": FEW_KV_HEADS}
+    config = config_for(before, structure=structure, **run)
+    undisturbed = run_ranks(before.world_size, save_half_way, config, before, tmp_path)[0]
+    config = config_for(after, structure=structure, **run)
+    resumed = run_ranks(after.world_size, resume_half_way, config, after)[0]
+    if before == after:
+        assert resumed == undisturbed[10:]
+    assert max(abs(a[0] - b[0]) for a, b in zip(resumed, undisturbed[10:], strict=True)) <= BOUNDS["fp32"][0]
+
+
+def initial_weights(config: Config, topology: Topology) -> dict[str, torch.Tensor]:
+    """The global weights that this rank's parts make, gathered over the tensor-parallel group."""
+    engine = build_engine(config, topology, CPU)
+    whole = {}
+    for name, p in engine.named_parameters():
+        spec = getattr(p, "shard_spec", None)
+        parts: list[Any] = [None] * engine.tp.size
+        if spec is not None:
+            dist.all_gather_object(parts, p.detach(), group=engine.tp.group)
+        whole[name] = p.detach() if spec is None else spec.unshard(parts)
+    return whole
+
+
+def test_initial_weights_do_not_depend_on_the_layout() -> None:
+    for structure in STRUCTURES:
+        sections = {"structure": structure, "model": FEW_KV_HEADS}
+        alone = run_ranks(1, initial_weights, config_for(Topology(1, 1), **sections), Topology(1, 1))[0]
+        ranks = run_ranks(8, initial_weights, config_for(Topology(2, 1, 4), **sections), Topology(2, 1, 4))
+        together = ranks[0] | ranks[4]
+        assert set(together) == set(alone)
+        assert all(torch.equal(together[name], alone[name]) for name in alone)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megastruct.layers.structured import BlockDenseLinear
+from megastruct.ops import blockdense
 from megastruct.parallel.collectives import gather_sequence
 from megastruct.parallel.groups import TensorGroup
 from megastruct.parallel.shards import ShardSpec
@@ -56,6 +57,8 @@ class BlockDenseColumnLinear(_BlockDense):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [s/tp, b, N] -> [s, b, M/tp]"""
+        if self.tp.size == 1:  # as one operator, which the compiler keeps in the layout of its neighbours
+            return blockdense.apply(x, self.v, self.u, self.bias)
         hidden = hidden_features(x, self.replicated(self.v), feature_major=False).unflatten(0, (-1, x.shape[1]))
         return F.linear(gather_sequence(hidden, self.tp), self.u, self.bias)  # [s/tp, b, R] -> [s, b, M/tp]
 
@@ -82,6 +85,8 @@ class BlockDenseRowLinear(_BlockDense):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [s, b, N/tp] -> [s/tp, b, M]"""
+        if self.tp.size == 1:  # as one operator, which the compiler keeps in the layout of its neighbours
+            return blockdense.apply(x, self.v, self.u, self.bias)
         hidden = row_hidden_features(x, self.v, self.nblocks, self.tp, feature_major=False)  # [T/tp, R]
         y = F.linear(hidden, self.replicated(self.u), self.replicated_bias())  # [T/tp, M]
         return y.unflatten(0, (-1, x.shape[1]))

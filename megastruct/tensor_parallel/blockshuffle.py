@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megastruct.layers.structured import BlockShuffleLinear
+from megastruct.ops import blockshuffle
 from megastruct.ops.blocks import block_product
 from megastruct.parallel.collectives import gather_tokens
 from megastruct.parallel.groups import TensorGroup
@@ -61,6 +62,8 @@ class BlockShuffleColumnLinear(_BlockShuffle):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [s/tp, b, N] -> [s, b, M/tp]"""
+        if self.tp.size == 1:  # as one operator, which the compiler keeps in the layout of its neighbours
+            return blockshuffle.apply(x, self.v, self.u, self.bias)
         hidden = hidden_features(x, self.replicated(self.v), feature_major=True)  # [T/tp, K]
         hidden = gather_tokens(hidden.t(), self.tp).t()  # [T, K]
         return _second_factor(hidden, self.u, self.bias, x.shape[1])
@@ -87,6 +90,8 @@ class BlockShuffleRowLinear(_BlockShuffle):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [s, b, N/tp] -> [s/tp, b, M]"""
+        if self.tp.size == 1:  # as one operator, which the compiler keeps in the layout of its neighbours
+            return blockshuffle.apply(x, self.v, self.u, self.bias)
         hidden = row_hidden_features(x, self.v, self.nblocks, self.tp, feature_major=True)  # [T/tp, K]
         return _second_factor(hidden, self.replicated(self.u), self.replicated_bias(), x.shape[1])
 

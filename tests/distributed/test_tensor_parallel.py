@@ -19,7 +19,7 @@ from megastruct.training.engine import build_engine
 from ranks import run_ranks
 from runs import CPU, losses, resume_half_way, save_half_way, train_steps
 
-BOUNDS = {"fp32": (2e-6, 5e-6), "bf16": (1e-2, 5e-2)}
+BOUNDS = {"fp32": (2e-5, 5e-5), "bf16": (3e-2, 1e-1)}
 STRUCTURES: dict[str, dict[str, Any]] = {
     "dense": {"structure": "dense", "rank": None},
     "lowrank": {"structure": "lowrank", "rank": 8},

@@ -19,7 +19,10 @@ from megastruct.training.engine import build_engine
 from ranks import run_ranks
 from runs import CPU, losses, resume_half_way, save_half_way, train_steps
 
-BOUNDS = {"fp32": (2e-5, 5e-5), "bf16": (3e-2, 1e-1)}
+BOUNDS = {"fp32": (1e-5, 3e-4), "bf16": (3e-2, 1e-1)}
+FIRST_STEP = {"fp32": (1e-6, 1e-6), "bf16": (5e-3, 2e-2)}  # before Adam has magnified the last digits
+# Where a gradient is nothing but rounding, Adam turns it into whole steps; a larger eps keeps that out.
+OPTIMIZER = {"eps": 1e-5}
 STRUCTURES: dict[str, dict[str, Any]] = {
     "dense": {"structure": "dense", "rank": None},
     "lowrank": {"structure": "lowrank", "rank": 8},
@@ -34,6 +37,7 @@ def config_for(topology: Topology, zero: int = 1, structure: str = "lowrank", **
     parallel = {"pp": topology.pp_size, "tp": topology.tp_size, "zero_stage": zero}
     # Few micro-batches: every one costs some hundred small collectives, slow where ranks share a core.
     sections["training"] = {"global_batch_size": 4, **sections.get("training", {})}
+    sections["optimizer"] = {**OPTIMIZER, **sections.get("optimizer", {})}
     return tiny_config(parallel=parallel, ffn=STRUCTURES[structure], **sections)
 
 
@@ -44,8 +48,8 @@ def compare(
     alone = run_ranks(1, losses, config_for(Topology(1, 1), 1, structure, **sections), Topology(1, 1))[0]
     results = run_ranks(topology.world_size, losses, config_for(topology, zero, structure, **sections), topology)
     assert all(result == results[0] for result in results), "ranks disagree"
-    loss_bound, norm_bound = BOUNDS[precision]
     for step, ((loss, norm), (wanted, wanted_norm)) in enumerate(zip(results[0], alone, strict=True)):
+        loss_bound, norm_bound = (BOUNDS if step else FIRST_STEP)[precision]
         assert abs(loss - wanted) <= loss_bound, f"loss of step {step}"
         assert abs(norm - wanted_norm) <= norm_bound * wanted_norm, f"gradient norm of step {step}"
 

@@ -32,6 +32,10 @@ class ShardedTensor(torch.Tensor):
         sharded.boxes = [box for box in boxes if all(box.sizes)]
         return sharded
 
+    def size(self, dim: int | None = None) -> Any:
+        """The global size, which DCP compares with the stored one."""
+        return self.global_shape if dim is None else self.global_shape[dim]
+
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(self.as_subclass(torch.Tensor))
         return [

@@ -32,9 +32,11 @@ class Problem:
 class UserError(Exception):
     """A mistake in what the user handed in (config, files, command line), with all its problems."""
 
-    def __init__(self, problems: Problem | Sequence[Problem], headline: str = "") -> None:
+    def __init__(self, problems: Problem | Sequence[Problem], headline: str = "", on_all_ranks: bool = False) -> None:
+        """`on_all_ranks`: all ranks raise it together, so that one can say it for all."""
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
         self.headline = headline
+        self.on_all_ranks = on_all_ranks
         super().__init__(str(self))
 
     def __str__(self) -> str:
@@ -42,15 +44,18 @@ class UserError(Exception):
         return "\n".join(lines + [f"  {problem}" if self.headline else str(problem) for problem in self.problems])
 
     def __reduce__(self) -> tuple[Any, ...]:  # so that a worker process can hand it to its parent
-        return (UserError, (self.problems, self.headline))
+        return (UserError, (self.problems, self.headline, self.on_all_ranks))
 
 
 @contextmanager
-def user_errors_exit(print_message: bool = True) -> Iterator[None]:
-    """Turn a `UserError` into one message on stderr and exit code 2; `print_message` is false on all ranks but one."""
+def user_errors_exit(print_message: bool = True, rank: int = 0) -> Iterator[None]:
+    """Turn a `UserError` into one message on stderr and exit code 2; `print_message` is false on all ranks but one.
+
+    What all ranks raise together, `rank` 0 alone says.
+    """
     try:
         yield
     except UserError as error:
-        if print_message:
+        if print_message and not (error.on_all_ranks and rank):
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_CODE_USER_ERROR) from None

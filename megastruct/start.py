@@ -17,6 +17,7 @@ from megastruct.config import Config, load_config
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.launch.deepspeed import LaunchOptions, deepspeed_command, hostfile_slots, run_launcher
 from megastruct.launch.environment import cores_of_this_process, free_port
+from megastruct.models.steps import total_steps
 from megastruct.training.preflight import preflight
 from megastruct.training.run_folder import finished_steps, run_folder
 
@@ -28,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         options, world_size = _launch_options(config, args)
         preflight(config, world_size)
     folder = run_folder(config)
-    if finished_steps(config) >= config.training.total_steps:
-        print(f"{folder} is finished: {config.training.total_steps} steps are done.")
+    if finished_steps(config) >= total_steps(config):
+        print(f"{folder} is finished: {total_steps(config)} steps are done.")
     else:
         if finished_steps(config):
             print(f"{folder}: resuming after step {finished_steps(config)}.")

@@ -25,12 +25,21 @@ from megastruct.metrics.devices import peak_memory_bytes, peak_tflops
 from megastruct.metrics.throughput import Throughput
 from megastruct.metrics.writers import Metrics, MetricWriter, Progress
 from megastruct.models.cost import training_flops_per_token
+from megastruct.models.steps import data_step, guided_steps, total_steps
 from megastruct.parallel.topology import Topology
 from megastruct.training.engine import Engine, build_engine
+from megastruct.training.guided_phase import end_guided_phase, guide_distances
 from megastruct.training.preflight import Data, preflight
-from megastruct.training.resume import agreed_finished_steps, gather_cursor, resume, save
+from megastruct.training.resume import (
+    agreed_finished_steps,
+    find_checkpoint,
+    finish_save,
+    gather_cursor,
+    resume,
+    start_save,
+)
 from megastruct.training.run_folder import finished_steps, lock_run_folder, run_folder, write_run_folder
-from megastruct.training.schedules import learning_rate
+from megastruct.training.schedules import alpha, learning_rate
 
 
 class Run:
@@ -38,13 +47,13 @@ class Run:
 
     def __init__(self, config: Config, topology: Topology, data: Data, device: torch.device) -> None:
         self.config, self.topology, self.data, self.device = config, topology, data, device
-        self.engine: Engine = build_engine(config, topology, device)
-        self.step, cursor = resume(self.engine)
-        self.reader = self._open_reader(cursor) if self.engine.reads_data else None
+        checkpoint = find_checkpoint(config)
+        self.engine: Engine = build_engine(config, topology, device, finished_steps(config) if checkpoint else 0)
+        self.step, cursor = resume(self.engine, checkpoint)
+        self.reader = self._open_reader(cursor if data_step(config, self.step) else None)
         self.validation = self._validation_batches()
         self.throughput = Throughput(
             config.training.tokens_per_step,
-            training_flops_per_token(config),
             topology.world_size,
             peak_tflops(device, config.training.precision, config.hardware.peak_tflops),
         )
@@ -54,21 +63,26 @@ class Run:
             texts = write_run_folder(config, data.describe(), data.tokenizer.path)
             self.writer = MetricWriter(run_folder(config), self.step, texts)
         self.progress = Progress(
-            config.training.total_steps, self.step, enabled=dist.get_rank() == 0 and config.logging.progress_bar
+            total_steps(config), self.step, enabled=dist.get_rank() == 0 and config.logging.progress_bar
         )
 
     def train(self) -> None:
-        total = self.config.training.total_steps
+        total = total_steps(self.config)
         while self.step < total:
+            if self.engine.guidance and self.step >= guided_steps(self.config):
+                self.engine = end_guided_phase(self.engine, self.step, self._cursor(), {"tokens": self.tokens})
+            if self.step == self.config.training.base_steps:  # the guided steps' data, once more
+                self.reader = self._open_reader(None)
             loss = self._train_step()
             last = self.step == total
             metrics = self._metrics(loss) if last or self.step % self.config.logging.interval_steps == 0 else {}
-            if self.config.evaluation.num_samples and _due(self.step, self.config.evaluation.interval_steps, last):
+            if _due(self.step, self.config.evaluation.interval_steps, last):
                 metrics |= self._validate()
             if self.writer and metrics:
                 self.writer.write(self.step, metrics)
             if _due(self.step, self.config.checkpoint.interval_steps, last):
-                save(self.engine, self.step, self._cursor(), {"tokens": self.tokens})
+                start_save(self.engine, self.step, self._cursor(), {"tokens": self.tokens})
+        finish_save()
         self.progress.close()
         if self.writer:
             self.writer.close()
@@ -81,6 +95,7 @@ class Run:
         start = time.perf_counter()
         with self.throughput.step():
             self.engine.set_learning_rate(learning_rate(self.config, self.step))
+            self.engine.set_alpha(alpha(self.config, self.step), self.step)
             loss = self.engine.train_batch(self._timed(self.reader) if self.reader else None)
         self.step += 1
         self._refuse_divergence(loss)
@@ -99,25 +114,40 @@ class Run:
     def _metrics(self, loss: float) -> Metrics:
         memory = torch.tensor(peak_memory_bytes(self.device), device=self.device)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        share = self.engine.guidance.read_share() if self.engine.guidance else 0.0
+        guided = {"alpha": alpha(self.config, self.step - 1), "guide_share": share} if self.engine.guidance else {}
         return {
             "loss": loss,
             "perplexity": _perplexity(loss),
+            **guided,
             "learning_rate": learning_rate(self.config, self.step - 1),
             "grad_norm": self.engine.gradient_norm(),
             "tokens": self.tokens,
             "memory_bytes": int(memory),
             "skipped_documents": self.data.skipped_documents(self._cursor()),
-            **self.throughput.read(),
+            **self.throughput.read(training_flops_per_token(self.config, share)),
         }
 
     def _validate(self) -> Metrics:
+        """Loss on held-out samples: of the structured model alone, as it will be used; guides have it beside."""
+        metrics: Metrics = {}
+        if self.engine.guidance:
+            metrics = {f"guide_distance/{name}": value for name, value in guide_distances(self.engine).items()}
+        if not self.config.evaluation.num_samples:
+            return metrics
         count = self.config.evaluation.num_samples // (self.config.training.micro_batch_size * self.topology.dp_size)
         loss = self.engine.evaluate(self.validation, count)
         if self.writer:
             self.progress.say(f"step {self.step}: validation loss {loss:.4f}, perplexity {_perplexity(loss):.2f}")
-        return {"validation_loss": loss, "validation_perplexity": _perplexity(loss)}
+        metrics |= {"validation_loss": loss, "validation_perplexity": _perplexity(loss)}
+        if self.engine.guidance:
+            blended = alpha(self.config, self.step)
+            metrics["validation_loss_guided"] = self.engine.evaluate(self.validation, count, blended)
+        return metrics
 
     def _open_reader(self, cursor: Any) -> Any:
+        if not self.engine.reads_data:
+            return None
         training = self.config.training
         return self.data.train_reader(
             training.global_batch_size,
@@ -125,7 +155,7 @@ class Run:
             self.topology.dp_rank(dist.get_rank()),
             self.topology.dp_size,
             cursor,
-            start_sample=self.step * training.global_batch_size,
+            start_sample=data_step(self.config, self.step) * training.global_batch_size,
         )
 
     def _validation_batches(self) -> list[Batch]:
@@ -167,13 +197,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors_exit(print_message=process.local_rank == 0):  # the same on all ranks of a node
         config = load_config(args.config, args.overrides)
         topology, data = preflight(config, process.world_size)
-    with user_errors_exit():
+    with user_errors_exit(rank=process.rank):
         device = choose_device(config.hardware.device, process)
         join(device)
-        if agreed_finished_steps(config, device) < config.training.total_steps:
+        if agreed_finished_steps(config) < total_steps(config):
             Run(config, topology, data, device).train()
         elif process.rank == 0:
-            print(f"{run_folder(config)} is finished: {config.training.total_steps} steps are done.", file=sys.stderr)
+            print(f"{run_folder(config)} is finished: {total_steps(config)} steps are done.", file=sys.stderr)
         leave()
 
 

@@ -26,11 +26,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--top-k", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; left out: the run's own")
+    parser.add_argument("--allow-guided", action="store_true", help="also from inside the guided phase")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     with user_errors_exit():
         _check(args)
-        model, config = load_model(args.run, args.device)
+        model, config = load_model(args.run, args.device, allow_guided=args.allow_guided)
         tokenizer = Tokenizer(args.tokenizer or args.run / "tokenizer.model")
         prompt = torch.from_numpy(tokenizer.encode([args.prompt])[0].astype("int64")).to(args.device)
         if not 0 < len(prompt) < config.training.seq_length:

@@ -54,6 +54,8 @@ def report(plan: dict[str, Any]) -> str:
         "Memory per device, GiB\n" + _memory_table(plan["stages"]),
         "Sent per device and step, GB\n" + _traffic_table(plan["stages"]),
     ]
+    if layout["tp"] > 1:
+        sections.append("Sent per device and token by a forward of one linear, bytes\n" + _linear_table(plan))
     if "suggestions" in plan:
         rows = [
             [f"{row['share']:.1%}", " ".join(f"ffn.{key}={value}" for key, value in row.items() if key != "share")]
@@ -66,7 +68,7 @@ def report(plan: dict[str, Any]) -> str:
 
 
 def _memory_table(stages: list[dict[str, Any]]) -> str:
-    rows = [["stage", "layers", "parameters", "FLOPs", *PARTS, "total"]]
+    rows = [["stage", "layers", "parameters", "per device", "FLOPs", *PARTS, "total"]]
     for stage in stages:
         memory = [*(stage["memory_bytes"][part] for part in PARTS), stage["total_memory_bytes"]]
         first, last = stage["layers"]
@@ -75,6 +77,7 @@ def _memory_table(stages: list[dict[str, Any]]) -> str:
                 str(stage["stage"]),
                 f"{first} - {last}",
                 _count(stage["parameters"]),
+                _count(stage["parameters_per_device"]),
                 f"{stage['flops_share']:.1%}",
                 *(f"{value / 2**30:.2f}" for value in memory),
             ]
@@ -83,11 +86,20 @@ def _memory_table(stages: list[dict[str, Any]]) -> str:
 
 
 def _traffic_table(stages: list[dict[str, Any]]) -> str:
+    """A row per purpose, of those for which any stage sends anything."""
     kinds = [(kind, purpose) for kind, purposes in stages[0]["traffic_bytes_per_step"].items() for purpose in purposes]
-    rows = [["stage", *(f"{_words(kind)}: {_words(purpose)}" for kind, purpose in kinds)]]
-    for stage in stages:
-        traffic = stage["traffic_bytes_per_step"]
-        rows.append([str(stage["stage"]), *(f"{traffic[kind][purpose] / 1e9:.2f}" for kind, purpose in kinds)])
+    rows = [["", *(f"stage {stage['stage']}" for stage in stages)]]
+    for kind, purpose in kinds:
+        sent = [stage["traffic_bytes_per_step"][kind][purpose] for stage in stages]
+        if any(sent):
+            rows.append([f"{_words(kind)}: {_words(purpose)}", *(f"{value / 1e9:.2f}" for value in sent)])
+    return _table(rows) if len(rows) > 1 else "nothing"
+
+
+def _linear_table(plan: dict[str, Any]) -> str:
+    rows = [["", "fc1", "fc2"]]
+    found = {plan["ffn"]["structure"]: "ffn_linear_bytes_per_token", "dense": "dense_linear_bytes_per_token"}
+    rows += [[name, *(f"{plan[key][linear]:g}" for linear in ("fc1", "fc2"))] for name, key in found.items()]
     return _table(rows)
 
 

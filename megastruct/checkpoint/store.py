@@ -1,32 +1,35 @@
 """Checkpoints: torch.distributed.checkpoint for tensors, JSON for the rest, complete or absent.
 
-    checkpoints/step_00000100/    .metadata, __R_0.distcp   tensors by global name, each whole, from any layout
+    checkpoints/step_00000100/    .metadata, __R_0.distcp   tensors by global name, from any layout, a file per rank
                                   state.json                step, data cursor, versions
+                                  checksums.json            size and SHA-256 of each of these files
 
 A checkpoint is written into a hidden folder beside its place and renamed when every rank has finished, so a folder
-that has its final name is complete. Nothing that is read can execute code: DCP reads tensors with `weights_only`, and
-its metadata, a pickle, goes through an unpickler that knows DCP's own record types and nothing else.
+that has its final name is complete.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
 import re
 import shutil
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megastruct.checkpoint.agreement import together
+from megastruct.checkpoint.checksums import MANIFEST_FILE, Checksum, ChecksumWriter, checksum_of, manifest_text
+from megastruct.checkpoint.reading import SafeFileSystemReader, TensorLoadPlanner
 from megastruct.checkpoint.sharded import global_shape
 from megastruct.errors import Problem, UserError
 
@@ -52,32 +55,29 @@ def latest_checkpoint(root: Path) -> Path | None:
     return found[-1][1] if found else None
 
 
-def save_checkpoint(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint from all ranks, then remove all but the newest `keep`. Collective over the world.
+def save_checkpoint(
+    root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int, group: Any = None
+) -> Path:
+    """Write a checkpoint from all ranks, then remove all but the newest `keep`. Collective over `group`, the world.
 
     `tensors`: this rank's CPU tensors by global name, a `ShardedTensor` where it holds a part; what several ranks hold
     is written once.
     `state`: plain values for state.json, taken from rank 0.
+    Raises UserError on all ranks if a file cannot be written; what was complete before still is.
     """
     final = checkpoint_folder(root, step)
     aside = root / f".{final.name}.writing"
-    if dist.get_rank() == 0:
-        root.mkdir(parents=True, exist_ok=True)
-        for left_over in (*root.glob(".step_*.writing"), *root.glob(".step_*.removing")):  # of a killed run
-            shutil.rmtree(left_over)
-        aside.mkdir()
-    dist.barrier()
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(aside, single_file_per_rank=True, sync_files=True))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        _write_synced(aside / STATE_FILE, json.dumps(state, indent=1))
-        if final.exists():  # an equal step of an earlier attempt
-            _remove(final)
-        os.replace(aside, final)
-        _sync_folder(root)
-        for _, old in complete_checkpoints(root)[:-keep]:
-            _remove(old)
-    dist.barrier()
+    writer = ChecksumWriter(aside)
+    try:
+        _on_first_rank(lambda: _make_room(root, aside), final, group)
+        with _disk_errors(final, on_all_ranks=True):  # DCP hands the failure of one rank to all
+            dcp.save(tensors, storage_writer=writer, process_group=group)
+        checksums = _gather_on_first_rank(writer.checksums, group)
+        _on_first_rank(lambda: _publish(aside, final, state, checksums, keep), final, group)
+    except UserError:
+        if dist.get_rank(group) == 0:
+            shutil.rmtree(aside, ignore_errors=True)  # it may be what fills the disk
+        raise
     return final
 
 
@@ -91,8 +91,9 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` (CPU, by global name) in place; every rank reads what it needs. Works without a process group.
+    """Fill `tensors` (by global name) in place with what this rank holds; not collective. Others may be stored, too.
 
+    Beside them it needs the memory of one stored piece (`MAX_PIECE_ELEMENTS`) and of the checkpoint's metadata.
     Raises UserError if a tensor is missing or has another shape, or a file is damaged.
     """
     reader = SafeFileSystemReader(folder)
@@ -102,60 +103,87 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         raise UserError(Problem(str(folder), f"no readable checkpoint: {error}", f"remove {folder}")) from None
     problems = []
     for name, tensor in tensors.items():
-        size, wanted = getattr(stored.get(name), "size", None), global_shape(tensor)
-        if size != wanted:
-            found = "missing" if size is None else f"of shape {list(size)}"
-            problems.append(Problem(f"{folder}: {name}", f"{found}, the model wants {list(wanted)}"))
+        found, wanted = stored.get(name), global_shape(tensor)
+        if not isinstance(found, TensorStorageMetadata):
+            problems.append(Problem(f"{folder}: {name}", f"missing, the model wants {list(wanted)}"))
+        elif found.size != wanted:
+            problems.append(
+                Problem(f"{folder}: {name}", f"of shape {list(found.size)}, the model wants {list(wanted)}")
+            )
     if problems:
         raise UserError(problems[:8], headline=f"{folder} does not fit the model ({len(problems)} tensors)")
     with warnings.catch_warnings():  # that it loads in one process is what was asked for
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+            dcp.load(tensors, storage_reader=reader, planner=TensorLoadPlanner(), no_dist=True)
         except (CheckpointException, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             found = f"a damaged checkpoint: {reason[-1]}"
             raise UserError(Problem(str(folder), found, "remove it to resume from the one before")) from None
 
 
-def _remove(folder: Path) -> None:
-    """Out of sight first: what has its final name is complete, also when the removal is interrupted."""
+def _make_room(root: Path, aside: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    for left_over in (*root.glob(".step_*.writing"), *root.glob(".step_*.removing")):  # of a killed run
+        shutil.rmtree(left_over)
+    aside.mkdir()
+
+
+def _publish(aside: Path, final: Path, state: dict[str, Any], checksums: dict[str, Checksum], keep: int) -> None:
+    _write_synced(aside / STATE_FILE, json.dumps(state, indent=1))
+    checksums = checksums | {STATE_FILE: checksum_of(aside / STATE_FILE)}
+    _write_synced(aside / MANIFEST_FILE, manifest_text(checksums))
+    _sync_folder(aside)
+    hidden = _hide(final) if final.exists() else None  # an equal step of an earlier attempt
+    os.replace(aside, final)
+    _sync_folder(final.parent)
+    if hidden:
+        shutil.rmtree(hidden)
+    for _, old in complete_checkpoints(final.parent)[:-keep]:
+        shutil.rmtree(_hide(old))
+
+
+def _hide(folder: Path) -> Path:
+    """Out of sight before it is removed: what has its final name is complete, also when the removal is interrupted."""
     hidden = folder.with_name(f".{folder.name}.removing")
     os.replace(folder, hidden)
-    shutil.rmtree(hidden)
+    return hidden
 
 
-class SafeFileSystemReader(dcp.FileSystemReader):
-    """DCP's reader with an unpickler for `.metadata` that builds nothing but DCP's records."""
+def _on_first_rank(function: Callable[[], None], final: Path, group: Any) -> None:
+    """Call `function` on rank 0; what the disk refuses it is raised on all ranks."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = _MetadataUnpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = dcp.metadata.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+    def call() -> None:
+        if dist.get_rank(group) == 0:
+            with _disk_errors(final):
+                function()
+
+    together(call, group)
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _NAMES = (
-        ("torch", "Size"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"),  # DCP notes where it wrote; the path is never used
-        ("pathlib._local", "PosixPath"),
-    )
+@contextmanager
+def _disk_errors(final: Path, on_all_ranks: bool = False) -> Iterator[None]:
+    """Turn what the file system refuses (full, read-only, over a quota) into a UserError."""
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        failures = [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
+        refused = [failure for failure in (error, *failures) if isinstance(failure, OSError)]
+        if not refused:
+            raise
+        found = f"could not be written: {refused[0].strerror or refused[0]}"
+        before = latest_checkpoint(final.parent)
+        saved = f"{before.name} is complete" if before else "no checkpoint is complete yet"
+        suggestion = f"make room, then the same command resumes ({saved})"
+        raise UserError(Problem(str(final), found, suggestion), on_all_ranks=on_all_ranks) from None
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module in self._MODULES:
-            found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ == module:  # its own records, not what it imports
-                return found
-        elif (module, name) in self._NAMES:
-            return super().find_class(module, name)
-        elif module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in checkpoint metadata")
+
+def _gather_on_first_rank(own: dict[str, Checksum], group: Any) -> dict[str, Checksum]:
+    """The checksums of all ranks, on rank 0; none on the others."""
+    first = dist.get_rank(group) == 0
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.gather_object(own, gathered if first else None, group=group)
+    return {name: checksum for one in gathered if one for name, checksum in one.items()}
 
 
 def _write_synced(path: Path, text: str) -> None:

@@ -127,6 +127,26 @@ def check_tensor_parallel(config: Config) -> Iterator[Problem]:
     )
 
 
+def check_guided(config: Config) -> Iterator[Problem]:
+    guided, training, tp = config.guided, config.training, config.parallel.tp
+    if guided.schedule == "off":
+        if guided.fraction is not None:
+            found = f"{guided.fraction:g}, but guided.schedule is off"
+            yield Problem("guided.fraction", found, "guided.schedule=fixedstep, or no guided.fraction")
+        return
+    if config.ffn.structure == "dense":
+        yield Problem(
+            "guided.schedule",
+            f"{guided.schedule}, but ffn.structure is dense: there is nothing to guide",
+            "ffn.structure=lowrank, or guided.schedule=off",
+        )
+    own = training.seq_length // tp
+    if guided.skip == "rows" and own and own % guided.levels:
+        of = f" / parallel.tp = {own}" if tp > 1 else ""
+        found = f"{guided.levels} does not divide training.seq_length = {training.seq_length}{of}"
+        yield Problem("guided.levels", found, f"guided.levels={_nearest_divisor(own, guided.levels)}")
+
+
 CHECKS: tuple[Check, ...] = (
     check_attention,
     check_ffn,
@@ -134,6 +154,7 @@ CHECKS: tuple[Check, ...] = (
     check_batch,
     check_parallel,
     check_tensor_parallel,
+    check_guided,
 )
 
 

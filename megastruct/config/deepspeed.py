@@ -6,9 +6,19 @@ from typing import Any
 
 from megastruct.config.schema import Config
 
+MAX_BUCKET_VALUES = 500_000_000  # DeepSpeed's own reduce_bucket_size
 
-def deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
-    """The dict for `deepspeed.initialize`, for `dp_size` replicas.
+
+def bucket_values(num_parameters: int) -> int:
+    """Values that DeepSpeed reduces at once, and has room for: no more than the gradients of a device.
+
+    Some of its optimizers allocate the whole bucket, however small the model is.
+    """
+    return min(MAX_BUCKET_VALUES, num_parameters)
+
+
+def deepspeed_config(config: Config, dp_size: int, num_parameters: int) -> dict[str, Any]:
+    """The dict for `deepspeed.initialize`, for `dp_size` replicas and a device with `num_parameters` of them.
 
     bf16 keeps fp32 gradients, also on the wire: with bf16 sums a pipeline's losses drift from one process's.
     The optimizer is handed to DeepSpeed as an object; the learning rate is set by our loop.
@@ -18,7 +28,7 @@ def deepspeed_config(config: Config, dp_size: int) -> dict[str, Any]:
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * dp_size),
-        "zero_optimization": {"stage": zero_stage},
+        "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": bucket_values(num_parameters)},
         "zero_allow_untested_optimizer": True,
         # In fp32 without ZeRO, DeepSpeed's norm leaves out later stages: training/optimizer.py clips there.
         "gradient_clipping": config.optimizer.gradient_clipping if zero_stage else 0.0,

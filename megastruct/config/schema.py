@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from megastruct.ops.cost import STRUCTURES
 
@@ -46,6 +46,11 @@ class ModelConfig(Section):
     tie_embeddings: bool = True
     rope_base: Annotated[float, Field(gt=0)] = 10_000.0
     init_std: Annotated[float, Field(gt=0)] = 0.02
+    base_width: Size | None = Field(
+        None,
+        description="structure-aware start and learning rates, level over widths: optimizer.learning_rate is that of a "
+        "matrix with this fan-in; left out: the paper's start, and one learning rate for all",
+    )
 
     @property
     def kv_heads(self) -> int:
@@ -59,6 +64,15 @@ class ModelConfig(Section):
     def attention_width(self) -> int:
         """a = heads x head_dim, the width inside the attention; equal to d unless `head_dim` says otherwise."""
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def linear_init_std(self) -> float | None:
+        """N(0, init_std^2) as the start of all linears; None: each by its own shape."""
+        return self.init_std if self.base_width is None else None
+
+    @property
+    def logit_scale(self) -> float:
+        return self.base_width / self.hidden_size if self.base_width else 1.0
 
     @property
     def fc1_out_features(self) -> int:
@@ -82,6 +96,28 @@ class FFNConfig(Section):
     def of_block(self, index: int) -> FFNConfig:
         """What holds for one block."""
         return FFNConfig() if index == 0 and self.dense_first_block else self
+
+
+class GuidedConfig(Section):
+    """Self-guided training: a dense guide W beside every structured linear S, o = alpha W x + (1 - alpha) S x, with
+    alpha from 1 to 0 over the guided steps. Source: arXiv 2406.16450, section 3."""
+
+    schedule: Literal["off", "fixedstep", "fixedflop"] = Field(
+        "off", description="fixedflop: what is read with the guide is read again at the end, without it"
+    )
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="guided steps over base steps; left out: 0.5 (fixedstep), solved (fixedflop)"
+    )
+    alpha: Literal["cosine", "linear"] = "cosine"
+    skip: Literal["rows", "coin", "none"] = Field(
+        "rows", description="W for a share alpha of the tokens, or for all with probability alpha, or for all"
+    )
+    levels: Size = Field(16, description="rows: the share is a multiple of 1 / levels")
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _plain_off(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads a plain `off` as false
 
 
 class DataConfig(Section):
@@ -108,7 +144,8 @@ class TrainingConfig(Section):
         return self.global_batch_size * self.seq_length
 
     @property
-    def total_steps(self) -> int:
+    def base_steps(self) -> int:
+        """Steps over new data; a FLOP-matched self-guided run reads some of it again (`models/steps.py`)."""
         return self.num_steps or max(1, round((self.num_tokens or 0) / self.tokens_per_step))
 
 
@@ -163,6 +200,7 @@ class Config(Section):
     run: RunConfig
     model: ModelConfig
     ffn: FFNConfig = FFNConfig()
+    guided: GuidedConfig = GuidedConfig()
     data: DataConfig
     training: TrainingConfig
     optimizer: OptimizerConfig

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megastruct.ops.spectral import spectral_std
 from megastruct.parallel.seeds import named_generator
 
 Names = tuple[str | int, ...]
@@ -20,9 +21,9 @@ def draw_normal(shape: tuple[int, ...], std: float, names: Names) -> Tensor:
 
 
 class Linear(nn.Module):
-    """Dense: y = W x + b, weight [M, N], bias [M]."""
+    """Dense: y = W x + b, weight [M, N], bias [M]. Without `init_std`, W starts at `spectral_std` of its shape."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, init_std: float = 0.02) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, init_std: float | None = 0.02) -> None:
         super().__init__()
         self.init_std = init_std
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
@@ -34,4 +35,5 @@ class Linear(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, names: Names) -> None:
-        self.weight.copy_(draw_normal(tuple(self.weight.shape), self.init_std, (*names, "weight")))
+        std = spectral_std(self.weight) if self.init_std is None else self.init_std
+        self.weight.copy_(draw_normal(tuple(self.weight.shape), std, (*names, "weight")))

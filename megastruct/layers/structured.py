@@ -13,15 +13,20 @@ from torch import Tensor, nn
 
 from megastruct.layers.linear import Linear, Names, draw_normal
 from megastruct.ops import blockdense, blockshuffle, lowrank
+from megastruct.ops.orthonormal import nearest_orthonormal
+from megastruct.ops.spectral import spectral_scale
 
 
 class TwoFactorLinear(nn.Module):
-    """y = structured(v, u) x + b: two factors v and u, used as `ops` says; bias [M]."""
+    """y = structured(v, u) x + b: two factors v and u, used as `ops` says; bias [M].
+
+    Without `init_std`, each factor (each of its blocks) starts orthonormal times `spectral_scale` of its shape.
+    """
 
     ops: ClassVar[ModuleType]
 
     def __init__(
-        self, v_shape: tuple[int, ...], u_shape: tuple[int, ...], out_features: int, bias: bool, init_std: float
+        self, v_shape: tuple[int, ...], u_shape: tuple[int, ...], out_features: int, bias: bool, init_std: float | None
     ) -> None:
         super().__init__()
         self.init_std = init_std
@@ -39,12 +44,18 @@ class TwoFactorLinear(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, names: Names) -> None:
-        v, u = self.ops.init_factors(
-            draw_normal(tuple(self.v.shape), self.init_std, (*names, "v")),
-            draw_normal(tuple(self.u.shape), self.init_std, (*names, "u")),
-        )
+        v, u = self.draw_factors(1.0 if self.init_std is None else self.init_std, names)
+        if self.init_std is None:
+            v, u = (nearest_orthonormal(factor) * spectral_scale(factor) for factor in (v, u))
         self.v.copy_(v)
         self.u.copy_(u)
+
+    def draw_factors(self, std: float, names: Names) -> tuple[Tensor, Tensor]:
+        """Initial v and u from draws of N(0, std^2)."""
+        return self.ops.init_factors(
+            draw_normal(tuple(self.v.shape), std, (*names, "v")),
+            draw_normal(tuple(self.u.shape), std, (*names, "u")),
+        )
 
 
 class LowRankLinear(TwoFactorLinear):
@@ -53,16 +64,13 @@ class LowRankLinear(TwoFactorLinear):
     ops = lowrank
 
     def __init__(
-        self, in_features: int, out_features: int, rank: int, bias: bool = True, init_std: float = 0.02
+        self, in_features: int, out_features: int, rank: int, bias: bool = True, init_std: float | None = 0.02
     ) -> None:
         super().__init__((rank, in_features), (out_features, rank), out_features, bias, init_std)
 
-    @torch.no_grad()
-    def init_weights(self, names: Names) -> None:
+    def draw_factors(self, std: float, names: Names) -> tuple[Tensor, Tensor]:
         shape = (self.u.shape[0], self.v.shape[1])
-        v, u = lowrank.init_factors(draw_normal(shape, self.init_std, (*names, "weight")), self.v.shape[0])
-        self.v.copy_(v)
-        self.u.copy_(u)
+        return lowrank.init_factors(draw_normal(shape, std, (*names, "weight")), self.v.shape[0])
 
 
 class BlockDenseLinear(TwoFactorLinear):
@@ -71,7 +79,13 @@ class BlockDenseLinear(TwoFactorLinear):
     ops = blockdense
 
     def __init__(
-        self, in_features: int, out_features: int, nblocks: int, rank: int, bias: bool = True, init_std: float = 0.02
+        self,
+        in_features: int,
+        out_features: int,
+        nblocks: int,
+        rank: int,
+        bias: bool = True,
+        init_std: float | None = 0.02,
     ) -> None:
         v_shape = (nblocks, rank // nblocks, in_features // nblocks)
         super().__init__(v_shape, (out_features, rank), out_features, bias, init_std)
@@ -86,7 +100,7 @@ class BlockShuffleLinear(TwoFactorLinear):
     ops = blockshuffle
 
     def __init__(
-        self, in_features: int, out_features: int, nblocks: int, bias: bool = True, init_std: float = 0.02
+        self, in_features: int, out_features: int, nblocks: int, bias: bool = True, init_std: float | None = 0.02
     ) -> None:
         n, m = in_features // nblocks, out_features // nblocks
         super().__init__((nblocks, min(n, m), n), (nblocks, m, min(n, m)), out_features, bias, init_std)

@@ -6,6 +6,7 @@ import re
 import resource
 import sys
 
+import psutil
 import torch
 
 # Dense (not sparse) bf16 matrix peak in TFLOP/s, from the vendors' data sheets. The first name that stands in the
@@ -48,6 +49,11 @@ def peak_of_name(name: str) -> float | None:
     """bf16 TFLOP/s of a device by the name that the driver gives, None if it is not in the table."""
     matches = (peak for part, peak in PEAK_BF16_TFLOPS if re.search(rf"\b{re.escape(part)}\b", name))
     return next(matches, None)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory of this process now: allocated on the GPU, or resident on the CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def peak_memory_bytes(device: torch.device) -> int:

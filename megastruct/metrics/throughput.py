@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Throughput:
-    """`flops_per_token`: training FLOPs of the whole model; `peak_tflops`: of one device, None if unknown."""
+    """`peak_tflops`: of one device, None if unknown."""
 
     tokens_per_step: int
-    flops_per_token: int
     num_devices: int
     peak_tflops: float | None
     _seconds: float = field(default=0.0, init=False)
@@ -31,11 +30,14 @@ class Throughput:
     def waited_for_data(self, seconds: float) -> None:
         self._data_seconds += seconds
 
-    def read(self) -> dict[str, float | None]:
-        """Means over the steps since the last reading, by metric name; starts the next window."""
+    def read(self, flops_per_token: float) -> dict[str, float | None]:
+        """Means over the steps since the last reading, by metric name; starts the next window.
+
+        `flops_per_token`: training FLOPs of the whole model, as they were really computed.
+        """
         seconds = self._seconds / max(1, self._steps)
         tokens_per_second = self.tokens_per_step / seconds if seconds else 0.0
-        tflops = tokens_per_second * self.flops_per_token / self.num_devices / 1e12
+        tflops = tokens_per_second * flops_per_token / self.num_devices / 1e12
         values = {
             "step_time_seconds": seconds,
             "data_wait_seconds": self._data_seconds / max(1, self._steps),

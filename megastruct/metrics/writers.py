@@ -24,9 +24,15 @@ TENSORBOARD_TAGS: dict[str, str] = {
     "tflops_per_device": "speed/tflops_per_device",
     "mfu": "speed/mfu",
     "memory_bytes": "speed/memory_bytes",
+    "alpha": "guided/alpha",
+    "guide_share": "guided/share",
+    "validation_loss_guided": "validation/loss_guided",
     "validation_loss": "validation/loss",
     "validation_perplexity": "validation/perplexity",
 }
+
+# What is measured for every linear: prefix of the key -> of the tag; the linear's name follows.
+TENSORBOARD_PREFIXES: dict[str, str] = {"guide_distance/": "guided/distance/"}
 
 Metrics = dict[str, Any]
 
@@ -44,12 +50,12 @@ class MetricWriter:
             self._board.add_text(title, "```\n" + text + "\n```", resume_step)
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """`metrics` by key of TENSORBOARD_TAGS; None stands for unknown and stays out of TensorBoard."""
+        """`metrics` by key or prefix of the tags above; None stands for unknown and stays out of TensorBoard."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         for key, value in metrics.items():
             if value is not None:
-                self._board.add_scalar(TENSORBOARD_TAGS[key], value, step)
+                self._board.add_scalar(_tag(key), value, step)
         self._board.flush()
 
     def close(self) -> None:
@@ -81,6 +87,13 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _tag(key: str) -> str:
+    for prefix, tag in TENSORBOARD_PREFIXES.items():
+        if key.startswith(prefix):
+            return tag + key.removeprefix(prefix)
+    return TENSORBOARD_TAGS[key]
 
 
 def _truncate(path: Path, resume_step: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megastruct.models.guidance import NOT_EVALUATED, BlockChoices
+
 
 class Block(nn.Module):
     """`recompute`: keep only the block's input for the backward and run the forward again there."""
@@ -19,13 +21,14 @@ class Block(nn.Module):
         self.mlp = mlp
         self.recompute = recompute
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [s/tp, b, h] -> [s/tp, b, h]"""
+    def forward(self, x: Tensor, choices: BlockChoices = NOT_EVALUATED) -> Tensor:
+        """x [s/tp, b, h] -> [s/tp, b, h]; `choices`: what the guides of the FFN do, if it has them."""
         if self.recompute and self.training:
-            # Nothing random happens inside, so no generator state has to be kept for the second forward.
-            return checkpoint(self._forward, x, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x)
+            # Nothing random happens inside (choices are made before), so no generator state has to be kept for the
+            # second forward.
+            return checkpoint(self._forward, x, choices, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x, choices)
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, choices: BlockChoices) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp(self.mlp_norm(x), choices)

@@ -10,17 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megastruct.config.schema import Config, FFNConfig
-from megastruct.ops.cost import STRUCTURES
+from megastruct.ops.cost import LinearMap
+from megastruct.parallel.sizes import words_per_rank
 
 PARTS = ("attention_projections", "attention_scores", "ffn", "head")
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer of the list in gpt.py: parameters, and forward FLOPs per token by part (see PARTS)."""
+    """One layer of the list in gpt.py: parameters, and forward FLOPs per token by part (see PARTS).
+
+    Of the parameters a tensor-parallel rank holds `parameters_per_rank` (the first one; where words do not divide, the
+    last has fewer). `replicated_parameters` of them are the same on every rank, their gradients summed over the ranks.
+    """
 
     name: str
     parameters: int
+    parameters_per_rank: int
+    replicated_parameters: int = 0
     flops: Mapping[str, int] = field(default_factory=dict)
     ffn_weights: int = 0
 
@@ -33,10 +40,11 @@ def layer_costs(config: Config) -> list[LayerCost]:
     """One entry per layer of `gpt.named_layers`, then the head; a tied head has FLOPs but no parameters of its own."""
     model = config.model
     d, v = model.hidden_size, model.vocab_size
+    words = (v * d, words_per_rank(v, config.parallel.tp) * d)
     norm = d * (2 if model.norm == "layernorm" and model.bias else 1)
     blocks = [_block_cost(config, index, norm) for index in range(model.num_layers)]
-    head = LayerCost("head", 0 if model.tie_embeddings else v * d, {"head": 2 * v * d})
-    return [LayerCost("embedding", v * d), *blocks, LayerCost("final_norm", norm), head]
+    head = LayerCost("head", *((0, 0) if model.tie_embeddings else words), flops={"head": 2 * v * d})
+    return [LayerCost("embedding", *words), *blocks, LayerCost("final_norm", norm, norm, norm), head]
 
 
 def total_parameters(config: Config) -> int:
@@ -57,8 +65,14 @@ def forward_flops_by_part(config: Config) -> dict[str, int]:
     return {part: sum(layer.flops.get(part, 0) for layer in layers) for part in PARTS}
 
 
-def training_flops_per_token(config: Config) -> int:
-    return 3 * forward_flops_per_token(config)
+def training_flops_per_token(config: Config, guide_share: float = 0.0) -> float:
+    """`guide_share`: for how much of the tokens the guides of self-guided training are evaluated."""
+    return 3 * (forward_flops_per_token(config) + 2 * guide_share * guide_weights(config))
+
+
+def mean_guide_share(config: Config) -> float:
+    """Share of the tokens that a guide sees, over the guided steps: alpha's mean, or all."""
+    return 1.0 if config.guided.skip == "none" else 0.5
 
 
 def dense_equivalent(config: Config) -> Config:
@@ -76,24 +90,42 @@ def guided_fraction(config: Config, dense: Config | None = None) -> float:
     """g of the FLOP-matched schedule: guided for g of the base steps, which are then read again without the guide.
 
     Such a run costs what the dense one does, with the guide evaluated half of the time: F_struct (1 + g) + g F_guide/2
-    = F_dense, forward FLOPs of whole models. `dense` is the model to be matched, if it is not the same one with dense
-    FFNs (as for the paper's wide models, which match their GQA baselines). 0 where the structured model costs as much.
+    = F_dense, forward FLOPs of whole models (with `guided.skip: none`, F_guide whole). `dense` is the model to be
+    matched, if it is not the same one with dense FFNs (as for the paper's wide models, which match their GQA
+    baselines). 0 where the structured model costs as much.
     """
     structured, matched = (forward_flops_per_token(c) for c in (config, dense or dense_equivalent(config)))
-    return max(0.0, (matched - structured) / (structured + guide_weights(config)))  # 2 FLOPs a weight, half the time
+    guide = 2 * mean_guide_share(config) * guide_weights(config)
+    return max(0.0, (matched - structured) / (structured + guide))
+
+
+def ffn_linears(config: Config, ffn: FFNConfig) -> tuple[LinearMap, LinearMap]:
+    """fc1 and fc2 of a block whose FFN is `ffn`."""
+    model = config.model
+    return (
+        LinearMap(ffn.structure, "column", model.hidden_size, model.fc1_out_features, ffn.sizes),
+        LinearMap(ffn.structure, "row", model.ffn_hidden_size, model.hidden_size, ffn.sizes),
+    )
 
 
 def _block_cost(config: Config, index: int, norm: int) -> LayerCost:
-    model = config.model
-    d, a = model.hidden_size, model.attention_width
+    model, tp = config.model, config.parallel.tp
+    d, a, with_bias = model.hidden_size, model.attention_width, int(model.bias)
     kv = model.kv_heads * model.attention_head_dim
     attention = 2 * a * d + 2 * kv * d
-    ffn_weights = _ffn_weights(config, config.ffn.of_block(index))
-    biases = (a + 2 * kv + d) + (model.fc1_out_features + d) if model.bias else 0
+    linears = ffn_linears(config, config.ffn.of_block(index))
+    ffn_weights = sum(linear.weights for linear in linears)
+    biases = with_bias * ((a + 2 * kv + d) + (model.fc1_out_features + d))
+    parameters = attention + ffn_weights + biases + 2 * norm
+    # Norms, the biases of the row maps (attention's output, fc2), keys and values of fewer heads than ranks.
+    replicated = 2 * norm + with_bias * 2 * d + sum(linear.replicated_weights for linear in linears)
+    replicated += 2 * kv * (d + with_bias) if model.kv_heads % tp else 0
     scores = 2 * config.training.seq_length * a
     return LayerCost(
         f"blocks.{index}",
-        attention + ffn_weights + biases + 2 * norm,
+        parameters,
+        replicated + (parameters - replicated) // tp,
+        replicated,
         {"attention_projections": 2 * attention, "attention_scores": 2 * scores, "ffn": 2 * ffn_weights},
         ffn_weights,
     )
@@ -101,7 +133,4 @@ def _block_cost(config: Config, index: int, norm: int) -> LayerCost:
 
 def _ffn_weights(config: Config, ffn: FFNConfig) -> int:
     """Weight entries of both linears of one block."""
-    model, weights = config.model, STRUCTURES[ffn.structure].weights
-    return weights(model.hidden_size, model.fc1_out_features, **ffn.sizes) + weights(
-        model.ffn_hidden_size, model.hidden_size, **ffn.sizes
-    )
+    return sum(linear.weights for linear in ffn_linears(config, ffn))

@@ -18,6 +18,7 @@ from megastruct.config.schema import Config, ModelConfig
 from megastruct.layers import LinearBuilder
 from megastruct.models.attention import Attention
 from megastruct.models.block import Block
+from megastruct.models.guidance import NOT_EVALUATED, Guidance
 from megastruct.models.mlp import MLP
 from megastruct.parallel.groups import TensorGroup
 from megastruct.tensor_parallel import (
@@ -31,6 +32,7 @@ from megastruct.tensor_parallel import (
     VocabParallelEmbedding,
     VocabParallelHead,
 )
+from megastruct.tensor_parallel.guide import ColumnGuide, RowGuide
 
 EMBEDDING = "embedding"
 HEAD = "head"
@@ -45,24 +47,32 @@ class NamedLayer:
     build: Callable[[], nn.Module]
 
 
-def named_layers(config: Config, tp: TensorGroup) -> list[NamedLayer]:
-    """embedding, blocks.0 ..., final_norm, and head unless it is the embedding's weight."""
+def named_layers(config: Config, tp: TensorGroup, guided: bool = False) -> list[NamedLayer]:
+    """embedding, blocks.0 ..., final_norm, and head unless it is the embedding's weight.
+
+    `guided`: structured linears have their guides beside them.
+    """
     model = config.model
-    d, vocab, std = model.hidden_size, model.vocab_size, model.init_std
-    layers = [NamedLayer(EMBEDDING, partial(VocabParallelEmbedding, vocab, d, tp, std))]
-    layers += [NamedLayer(f"blocks.{i}", partial(_build_block, config, i, tp)) for i in range(model.num_layers)]
+    d, vocab = model.hidden_size, model.vocab_size
+    words = {"tp": tp, "init_std": model.init_std, "logit_scale": model.logit_scale}
+    layers = [NamedLayer(EMBEDDING, partial(VocabParallelEmbedding, vocab, d, **words))]
+    layers += [NamedLayer(f"blocks.{i}", partial(_build_block, config, i, tp, guided)) for i in range(model.num_layers)]
     layers += [NamedLayer("final_norm", partial(_build_norm, model, tp))]
     if not model.tie_embeddings:
-        layers += [NamedLayer(HEAD, partial(VocabParallelHead, d, vocab, tp, std))]
+        layers += [NamedLayer(HEAD, partial(VocabParallelHead, d, vocab, **words))]
     return layers
 
 
 class GPT(nn.Module):
-    """The whole decoder, without a pipeline: ids int64 [b, s] -> logits [s, b, v/tp]."""
+    """The whole decoder, without a pipeline: ids int64 [b, s] -> logits [s, b, v/tp].
 
-    def __init__(self, config: Config, tp: TensorGroup = ALONE) -> None:
+    `guidance`: says what the guides do; without it the model has none.
+    """
+
+    def __init__(self, config: Config, tp: TensorGroup = ALONE, guidance: Guidance | None = None) -> None:
         super().__init__()
-        layers = named_layers(config, tp)
+        layers = named_layers(config, tp, guided=guidance is not None)
+        self.guidance = guidance
         self.layer_names = [layer.name for layer in layers]
         self.blocks = nn.ModuleDict()
         for layer in layers:
@@ -71,23 +81,30 @@ class GPT(nn.Module):
         self.tied = config.model.tie_embeddings
 
     def forward(self, ids: Tensor) -> Tensor:
+        choices = iter(self.guidance.choices() if self.guidance else [NOT_EVALUATED] * len(self.blocks))
         x = ids
         for name in self.layer_names:
-            x = self.get_submodule(name)(x)
+            layer = self.get_submodule(name)
+            x = layer(x, next(choices)) if isinstance(layer, Block) else layer(x)
         return self.get_submodule(EMBEDDING).project(x) if self.tied else x
 
 
 @torch.no_grad()
 def init_weights(layer: nn.Module, layer_name: str, seed: int) -> None:
-    """Fill all weights of one named layer from streams named by (seed, full name of the module)."""
-    for name, module in layer.named_modules():
-        if hasattr(module, "init_weights"):
-            module.init_weights((seed, "weights", f"{layer_name}.{name}" if name else layer_name))
+    """Fill all weights of one named layer from streams named by (seed, full name of the module).
+
+    A module with an `init_weights` of its own takes care of all that is below it.
+    """
+    if hasattr(layer, "init_weights"):
+        layer.init_weights((seed, "weights", layer_name))
+        return
+    for name, child in layer.named_children():
+        init_weights(child, f"{layer_name}.{name}", seed)
 
 
-def build_gpt(config: Config, tp: TensorGroup = ALONE) -> GPT:
+def build_gpt(config: Config, tp: TensorGroup = ALONE, guidance: Guidance | None = None) -> GPT:
     """The decoder in float32, with (this rank's part of) the weights of the run's seed."""
-    model = GPT(config, tp)
+    model = GPT(config, tp, guidance)
     for name in model.layer_names:
         init_weights(model.get_submodule(name), name, config.run.seed)
     return model
@@ -99,8 +116,8 @@ def _build_norm(model: ModelConfig, tp: TensorGroup) -> nn.Module:
     return SequenceParallelLayerNorm(model.hidden_size, tp, model.norm_eps, bias=model.bias)
 
 
-def _build_block(config: Config, index: int, tp: TensorGroup) -> Block:
-    model, common = config.model, {"tp": tp, "bias": config.model.bias, "init_std": config.model.init_std}
+def _build_block(config: Config, index: int, tp: TensorGroup, guided: bool) -> Block:
+    model, common = config.model, {"tp": tp, "bias": config.model.bias, "init_std": config.model.linear_init_std}
     attention = Attention(
         model.hidden_size,
         model.num_attention_heads,
@@ -115,6 +132,8 @@ def _build_block(config: Config, index: int, tp: TensorGroup) -> Block:
     ffn = config.ffn.of_block(index)
     fc1: LinearBuilder = partial(COLUMN_LINEARS[ffn.structure], **ffn.sizes, **common)
     fc2: LinearBuilder = partial(ROW_LINEARS[ffn.structure], **ffn.sizes, **common)
-    mlp = MLP(model.hidden_size, model.ffn_hidden_size, model.activation == "swiglu", fc1, fc2)
+    has_guides = guided and ffn.structure != "dense"
+    guides = [partial(guide, tp=tp, bias=False) for guide in (ColumnGuide, RowGuide)] if has_guides else []
+    mlp = MLP(model.hidden_size, model.ffn_hidden_size, model.activation == "swiglu", fc1, fc2, *guides)
     norms = (_build_norm(model, tp), _build_norm(model, tp))
     return Block(attention, mlp, *norms, recompute=config.training.activation_checkpointing)

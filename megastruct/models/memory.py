@@ -1,19 +1,19 @@
 """Memory of one device by part, from the config alone: formulas, nothing is built.
 
-Letters: P parameters of the device's stage, D replicas, e bytes of a value (4 in fp32, 2 in bf16), d hidden size,
-f FFN width, a attention width, kv width of keys and values, V vocabulary.
+Letters: P parameters of the device (its share of the stage's), D replicas, tp tensor-parallel ranks, e bytes of a value
+(4 in fp32, 2 in bf16), d hidden size, f FFN width, a attention width, V vocabulary.
 
 What is not counted: the device's context, workspaces, fragmentation, and what lives within one operator only.
-Tensor parallelism is not counted either: the numbers are those of the unsharded stage.
 """
 
 from __future__ import annotations
 
+from megastruct.config.deepspeed import bucket_values
 from megastruct.config.schema import Config, FFNConfig
+from megastruct.models.cost import ffn_linears
 from megastruct.models.stages import Stage
-from megastruct.ops.cost import STRUCTURES
+from megastruct.parallel.sizes import words_per_rank
 
-BUCKET_VALUES = 500_000_000  # DeepSpeed's reduce_bucket_size
 LIVE_VALUES = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 PARTS = ("weights", "gradients", "optimizer", "communication", "activations", "logits")
 
@@ -24,11 +24,12 @@ def value_bytes(config: Config) -> int:
 
 def memory_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, int]:
     """Bytes by part (PARTS) on each device of a stage, at the step's peak."""
+    parameters = stage.parameters_per_device
     return {
-        "weights": weight_bytes(config, stage.parameters, dp_size),
-        "gradients": gradient_bytes(config, stage.parameters, dp_size),
-        "optimizer": optimizer_bytes(config, stage.parameters, dp_size),
-        "communication": communication_bytes(config, stage.parameters),
+        "weights": weight_bytes(config, parameters, dp_size),
+        "gradients": gradient_bytes(config, parameters, dp_size),
+        "optimizer": optimizer_bytes(config, parameters, dp_size),
+        "communication": communication_bytes(config, parameters),
         "activations": activation_bytes(config, stage, dp_size),
         "logits": logit_bytes(config) if stage.has_head else 0,
     }
@@ -51,14 +52,13 @@ def optimizer_bytes(config: Config, parameters: int, dp_size: int) -> int:
 
 
 def communication_bytes(config: Config, parameters: int) -> int:
-    """DeepSpeed's buffers. Gradients travel in buckets of 500 M values: flattened copies of what there is (ZeRO 0, and
-    1 in bf16), or one buffer of the whole size (ZeRO 1 in fp32, 2, 3). ZeRO 3 also keeps gathered weights alive, up to
+    """DeepSpeed's buffers. Gradients travel in buckets of `bucket_values`: flattened copies in fp32 (ZeRO 0, and 1 in
+    bf16), or one buffer in the weights' dtype (ZeRO 1 in fp32, 2, 3). ZeRO 3 also keeps gathered weights alive, up to
     1 G values."""
-    zero, e = config.parallel.zero_stage, value_bytes(config)
+    zero, e, bucket = config.parallel.zero_stage, value_bytes(config), bucket_values(parameters)
     if zero == 0 or (zero == 1 and config.training.precision == "bf16"):
-        return 4 * min(parameters, BUCKET_VALUES)
-    gathered = e * min(parameters, LIVE_VALUES) if zero == 3 else 0
-    return e * BUCKET_VALUES + gathered
+        return 4 * bucket
+    return e * (bucket + (min(parameters, LIVE_VALUES) if zero == 3 else 0))
 
 
 def activation_bytes(config: Config, stage: Stage, dp_size: int) -> int:
@@ -66,53 +66,66 @@ def activation_bytes(config: Config, stage: Stage, dp_size: int) -> int:
 
     With activation checkpointing only the inputs of the blocks, and one whole block while it runs again.
     """
-    training, d = config.training, config.model.hidden_size
+    training, tp = config.training, config.parallel.tp
     tokens = training.micro_batch_size * training.seq_length
     micro_batches = training.global_batch_size // (training.micro_batch_size * dp_size)
     in_flight = min(config.parallel.pp - stage.index, micro_batches)
-    blocks = [
-        block_activation_bytes(config, config.ffn.of_block(int(layer.name.removeprefix("blocks."))))
-        for layer in stage.layers
-        if layer.name.startswith("blocks.")
-    ]
+    blocks = [block_activation_bytes(config, config.ffn.of_block(index)) for index in stage.blocks]
     final_norm = norm_activation_bytes(config) if any(layer.name == "final_norm" for layer in stage.layers) else 0
     if not training.activation_checkpointing:
         return tokens * in_flight * (sum(blocks) + final_norm)
-    kept = value_bytes(config) * d * len(blocks) + final_norm
+    kept = _share(value_bytes(config) * config.model.hidden_size, tp) * len(blocks) + final_norm
     return tokens * (in_flight * kept + max(blocks, default=0))
 
 
 def block_activation_bytes(config: Config, ffn: FFNConfig) -> int:
-    """Per token, what one block saves for its backward, run as written; torch.compile saves less.
+    """Per token of the sequence, what one block saves on a device for its backward, run as written; torch.compile saves
+    less. Under tensor parallelism in three parts:
 
-    Both norms; queries, keys, values, the attention's output and one fp32 log-sum per head (scores are never kept); the
-    inner vectors of structured maps; fc1's output and what the activation makes of it (f values, with SwiGLU 2 f: its
-    gate and the product).
+    - of own tokens (1/tp): what the norms keep of their input; the input of a structured fc1, whose first factor acts
+      before the gather; the inner vector of a structured fc2.
+    - of own features, all tokens (1/tp): queries, keys, values, the attention's output and one fp32 log-sum per head
+      (scores are never kept); fc1's output and what the activation makes of it (f values, with SwiGLU 2 f: its gate
+      and the product).
+    - gathered, whole on every device: the input of the attention; of fc1 the input, or its inner vector if structured.
     """
-    model, e = config.model, value_bytes(config)
-    f, heads = model.ffn_hidden_size, model.num_attention_heads
-    attention = 2 * e * (model.attention_width + model.kv_heads * model.attention_head_dim) + 4 * heads
-    width, d = STRUCTURES[ffn.structure].inner_width, model.hidden_size
-    inner = width(d, model.fc1_out_features, **ffn.sizes) + width(f, d, **ffn.sizes)
+    model, e, tp = config.model, value_bytes(config), config.parallel.tp
+    fc1, fc2 = ffn_linears(config, ffn)
+    f, heads, norm_output = model.ffn_hidden_size, model.num_attention_heads, e * model.hidden_size
+    # With fewer key/value heads than ranks, every query head of a rank has its own copy of them.
+    kv_heads = heads if model.kv_heads % tp else model.kv_heads
+    attention = 2 * e * (heads + kv_heads) * model.attention_head_dim + 4 * heads
     activated = 2 * f if model.activation == "swiglu" else f
-    return 2 * norm_activation_bytes(config) + attention + e * (inner + model.fc1_out_features + activated)
+    divided = 2 * _norm_input_bytes(config) + attention + e * (model.fc1_out_features + activated + fc2.inner_width)
+    if fc1.inner_width:
+        return _share(divided + norm_output, tp) + norm_output + e * fc1.inner_width
+    return _share(divided, tp) + 2 * norm_output
 
 
 def norm_activation_bytes(config: Config) -> int:
-    """Per token, input and output and the fp32 statistics; RMSNorm, written out, keeps the input in fp32 and the
+    """Per token of the sequence, a norm and the sharded map behind it: the norm's input, of own tokens, and its output,
+    gathered by the map."""
+    return _share(_norm_input_bytes(config), config.parallel.tp) + value_bytes(config) * config.model.hidden_size
+
+
+def _norm_input_bytes(config: Config) -> int:
+    """Per own token, the input and the fp32 statistics; RMSNorm, written out, keeps the input in fp32 and the
     normalised vector as well."""
     d, e = config.model.hidden_size, value_bytes(config)
-    return 2 * e * d + 8 if config.model.norm == "layernorm" else (4 + 2 * e) * d + 4
+    return e * d + 8 if config.model.norm == "layernorm" else (4 + e) * d + 4
 
 
 def logit_bytes(config: Config) -> int:
     """The logits and, in the loss's backward, three fp32 tensors of their size (log-probabilities and two gradients).
 
-    Compiled, the loss keeps the logits and makes their gradient alone.
+    Compiled, the loss keeps the logits and makes their gradient alone. Over tensor-parallel ranks each has the logits
+    of its words, and besides them at most two fp32 tensors of their size, three in bf16; that loss is never compiled.
     """
-    training, e = config.training, value_bytes(config)
-    tokens = training.micro_batch_size * training.seq_length
-    return tokens * config.model.vocab_size * (2 * e if training.compile else e + 12)
+    training, e, tp = config.training, value_bytes(config), config.parallel.tp
+    values = training.micro_batch_size * training.seq_length * words_per_rank(config.model.vocab_size, tp)
+    if tp > 1:
+        return values * (e + (12 if e == 2 else 8))
+    return values * (2 * e if training.compile else e + 12)
 
 
 def _share(parameters: int, ranks: int) -> int:

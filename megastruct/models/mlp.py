@@ -2,32 +2,63 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megastruct.layers.linear import LinearBuilder
+from megastruct.layers.linear import LinearBuilder, Names
+from megastruct.models.guidance import NOT_EVALUATED, BlockChoices
+from megastruct.tensor_parallel.guide import Choice
 
 
 class MLP(nn.Module):
     """fc2(gelu(fc1 x)) or, gated, fc2(silu(gate) * value) with gate and value in one map h -> 2f.
 
+    A guide stands beside a structured linear while it is trained with one (`tensor_parallel/guide.py`).
     Feature 2i of the gated map is gate i, feature 2i + 1 value i: every even slice of its outputs holds whole pairs.
     """
 
     def __init__(
-        self, hidden_size: int, ffn_hidden_size: int, gated: bool, fc1: LinearBuilder, fc2: LinearBuilder
+        self,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        gated: bool,
+        fc1: LinearBuilder,
+        fc2: LinearBuilder,
+        fc1_guide: LinearBuilder | None = None,
+        fc2_guide: LinearBuilder | None = None,
     ) -> None:
         super().__init__()
         self.gated = gated
-        self.fc1 = fc1(hidden_size, ffn_hidden_size * (2 if gated else 1))
+        fc1_out_features = ffn_hidden_size * (2 if gated else 1)
+        self.fc1 = fc1(hidden_size, fc1_out_features)
         self.fc2 = fc2(ffn_hidden_size, hidden_size)
+        self.fc1_guide = fc1_guide(hidden_size, fc1_out_features) if fc1_guide else None
+        self.fc2_guide = fc2_guide(ffn_hidden_size, hidden_size) if fc2_guide else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, choices: BlockChoices = NOT_EVALUATED) -> Tensor:
         """x [s/tp, b, h] -> [s/tp, b, h]"""
-        y = self.fc1(x)  # [s, b, f/tp] or [s, b, 2f/tp]
+        y = _linear(self.fc1, self.fc1_guide, x, choices[0])  # [s, b, f/tp] or [s, b, 2f/tp]
         if self.gated:
             gate, value = y.unflatten(-1, (-1, 2)).unbind(-1)
             y = F.silu(gate) * value  # [s, b, f/tp]
         else:
             y = F.gelu(y, approximate="tanh")
-        return self.fc2(y)
+        return _linear(self.fc2, self.fc2_guide, y, choices[1])
+
+    @torch.no_grad()
+    def init_weights(self, names: Names) -> None:
+        """The linears' own first weights; a guide starts as its linear's dense equivalent."""
+        *path, name = names
+        for linear, guide, suffix in ((self.fc1, self.fc1_guide, "fc1"), (self.fc2, self.fc2_guide, "fc2")):
+            whole = linear.init_weights((*path, f"{name}.{suffix}"))
+            if guide is not None:
+                guide.load_whole({"weight": whole.to_dense()})
+
+    def drop_guides(self) -> None:
+        self.fc1_guide = self.fc2_guide = None
+
+
+def _linear(linear: nn.Module, guide: nn.Module | None, x: Tensor, choice: Choice | None) -> Tensor:
+    y = linear(x)
+    return y if guide is None else guide(x, y, linear.output_bias(), choice)

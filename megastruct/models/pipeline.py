@@ -15,8 +15,11 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megastruct.config.schema import Config
+from megastruct.models.block import Block
 from megastruct.models.cost import layer_costs
 from megastruct.models.gpt import EMBEDDING, HEAD, NamedLayer, init_weights, named_layers
+from megastruct.models.guidance import Guidance
+from megastruct.models.mlp import MLP
 from megastruct.models.stages import balanced_stages
 from megastruct.parallel.groups import TensorGroup
 from megastruct.parallel.topology import Topology
@@ -28,19 +31,42 @@ class GPTPipeline(PipelineModule):
     """One stage of the decoder. Only the stage's own layers are built; their weights depend on names alone."""
 
     def __init__(
-        self, config: Config, topology: Topology, tp: TensorGroup, loss_fn: Callable[[Tensor, Tensor], Tensor]
+        self,
+        config: Config,
+        topology: Topology,
+        tp: TensorGroup,
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        guidance: Guidance | None = None,
     ) -> None:
-        self.layer_names = [layer.name for layer in named_layers(config, tp)]
+        layers = named_layers(config, tp, guided=guidance is not None)
+        self.layer_names = [layer.name for layer in layers]
         self.stage_costs = [layer.forward_flops for layer in layer_costs(config)]
         if config.model.tie_embeddings:
             self.layer_names.append(HEAD)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its partition with print()
             super().__init__(
-                layers=_layer_specs(config, tp),
+                layers=_layer_specs(config, layers),
                 topology=deepspeed_topology(topology),
                 loss_fn=loss_fn,
                 partition_method="balanced",
             )
+        self.guidance = guidance
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One micro-batch through the stage: ids [b, s] or activations in, activations or logits out."""
+        choices = self.guidance.choices() if self.guidance else None
+        for layer, name in zip(self.forward_funcs, self.layer_names[self._local_start :], strict=False):
+            if choices and isinstance(layer, Block):
+                x = layer(x, choices[int(name.removeprefix("blocks."))])
+            else:
+                x = layer(x)
+        return x
+
+    def drop_guides(self) -> None:
+        self.guidance = None
+        for module in self.modules():
+            if isinstance(module, MLP):
+                module.drop_guides()
 
     def _partition_layers(self, method: str = "balanced") -> None:
         """Called by PipelineModule: cut where the most expensive stage is cheapest, from the analytic FLOPs.
@@ -63,8 +89,8 @@ def deepspeed_topology(topology: Topology) -> PipeModelDataParallelTopology:
     return PipeModelDataParallelTopology(num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.dp_size)
 
 
-def _layer_specs(config: Config, tp: TensorGroup) -> list[LayerSpec]:
-    layers, seed = named_layers(config, tp), config.run.seed
+def _layer_specs(config: Config, layers: list[NamedLayer]) -> list[LayerSpec]:
+    seed = config.run.seed
     if not config.model.tie_embeddings:
         return [_Spec(layer, seed) for layer in layers]
     embedding, *others = layers

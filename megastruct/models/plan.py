@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from math import gcd, lcm
 from typing import Any
 
+from megastruct.config.checks import check_batch
 from megastruct.config.schema import Config, FFNConfig
 from megastruct.errors import Problem, UserError
 from megastruct.models.cost import (
+    ffn_linears,
     ffn_parameters,
     forward_flops_by_part,
     forward_flops_per_token,
@@ -21,8 +23,7 @@ from megastruct.models.cost import (
 )
 from megastruct.models.memory import memory_bytes
 from megastruct.models.stages import Stage, pipeline_stages
-from megastruct.models.traffic import micro_batches_per_step, traffic_bytes
-from megastruct.ops.cost import STRUCTURES
+from megastruct.models.traffic import linear_bytes_per_token, micro_batches_per_step, traffic_bytes
 from megastruct.parallel.sizes import nearest_multiple
 from megastruct.parallel.topology import Topology
 
@@ -45,7 +46,8 @@ def make_plan(config: Config, num_devices: int | None = None, dense: Config | No
     if num_devices < 1:
         raise UserError(Problem("--num-gpus", f"{num_devices} devices", f"--num-gpus {parallel.pp * parallel.tp}"))
     topology = Topology.of_world(num_devices, parallel.pp, parallel.dp, parallel.tp)
-    _check_batch(config, topology.dp_size)
+    if problems := list(check_batch(config, topology.dp_size)):
+        raise UserError(problems)
     stages = pipeline_stages(config)
     described = [_stage(config, stage, topology.dp_size) for stage in stages]
     forward, tokens = forward_flops_per_token(config), total_tokens(config)
@@ -61,6 +63,8 @@ def make_plan(config: Config, num_devices: int | None = None, dense: Config | No
         "guided_fraction": guided_fraction(config, dense),
         "layout": {"devices": num_devices, "pp": topology.pp_size, "dp": topology.dp_size, "tp": topology.tp_size},
         "micro_batches_per_step": micro_batches_per_step(config, topology.dp_size),
+        "ffn_linear_bytes_per_token": linear_bytes_per_token(config, config.ffn),
+        "dense_linear_bytes_per_token": linear_bytes_per_token(config, FFNConfig()),
         "memory_bytes": max(described, key=lambda stage: stage["total_memory_bytes"])["memory_bytes"],
         "stages": described,
         "warnings": list(warnings(config, stages, topology.dp_size)),
@@ -68,14 +72,13 @@ def make_plan(config: Config, num_devices: int | None = None, dense: Config | No
 
 
 def total_tokens(config: Config) -> int:
-    return config.training.num_tokens or config.training.total_steps * config.training.tokens_per_step
+    return config.training.num_tokens or config.training.base_steps * config.training.tokens_per_step
 
 
 def ffn_share(config: Config, ffn: FFNConfig) -> float:
     """Weights of a structured block's FFN as a share of the dense one's: the paper's 63 % and 32 %."""
-    model, weights = config.model, STRUCTURES[ffn.structure].weights
-    shapes = ((model.hidden_size, model.fc1_out_features), (model.ffn_hidden_size, model.hidden_size))
-    return sum(weights(n, m, **ffn.sizes) for n, m in shapes) / sum(n * m for n, m in shapes)
+    linears = ffn_linears(config, ffn)
+    return sum(linear.weights for linear in linears) / sum(linear.n * linear.m for linear in linears)
 
 
 def suggest(config: Config, share: float) -> list[dict[str, Any]]:
@@ -125,8 +128,6 @@ def warnings(config: Config, stages: list[Stage], dp_size: int) -> Iterator[str]
     if idle > LONG_BUBBLE:
         where = f"{micro_batches} micro-batches per step leave {pp} stages idle {idle:.0%} of the time"
         yield f"{where}: a smaller training.micro_batch_size or fewer replicas help"
-    if config.parallel.tp > 1:
-        yield "memory and traffic of tensor parallelism are not counted: memory is that of the unsharded stage"
 
 
 def _width_warnings(config: Config) -> Iterator[str]:
@@ -150,22 +151,9 @@ def _stage(config: Config, stage: Stage, dp_size: int) -> dict[str, Any]:
         "stage": stage.index,
         "layers": [stage.layers[0].name, stage.layers[-1].name],
         "parameters": stage.parameters,
+        "parameters_per_device": stage.parameters_per_device,
         "flops_share": stage.forward_flops / forward_flops_per_token(config),
         "memory_bytes": memory,
         "total_memory_bytes": sum(memory.values()),
         "traffic_bytes_per_step": traffic_bytes(config, stage, dp_size),
     }
-
-
-def _check_batch(config: Config, dp_size: int) -> None:
-    training = config.training
-    share = training.micro_batch_size * dp_size
-    if training.global_batch_size % share:
-        raise UserError(
-            Problem(
-                "training.global_batch_size",
-                f"{training.global_batch_size} is no multiple of micro_batch_size {training.micro_batch_size} x "
-                f"{dp_size} replicas",
-                f"training.global_batch_size={nearest_multiple(training.global_batch_size, share)}",
-            )
-        )

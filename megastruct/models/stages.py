@@ -11,19 +11,32 @@ from megastruct.models.cost import LayerCost, layer_costs
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a pipeline, with its layers and the parameters that its devices hold."""
+    """One stage of a pipeline: its layers, the parameters that its devices hold together, and each of them alone (less
+    where tensor parallelism shares the stage)."""
 
     index: int
     layers: tuple[LayerCost, ...]
     parameters: int
+    parameters_per_device: int
 
     @property
     def forward_flops(self) -> int:
         return sum(layer.forward_flops for layer in self.layers)
 
     @property
-    def num_blocks(self) -> int:
-        return sum(layer.name.startswith("blocks.") for layer in self.layers)
+    def replicated_parameters(self) -> int:
+        """Those that every tensor-parallel rank holds."""
+        return sum(layer.replicated_parameters for layer in self.layers)
+
+    @property
+    def blocks(self) -> list[int]:
+        """The indices of its blocks."""
+        names = (layer.name for layer in self.layers if layer.name.startswith("blocks."))
+        return [int(name.removeprefix("blocks.")) for name in names]
+
+    @property
+    def has_embedding(self) -> bool:
+        return self.layers[0].name == "embedding"
 
     @property
     def has_head(self) -> bool:
@@ -36,10 +49,12 @@ def pipeline_stages(config: Config) -> list[Stage]:
     cuts = balanced_stages([layer.forward_flops for layer in layers], config.parallel.pp)
     stages = []
     for index, (start, stop) in enumerate(itertools.pairwise(cuts)):
-        parameters = sum(layer.parameters for layer in layers[start:stop])
+        held = layers[start:stop]
         if config.model.tie_embeddings and stop == len(layers) and start > 0:
-            parameters += config.model.vocab_size * config.model.hidden_size
-        stages.append(Stage(index, tuple(layers[start:stop]), parameters))
+            held = [*held, layers[0]]
+        parameters = sum(layer.parameters for layer in held)
+        per_device = sum(layer.parameters_per_rank for layer in held)
+        stages.append(Stage(index, tuple(layers[start:stop]), parameters, per_device))
     return stages
 
 

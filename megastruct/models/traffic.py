@@ -1,24 +1,63 @@
 """What a device sends in one optimizer step, by kind of parallelism, from the config alone.
 
 One function per kind; each returns bytes by purpose. Collectives are counted as rings: over D ranks, an all-reduce of
-n bytes sends 2 (D - 1) / D n from each device, an all-gather or a reduce-scatter half of that.
-Letters: P parameters of the stage, D replicas, m micro-batches per step, e bytes of a value.
+n bytes sends 2 (D - 1) / D n from each device, an all-gather, a reduce-scatter or an all-to-all half of that.
+Letters: P parameters of a device, D replicas, m micro-batches per step, e bytes of a value, d hidden size.
 """
 
 from __future__ import annotations
 
-from megastruct.config.schema import Config
+from megastruct.config.schema import Config, FFNConfig
+from megastruct.models.cost import ffn_linears
 from megastruct.models.memory import value_bytes
 from megastruct.models.stages import Stage
+from megastruct.parallel.sizes import words_per_rank
 
 
 def traffic_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, dict[str, int]]:
     """Bytes that each device of a stage sends per step: {kind of parallelism: {purpose: bytes}}."""
-    # Tensor parallelism belongs here: "tensor_parallel": tensor_parallel_bytes(config, stage).
     return {
-        "data_parallel": data_parallel_bytes(config, stage.parameters, dp_size),
+        "tensor_parallel": tensor_parallel_bytes(config, stage, dp_size),
+        "data_parallel": data_parallel_bytes(config, stage.parameters_per_device, dp_size),
         "pipeline": pipeline_bytes(config, stage, dp_size),
     }
+
+
+def tensor_parallel_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, int]:
+    """What `parallel/collectives.py` counts in all micro-batches of a step, for blocks that run as written:
+
+    attention: its input is gathered, its output reduce-scattered, d values per token each. ffn: what `LinearMap` says.
+    vocabulary: the embedding's output is reduce-scattered, the head's input gathered, d each; the loss reduces three
+    fp32 per token in the forward. The backward of all but the loss sends as much as the forward.
+    replicated_gradients: an all-reduce of the gradients of what every rank holds.
+    With activation checkpointing the blocks' forward is sent again, but for the reduce-scatter of a dense fc2: the
+    second forward ends where nothing more is needed.
+    """
+    training, tp, e = config.training, config.parallel.tp, value_bytes(config)
+    micro_batches = micro_batches_per_step(config, dp_size)
+    passes = 3 if training.activation_checkpointing else 2
+    d, ffn = config.model.hidden_size, 0
+    for index in stage.blocks:
+        # A guide that reads the whole dense input would be two more maps here.
+        fc1, fc2 = (linear.exchange(tp)[1] for linear in ffn_linears(config, config.ffn.of_block(index)))
+        ffn += passes * fc1 + (2 if config.ffn.of_block(index).structure == "dense" else passes) * fc2
+    values_per_token = {
+        "attention": passes * 2 * d * len(stage.blocks),
+        "ffn": ffn,
+        "vocabulary": 2 * d * (stage.has_embedding + stage.has_head),
+    }
+    tokens = training.micro_batch_size * training.seq_length
+    sent = {purpose: e * tokens * values for purpose, values in values_per_token.items()}
+    sent["vocabulary"] += 2 * 4 * 3 * tokens * stage.has_head
+    sent["replicated_gradients"] = 2 * e * stage.replicated_parameters
+    return {purpose: micro_batches * num_bytes * (tp - 1) // tp for purpose, num_bytes in sent.items()}
+
+
+def linear_bytes_per_token(config: Config, ffn: FFNConfig) -> dict[str, float]:
+    """Bytes that a device sends per token of the sequence in the forward of fc1 and of fc2; in the backward again."""
+    tp, e = config.parallel.tp, value_bytes(config)
+    fc1, fc2 = (e * linear.exchange(tp)[1] * (tp - 1) / tp for linear in ffn_linears(config, ffn))
+    return {"fc1": fc1, "fc2": fc2}
 
 
 def data_parallel_bytes(config: Config, parameters: int, dp_size: int) -> dict[str, int]:
@@ -41,18 +80,19 @@ def data_parallel_bytes(config: Config, parameters: int, dp_size: int) -> dict[s
 
 
 def pipeline_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, int]:
-    """Per micro-batch one tensor of activations [s, b, h] forward over each border, and its gradient back.
+    """Per micro-batch one tensor of activations [s/tp, b, h] forward over each border, and its gradient back.
 
     A tied head on another stage than the embedding sums its gradient with the embedding's: an all-reduce of two.
     """
-    training, model, stages = config.training, config.model, config.parallel.pp
-    border = training.micro_batch_size * training.seq_length * model.hidden_size * value_bytes(config)
+    training, model, stages, tp = config.training, config.model, config.parallel.pp, config.parallel.tp
+    border = training.micro_batch_size * training.seq_length // tp * model.hidden_size * value_bytes(config)
     border *= micro_batches_per_step(config, dp_size)
+    words = words_per_rank(model.vocab_size, tp)
     outer = stages > 1 and stage.index in (0, stages - 1)
     return {
         "activations": border if stage.index < stages - 1 else 0,
         "gradients": border if stage.index > 0 else 0,
-        "tied_embedding": 4 * model.vocab_size * model.hidden_size if outer and model.tie_embeddings else 0,
+        "tied_embedding": 4 * words * model.hidden_size if outer and model.tie_embeddings else 0,
     }
 
 

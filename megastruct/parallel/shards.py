@@ -52,12 +52,6 @@ class ShardSpec:
     def num_ranks(self) -> int:
         return math.prod(cut.ranks for cut in self.cuts)
 
-    @property
-    def partition_dim(self) -> int | None:
-        """The one dimension along which the shards concatenate to the global tensor, if there is one."""
-        dims = [cut.dim for cut in self.cuts if cut.ranks > 1]
-        return dims[0] if len(dims) == 1 else None
-
     def boxes(self, global_shape: Sequence[int], rank: int) -> list[Box]:
         """What `rank` holds of the global tensor, as cuboids: one."""
         offsets, sizes = [0] * len(global_shape), list(global_shape)

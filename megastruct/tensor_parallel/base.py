@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -14,9 +16,9 @@ from megastruct.parallel.shards import ShardSpec
 class ShardedLayer(nn.Module):
     """A layer of which every rank of `tp` holds a part.
 
-    A sharded parameter carries `shard_spec` and `global_shape` (which part of which tensor it is),
-    `tensor_model_parallel = True` (DeepSpeed counts it on every rank in the gradient norm) and, if its shards
-    concatenate along one dimension, `partition_dim`. A replicated one carries none of them.
+    A sharded parameter carries `shard_spec` and `global_shape` (which part of which tensor it is) and
+    `tensor_model_parallel = True` (DeepSpeed counts it on every rank in the gradient norm). A replicated one carries
+    none of them.
     """
 
     bias: nn.Parameter | None
@@ -40,8 +42,6 @@ class ShardedLayer(nn.Module):
         parameter.shard_spec = spec  # type: ignore[attr-defined]
         parameter.global_shape = torch.Size(global_shape)  # type: ignore[attr-defined]
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-        if spec.partition_dim is not None:
-            parameter.partition_dim = spec.partition_dim  # type: ignore[attr-defined]
         self.register_parameter(name, parameter)
 
     def replicated(self, parameter: Tensor) -> Tensor:
@@ -52,16 +52,25 @@ class ShardedLayer(nn.Module):
         """`self.bias`, if there is one, as `replicated` gives it."""
         return None if self.bias is None else self.replicated(self.bias)
 
+    def output_bias(self) -> Tensor | None:
+        """`self.bias` as this rank adds it to its outputs: its own part, or the whole for the rank's own tokens."""
+        return self.bias if hasattr(self.bias, "shard_spec") else self.replicated_bias()
+
     def unsharded(self) -> nn.Module:
         """A new layer of one process with the same global parameters."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def init_weights(self, names: Names) -> None:
-        """This rank's part of what the unsharded layer's `init_weights(names)` makes, bit for bit."""
+    def init_weights(self, names: Names) -> nn.Module:
+        """Fill in this rank's part of what the unsharded layer's `init_weights(names)` makes, bit for bit; returns that
+        layer."""
         whole = self.unsharded()
         whole.init_weights(names)  # type: ignore[operator]
+        self.load_whole({name: parameter.detach() for name, parameter in whole.named_parameters()})
+        return whole
+
+    @torch.no_grad()
+    def load_whole(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take this rank's part of global parameters, by name."""
         for name, parameter in self.named_parameters():
-            full = whole.get_parameter(name).detach()
             spec = getattr(parameter, "shard_spec", None)
-            parameter.copy_(full if spec is None else spec.shard(full, self.tp.rank))
+            parameter.copy_(parameters[name] if spec is None else spec.shard(parameters[name], self.tp.rank))

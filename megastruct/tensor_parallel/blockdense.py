@@ -21,7 +21,7 @@ class _BlockDense(ShardedLayer):
     v: nn.Parameter
     u: nn.Parameter
 
-    def __init__(self, sizes: tuple[int, int, int, int], tp: TensorGroup, init_std: float) -> None:
+    def __init__(self, sizes: tuple[int, int, int, int], tp: TensorGroup, init_std: float | None) -> None:
         super().__init__(tp)
         n, _, nblocks, rank = sizes
         if n % nblocks or rank % nblocks:
@@ -46,7 +46,7 @@ class BlockDenseColumnLinear(_BlockDense):
         rank: int,
         tp: TensorGroup,
         bias: bool = True,
-        init_std: float = 0.02,
+        init_std: float | None = 0.02,
     ) -> None:
         super().__init__((in_features, out_features, nblocks, rank), tp, init_std)
         columns = ShardSpec.along(0, tp.size)
@@ -75,7 +75,7 @@ class BlockDenseRowLinear(_BlockDense):
         rank: int,
         tp: TensorGroup,
         bias: bool = True,
-        init_std: float = 0.02,
+        init_std: float | None = 0.02,
     ) -> None:
         super().__init__((in_features, out_features, nblocks, rank), tp, init_std)
         self.add_parameter("v", (nblocks, rank // nblocks, in_features // nblocks), row_spec(nblocks, tp.size))

@@ -22,7 +22,7 @@ class _BlockShuffle(ShardedLayer):
     v: nn.Parameter
     u: nn.Parameter
 
-    def __init__(self, sizes: tuple[int, int, int], tp: TensorGroup, init_std: float) -> None:
+    def __init__(self, sizes: tuple[int, int, int], tp: TensorGroup, init_std: float | None) -> None:
         super().__init__(tp)
         n, m, nblocks = sizes
         if n % nblocks or m % nblocks:
@@ -52,7 +52,7 @@ class BlockShuffleColumnLinear(_BlockShuffle):
         nblocks: int,
         tp: TensorGroup,
         bias: bool = True,
-        init_std: float = 0.02,
+        init_std: float | None = 0.02,
     ) -> None:
         super().__init__((in_features, out_features, nblocks), tp, init_std)
         self.add_parameter("v", self.v_shape)
@@ -80,7 +80,7 @@ class BlockShuffleRowLinear(_BlockShuffle):
         nblocks: int,
         tp: TensorGroup,
         bias: bool = True,
-        init_std: float = 0.02,
+        init_std: float | None = 0.02,
     ) -> None:
         super().__init__((in_features, out_features, nblocks), tp, init_std)
         self.add_parameter("v", self.v_shape, row_spec(nblocks, tp.size))

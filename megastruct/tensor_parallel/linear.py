@@ -28,7 +28,7 @@ class ColumnParallelLinear(ShardedLayer):
         out_features: int,
         tp: TensorGroup,
         bias: bool = True,
-        init_std: float = 0.02,
+        init_std: float | None = 0.02,
         gather_input: bool = True,
     ) -> None:
         super().__init__(tp)
@@ -55,7 +55,7 @@ class RowParallelLinear(ShardedLayer):
     weight: nn.Parameter
 
     def __init__(
-        self, in_features: int, out_features: int, tp: TensorGroup, bias: bool = True, init_std: float = 0.02
+        self, in_features: int, out_features: int, tp: TensorGroup, bias: bool = True, init_std: float | None = 0.02
     ) -> None:
         super().__init__(tp)
         self.sizes, self.init_std = (in_features, out_features), init_std
@@ -81,7 +81,7 @@ class ReplicatedLinear(ShardedLayer):
     weight: nn.Parameter
 
     def __init__(
-        self, in_features: int, out_features: int, tp: TensorGroup, bias: bool = True, init_std: float = 0.02
+        self, in_features: int, out_features: int, tp: TensorGroup, bias: bool = True, init_std: float | None = 0.02
     ) -> None:
         super().__init__(tp)
         self.sizes, self.init_std = (in_features, out_features), init_std

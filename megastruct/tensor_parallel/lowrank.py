@@ -19,7 +19,7 @@ class _LowRank(ShardedLayer):
     v: nn.Parameter
     u: nn.Parameter
 
-    def __init__(self, sizes: tuple[int, int, int], tp: TensorGroup, init_std: float) -> None:
+    def __init__(self, sizes: tuple[int, int, int], tp: TensorGroup, init_std: float | None) -> None:
         super().__init__(tp)
         self.sizes, self.init_std = sizes, init_std
         self.register_parameter("bias", None)
@@ -38,7 +38,7 @@ class LowRankColumnLinear(_LowRank):
         rank: int,
         tp: TensorGroup,
         bias: bool = True,
-        init_std: float = 0.02,
+        init_std: float | None = 0.02,
     ) -> None:
         super().__init__((in_features, out_features, rank), tp, init_std)
         columns = ShardSpec.along(0, tp.size)
@@ -57,7 +57,13 @@ class LowRankRowLinear(_LowRank):
     """fc2: v [R, N/tp] the rank's columns; u [M, R] and bias [M] replicated, applied to own tokens."""
 
     def __init__(
-        self, in_features: int, out_features: int, rank: int, tp: TensorGroup, bias: bool = True, init_std: float = 0.02
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        tp: TensorGroup,
+        bias: bool = True,
+        init_std: float | None = 0.02,
     ) -> None:
         super().__init__((in_features, out_features, rank), tp, init_std)
         self.add_parameter("v", (rank, in_features), ShardSpec.along(1, tp.size))

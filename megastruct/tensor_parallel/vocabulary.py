@@ -24,13 +24,15 @@ from megastruct.tensor_parallel.base import ShardedLayer
 
 
 class VocabParallelEmbedding(ShardedLayer):
-    """weight [Vt, h], the rank's words. `project` is the tied output head."""
+    """weight [Vt, h], the rank's words. `project` is the tied output head, its logits multiplied by `logit_scale`."""
 
     weight: nn.Parameter
 
-    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorGroup, init_std: float = 0.02) -> None:
+    def __init__(
+        self, vocab_size: int, hidden_size: int, tp: TensorGroup, init_std: float = 0.02, logit_scale: float = 1.0
+    ) -> None:
         super().__init__(tp)
-        self.sizes, self.init_std = (vocab_size, hidden_size), init_std
+        self.sizes, self.init_std, self.logit_scale = (vocab_size, hidden_size), init_std, logit_scale
         self.add_parameter("weight", self.sizes, ShardSpec.along(0, tp.size), uneven=True)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -43,25 +45,27 @@ class VocabParallelEmbedding(ShardedLayer):
 
     def project(self, x: Tensor) -> Tensor:
         """x [s/tp, b, h] -> the rank's logits [s, b, Vt]"""
-        return F.linear(gather_sequence(x, self.tp), self.weight)
+        return _logits(x, self.weight, self.logit_scale, self.tp)
 
     def unsharded(self) -> Embedding:
         return Embedding(*self.sizes, init_std=self.init_std)
 
 
 class VocabParallelHead(ShardedLayer):
-    """The untied output head: weight [Vt, h], the rank's words, no bias."""
+    """The untied output head: weight [Vt, h], the rank's words, no bias; logits are multiplied by `logit_scale`."""
 
     weight: nn.Parameter
 
-    def __init__(self, hidden_size: int, vocab_size: int, tp: TensorGroup, init_std: float = 0.02) -> None:
+    def __init__(
+        self, hidden_size: int, vocab_size: int, tp: TensorGroup, init_std: float = 0.02, logit_scale: float = 1.0
+    ) -> None:
         super().__init__(tp)
-        self.sizes, self.init_std = (hidden_size, vocab_size), init_std
+        self.sizes, self.init_std, self.logit_scale = (hidden_size, vocab_size), init_std, logit_scale
         self.add_parameter("weight", (vocab_size, hidden_size), ShardSpec.along(0, tp.size), uneven=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [s/tp, b, h] -> the rank's logits [s, b, Vt]"""
-        return F.linear(gather_sequence(x, self.tp), self.weight)
+        return _logits(x, self.weight, self.logit_scale, self.tp)
 
     def unsharded(self) -> Linear:
         return Linear(*self.sizes, bias=False, init_std=self.init_std)
@@ -75,6 +79,11 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int
     and one float32 per token.
     """
     return _CrossEntropy.apply(logits, labels.t(), vocab_size, tp)
+
+
+def _logits(x: Tensor, weight: Tensor, scale: float, tp: TensorGroup) -> Tensor:
+    """x [s/tp, b, h], weight [Vt, h] -> [s, b, Vt]; the h values of a token are scaled, not its many more logits."""
+    return F.linear(gather_sequence(x if scale == 1.0 else x * scale, tp), weight)
 
 
 def _local_words(words: Tensor, num_local: int, vocab_size: int, tp: TensorGroup) -> tuple[Tensor, Tensor]:

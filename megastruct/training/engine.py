@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import deepspeed
@@ -21,28 +22,42 @@ from megastruct.config.deepspeed import deepspeed_config
 from megastruct.config.schema import Config
 from megastruct.data.batch import Batch
 from megastruct.models.block import Block
-from megastruct.models.gpt import build_gpt
+from megastruct.models.gpt import GPT, build_gpt
+from megastruct.models.guidance import Guidance
 from megastruct.models.loss import make_loss
 from megastruct.models.pipeline import GPTPipeline, deepspeed_topology
+from megastruct.models.steps import guided_steps
 from megastruct.parallel.groups import TensorGroup, make_tensor_group
 from megastruct.parallel.topology import Topology
-from megastruct.training.optimizer import GradientClipper, build_optimizer
+from megastruct.training.optimizer import GradientClipper, build_optimizer, sum_norms_over_stages
+
+# Blocks share their code, and so its limit: dense and structured ones, in training and evaluation, and with guides
+# all that each of the two linears may do.
+COMPILED_VARIANTS = 32
 
 
 class Engine:
     """What the loop needs of DeepSpeed. Losses are means over all tokens of the global batch, equal on all ranks."""
 
     def __init__(
-        self, module: nn.Module, config: Config, topology: Topology, tp: TensorGroup, device: torch.device
+        self,
+        module: nn.Module,
+        config: Config,
+        topology: Topology,
+        tp: TensorGroup,
+        device: torch.device,
+        mpu: Any = None,
     ) -> None:
-        self.config, self.topology, self.tp, self.device = config, topology, tp, device
-        optimizer = build_optimizer(module, config.optimizer, device.type)
+        """`mpu`: DeepSpeed's view of the groups, where the module does not bring it."""
+        self.config, self.topology, self.tp, self.device, self.mpu = config, topology, tp, device, mpu
+        optimizer = build_optimizer(module, config.optimizer, device.type, config.model.base_width)
+        num_parameters = sum(p.numel() for p in module.parameters())
         with contextlib.redirect_stdout(io.StringIO()):  # its optimizers print their memory with print()
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,
-                config=deepspeed_config(config, topology.dp_size),
-                mpu=self._mpu(),
+                config=deepspeed_config(config, topology.dp_size, num_parameters),
+                mpu=mpu,
                 dist_init_required=False,
             )
         self.clipper: GradientClipper | None = None
@@ -52,8 +67,10 @@ class Engine:
                 module.parameters(), config.optimizer.gradient_clipping, model_group, counts_replicated=tp.rank == 0
             )
             optimizer.register_step_pre_hook(self.clipper)
+        elif config.training.precision == "fp32" and topology.pp_size > 1:
+            sum_norms_over_stages(self.zero_optimizer, module._grid.get_model_parallel_group())
         if config.training.compile:
-            self._compile()
+            self._compile_blocks()
 
     @property
     def module(self) -> nn.Module:
@@ -72,49 +89,91 @@ class Engine:
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters under the names that hold in every layout."""
-        raise NotImplementedError
+        return [(self.canonical_name(name), p) for name, p in self.module.named_parameters()]
+
+    def canonical_name(self, name: str) -> str:
+        """The name that holds in every layout, of a parameter or module of this engine's own module."""
+        return name
 
     def train_batch(self, batches: Iterator[Batch] | None) -> float:
         """Forward, backward and optimizer step over one global batch; `batches` gives the rank's micro-batches."""
         raise NotImplementedError
 
-    def evaluate(self, batches: Sequence[Batch], num_micro_batches: int) -> float:
-        """Mean loss over `num_micro_batches` micro-batches per replica, without gradients."""
+    def evaluate(self, batches: Sequence[Batch], num_micro_batches: int, alpha: float = 0.0) -> float:
+        """Mean loss over `num_micro_batches` micro-batches per replica, without gradients.
+
+        `alpha`: the guides' part, of all tokens; 0 is the model as it will be used.
+        """
+        if self.guidance:
+            self.guidance.start_evaluation(alpha)
+        return self._evaluate(batches, num_micro_batches)
+
+    def _evaluate(self, batches: Sequence[Batch], num_micro_batches: int) -> float:
         raise NotImplementedError
+
+    @property
+    def guidance(self) -> Guidance | None:
+        """What the guides of self-guided training are told; None without guides."""
+        return self.module.guidance
+
+    def set_alpha(self, alpha: float, step: int) -> None:
+        """The guides' part in the blend in the next training step, the one after `step` finished ones."""
+        if self.guidance:
+            self.guidance.start_step(step, alpha)
+
+    def without_guides(self) -> Engine:
+        """Give up this engine, and all memory of its optimizer; returns one for the model without its guides.
+
+        The new one's weights and state are still to be loaded.
+        """
+        raise NotImplementedError
+
+    def _compile_blocks(self) -> None:
+        torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
+        for block in self.module.modules():
+            if isinstance(block, Block):
+                block.attention.rotary.tables(self.config.training.seq_length, self.device)  # no part of the program
+                block.compile()
+
+    def _close(self) -> None:
+        """Let go of all that DeepSpeed holds: partitions, moments, buffers, the last outputs."""
+        self.deepspeed.module_forward_pre_hook.remove()  # destroy() leaves them on the module
+        self.deepspeed.module_forward_post_hook.remove()
+        self.deepspeed.destroy()
+        del self.deepspeed, self.clipper
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
 
     def gradient_norm(self) -> float:
         """Global norm of the last step's gradient, before clipping."""
         return self.clipper.norm if self.clipper else float(self.deepspeed.get_global_grad_norm())
 
-    def _mpu(self) -> Any:
-        """DeepSpeed's view of the groups, where the module does not bring it."""
-        return None
-
-    def _compile(self) -> None:
-        for module in self.module.modules():
-            if isinstance(module, Block):
-                module.compile()
-
 
 class PipelineEngine(Engine):
     """ZeRO 0 and 1, any number of stages."""
 
-    def __init__(self, config: Config, topology: Topology, device: torch.device) -> None:
+    @classmethod
+    def build(cls, config: Config, topology: Topology, device: torch.device, guided: bool) -> PipelineEngine:
         tp = make_tensor_group(topology)
-        module = GPTPipeline(config, topology, tp, make_loss(config, tp))
-        super().__init__(module, config, topology, tp, device)
+        guidance = make_guidance(config, topology, device) if guided else None
+        module = GPTPipeline(config, topology, tp, make_loss(config, tp), guidance)
+        return cls(module, config, topology, tp, device)
 
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return [(self.module.canonical_name(name), p) for name, p in self.module.named_parameters()]
+    def without_guides(self) -> PipelineEngine:
+        module = self.module  # stays: a new one would make new process groups
+        self._close()
+        module.drop_guides()
+        return PipelineEngine(module, self.config, self.topology, self.tp, self.device)
+
+    def canonical_name(self, name: str) -> str:
+        return self.module.canonical_name(name)
 
     def train_batch(self, batches: Iterator[Batch] | None) -> float:
         return float(self.deepspeed.train_batch(batches))
 
-    def evaluate(self, batches: Sequence[Batch], num_micro_batches: int) -> float:
+    def _evaluate(self, batches: Sequence[Batch], num_micro_batches: int) -> float:
         iterator = iter(batches) if self.reads_data else None
         return float(self.deepspeed.eval_batch(iterator, num_micro_batches=num_micro_batches))
 
@@ -122,13 +181,21 @@ class PipelineEngine(Engine):
 class PlainEngine(Engine):
     """ZeRO 2 and 3, one stage."""
 
-    def __init__(self, config: Config, topology: Topology, device: torch.device) -> None:
+    @classmethod
+    def build(cls, config: Config, topology: Topology, device: torch.device, guided: bool) -> PlainEngine:
         tp = make_tensor_group(topology)
-        super().__init__(build_gpt(config, tp), config, topology, tp, device)
-        self.loss = make_loss(config, tp)
+        guidance = make_guidance(config, topology, device) if guided else None
+        mpu = PipelineParallelGrid(topology=deepspeed_topology(topology))
+        return cls(build_gpt(config, tp, guidance), config, topology, tp, device, mpu)
 
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self.module.named_parameters())
+    def without_guides(self) -> PlainEngine:
+        self._close()
+        # A new module: ZeRO 3 has cut the old one's parameters, and tied them to its optimizer.
+        return PlainEngine(GPT(self.config, self.tp), self.config, self.topology, self.tp, self.device, self.mpu)
+
+    @cached_property
+    def loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        return make_loss(self.config, self.tp)
 
     def train_batch(self, batches: Iterator[Batch] | None) -> float:
         assert batches is not None
@@ -143,7 +210,7 @@ class PlainEngine(Engine):
         return self._mean(total / accumulation)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch], num_micro_batches: int) -> float:
+    def _evaluate(self, batches: Sequence[Batch], num_micro_batches: int) -> float:
         self.deepspeed.eval()
         total = torch.zeros((), device=self.device)
         for batch in batches[:num_micro_batches]:
@@ -157,11 +224,15 @@ class PlainEngine(Engine):
         dist.all_reduce(value)  # the ranks of a tensor-parallel group have the same loss
         return float(value / self.topology.world_size)
 
-    def _mpu(self) -> Any:
-        return PipelineParallelGrid(topology=deepspeed_topology(self.topology))
 
+def build_engine(config: Config, topology: Topology, device: torch.device, step: int = 0) -> Engine:
+    """The engine for a config that `config/checks.py` accepted, after `step` finished steps, with the first weights.
 
-def build_engine(config: Config, topology: Topology, device: torch.device) -> Engine:
-    """The engine for a config that `config/checks.py` accepted. torch.distributed is initialised."""
+    The model has guides if the step is a guided one. torch.distributed is initialised.
+    """
     kind = PlainEngine if config.parallel.zero_stage >= 2 else PipelineEngine
-    return kind(config, topology, device)
+    return kind.build(config, topology, device, guided=step < guided_steps(config))
+
+
+def make_guidance(config: Config, topology: Topology, device: torch.device) -> Guidance:
+    return Guidance(config, topology.tp_size, topology.dp_rank(dist.get_rank()), topology.dp_size, device)

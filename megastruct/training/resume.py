@@ -2,81 +2,126 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from megastruct.checkpoint.agreement import from_first_rank, gather, together
+from megastruct.checkpoint.background import BackgroundSaver
+from megastruct.checkpoint.intact import newest_intact, set_aside
 from megastruct.checkpoint.sharded import ShardedTensor
-from megastruct.checkpoint.store import latest_checkpoint, load_state, load_tensors, save_checkpoint
+from megastruct.checkpoint.store import checkpoint_folder, load_state, load_tensors, save_checkpoint
 from megastruct.config.schema import Config
 from megastruct.errors import Problem, UserError
+from megastruct.models.guidance import is_guide
+from megastruct.models.steps import guided_steps
+from megastruct.parallel.shards import Box
 from megastruct.training.engine import Engine
 from megastruct.training.run_folder import checkpoints_folder, finished_steps
-from megastruct.training.state import ParameterState, capture, restore
+from megastruct.training.state import Fragment, begin_restore, finish_restore, saved_fragments
 
-KINDS = tuple(field.name for field in fields(ParameterState))
+_SAVER = BackgroundSaver()  # of the process: a save outlives the engine that it came from
 
 
-def save(engine: Engine, step: int, cursor: np.ndarray, state: dict[str, Any]) -> Path:
-    """Write `step`'s checkpoint from all ranks. `cursor`: the whole run's (`gather_cursor`)."""
-    parameters = dict(engine.named_parameters())
+def start_save(
+    engine: Engine,
+    step: int,
+    cursor: np.ndarray,
+    state: dict[str, Any],
+) -> None:
+    """Copy `step`'s state to host memory and write it while training goes on. Collective over the world.
+
+    `cursor`: the whole run's (`gather_cursor`). From the end of the guided phase on the guides are left out.
+    Waits for the save before. Raises UserError on all ranks if that one could not be written.
+    """
+    guided = step < guided_steps(engine.config)
+    owned = {own.name: own for own in saved_fragments(engine) if guided or not is_guide(own.name)}
+    views = {f"{kind}.{name}": tensor for name, own in owned.items() for kind, tensor in own.tensors.items()}
+    copies = _SAVER.host_copies(views)
     tensors = {
-        f"{kind}.{name}": _global(engine, parameters[name], getattr(captured, kind))
-        for name, captured in capture(engine).items()
-        for kind in KINDS
+        f"{kind}.{name}": _global(engine, fragment, copies[f"{kind}.{name}"])
+        for name, fragment in owned.items()
+        for kind in fragment.tensors
     }
     config = engine.config
     state = {"step": step, "cursor": cursor.tolist(), "layout": config.parallel.model_dump(), **state}
-    return save_checkpoint(checkpoints_folder(config), step, tensors, state, config.checkpoint.keep)
+    root, keep = checkpoints_folder(config), config.checkpoint.keep
+    _SAVER.start(lambda group: save_checkpoint(root, step, tensors, state, keep, group))
 
 
-def resume(engine: Engine) -> tuple[int, np.ndarray | None]:
-    """Load the newest complete checkpoint of the run into the engine: (steps done, cursor), (0, None) without one."""
-    folder = latest_checkpoint(checkpoints_folder(engine.config))
+def finish_save() -> None:
+    """Wait for the save that is on its way. Raises UserError on all ranks if it could not be written."""
+    _SAVER.wait()
+
+
+def save(engine: Engine, step: int, cursor: np.ndarray, state: dict[str, Any]) -> Path:
+    """`start_save` and `finish_save`: the checkpoint is complete when it returns."""
+    start_save(engine, step, cursor, state)
+    finish_save()
+    return checkpoint_folder(checkpoints_folder(engine.config), step)
+
+
+def find_checkpoint(config: Config) -> Path | None:
+    """The run's newest intact checkpoint, if there is one; damaged ones that are newer are set aside. Collective.
+
+    Raises UserError on all ranks if there are checkpoints and none is intact.
+    """
+    finish_save()
+    _SAVER.connect()
+    folder, damaged = newest_intact(checkpoints_folder(config))
+    set_aside(damaged)
+    return folder
+
+
+def resume(engine: Engine, folder: Path | None) -> tuple[int, np.ndarray | None]:
+    """Load a checkpoint into the engine: (steps done, cursor); (0, None) without a folder. Collective.
+
+    What the engine has no parameter for may be stored, too. Raises UserError on all ranks if it does not fit the model.
+    """
     if folder is None:
         return 0, None
-    state = load_state(folder)
-    local = {
-        name: ParameterState(*(torch.empty(getattr(p, "ds_shape", p.shape)) for _ in KINDS))
-        for name, p in engine.named_parameters()
-    }
+    state = together(lambda: load_state(folder))
     tensors = {
-        f"{kind}.{name}": _global(engine, p, getattr(local[name], kind))
-        for name, p in engine.named_parameters()
-        for kind in KINDS
+        f"{kind}.{name}": _global(engine, fragment, tensor)
+        for name, fragment in begin_restore(engine, state["step"]).items()
+        for kind, tensor in fragment.tensors.items()
     }
-    load_tensors(folder, tensors)
-    restore(engine, local, state["step"])
+    together(lambda: load_tensors(folder, tensors))
+    finish_restore(engine)
     return state["step"], np.array(state["cursor"], dtype=np.int64)
 
 
-def _global(engine: Engine, parameter: nn.Parameter, local: Tensor) -> Tensor:
-    """`local` under the global form of its parameter: a view that knows its place, where ranks hold parts."""
+def _global(engine: Engine, fragment: Fragment, tensor: Tensor) -> Tensor:
+    """`tensor`, which has the fragment's elements, under the global form of its parameter."""
+    parameter: Any = fragment.parameter
+    local_shape = getattr(parameter, "ds_shape", parameter.shape)
     spec = getattr(parameter, "shard_spec", None)
     if spec is None:
-        return local
-    shape = parameter.global_shape  # type: ignore[attr-defined]
-    return ShardedTensor.of(local, shape, spec.boxes(shape, engine.tp.rank))
+        origin = (0,) * len(local_shape)
+        return ShardedTensor.of_fragment(
+            tensor, fragment.start, local_shape, local_shape, [Box(origin, origin, tuple(local_shape))]
+        )
+    shape = parameter.global_shape
+    return ShardedTensor.of_fragment(tensor, fragment.start, local_shape, shape, spec.boxes(shape, engine.tp.rank))
 
 
-def agreed_finished_steps(config: Config, device: torch.device) -> int:
-    """Steps of the newest checkpoint, after all ranks have found the same. Collective.
+def agreed_finished_steps(config: Config) -> int:
+    """Steps of the newest checkpoint, after all ranks have found it. Collective.
 
     Raises UserError on all ranks if they have not: they would wait for each other until the group's time is out.
     """
-    own = torch.tensor([finished_steps(config)], device=device)
-    steps = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(steps, own)
-    found = sorted({int(step) for step in steps})
-    if len(found) > 1:
-        message = f"the newest checkpoint is another one on different ranks: steps {found}"
-        raise UserError(Problem("run.folder", message, "a folder on a file system that all nodes share"))
-    return found[0]
+    steps = from_first_rank(finished_steps(config))
+    sees = not steps or checkpoint_folder(checkpoints_folder(config), steps).is_dir()
+    blind = [rank for rank, seen in enumerate(gather(sees)) if not seen]
+    if blind:
+        message = f"rank {blind[0]} does not see the checkpoint of step {steps} that rank 0 sees"
+        suggestion = "a folder on a file system that all nodes share"
+        raise UserError(Problem("run.folder", message, suggestion), on_all_ranks=True)
+    return steps
 
 
 def gather_cursor(engine: Engine, cursor: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:

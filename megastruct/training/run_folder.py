@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
-from megastruct.checkpoint.store import latest_checkpoint
+from megastruct.checkpoint.intact import newest_of_right_size
 from megastruct.config.compare import changes_of_the_run
 from megastruct.config.load import dump_config, load_config
 from megastruct.config.schema import Config
@@ -33,8 +33,8 @@ def checkpoints_folder(config: Config) -> Path:
 
 
 def finished_steps(config: Config) -> int:
-    """Steps of the newest complete checkpoint, 0 if there is none."""
-    latest = latest_checkpoint(checkpoints_folder(config))
+    """Steps of the newest complete checkpoint of which no file is cut off, 0 if there is none."""
+    latest = newest_of_right_size(checkpoints_folder(config))
     return int(latest.name.removeprefix("step_")) if latest else 0
 
 

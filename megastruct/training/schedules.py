@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from megastruct.config.schema import Config
+from megastruct.models.steps import guided_steps, total_steps
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -13,10 +14,20 @@ def learning_rate(config: Config, step: int) -> float:
     Linear from 0 to the peak over the warm-up (reached at its last step), then half a cosine down to
     `min_learning_rate_fraction` of the peak at the run's last step.
     """
-    peak, total = config.optimizer.learning_rate, config.training.total_steps
+    peak, total = config.optimizer.learning_rate, total_steps(config)
     warmup = round(config.schedule.warmup_fraction * total)
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - 1 - warmup)
     low = config.schedule.min_learning_rate_fraction
     return peak * (low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))))
+
+
+def alpha(config: Config, step: int) -> float:
+    """The guide's part in the blend, for the step after `step` finished ones: 1 at the start, 0 from the guided steps'
+    end on, along half a cosine or a line (arXiv 2406.16450, section 3)."""
+    guided = guided_steps(config)
+    if step >= guided:
+        return 0.0
+    progress = step / guided
+    return 1.0 - progress if config.guided.alpha == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))

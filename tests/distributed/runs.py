@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def batches(config: Config, topology: Topology, first_step: int = 0) -> Iterator[Batch]:
     training = config.training
-    for step in range(first_step, training.total_steps):
+    for step in range(first_step, training.base_steps):
         generator = torch.Generator().manual_seed(step)
         shape = (training.global_batch_size, training.seq_length + 1)
         rows = torch.randint(0, config.model.vocab_size, shape, generator=generator)
@@ -42,47 +42,60 @@ def train_steps(engine: Engine, first_step: int, last_step: int) -> list[tuple[f
 
 def losses(config: Config, topology: Topology) -> list[tuple[float, float]]:
     """Train the whole run."""
-    return train_steps(build_engine(config, topology, CPU), 0, config.training.total_steps)
+    return train_steps(build_engine(config, topology, CPU), 0, config.training.base_steps)
 
 
 def losses_and_evaluation(config: Config, topology: Topology) -> tuple[list[Any], float, list[Any]]:
     """Train half of the run, evaluate, train the other half."""
     engine = build_engine(config, topology, CPU)
-    half = config.training.total_steps // 2
+    half = config.training.base_steps // 2
     first = train_steps(engine, 0, half)
     held_out = list(batches(config.model_copy(), topology, first_step=half))
     count = config.training.global_batch_size // (config.training.micro_batch_size * topology.dp_size)
     evaluated = engine.evaluate(held_out[:count], count)
-    return first, evaluated, train_steps(engine, half, config.training.total_steps)
+    return first, evaluated, train_steps(engine, half, config.training.base_steps)
 
 
 def save_half_way(config: Config, topology: Topology, folder: Path) -> list[tuple[float, float]]:
-    """Train half of the run, save, go on to the end."""
+    """Train half of the run, save in the background, go on to the end."""
     import numpy as np
 
-    from megastruct.training.resume import save
+    from megastruct.training.resume import finish_save, start_save
 
     engine = build_engine(config, topology, CPU)
-    half = config.training.total_steps // 2
+    half = config.training.base_steps // 2
     first = train_steps(engine, 0, half)
-    save(engine, half, np.array([[half]]), {})
-    return first + train_steps(engine, half, config.training.total_steps)
+    start_save(engine, half, np.array([[half]]), {})
+    second = train_steps(engine, half, config.training.base_steps)
+    finish_save()
+    return first + second
 
 
 def resume_half_way(config: Config, topology: Topology) -> list[tuple[float, float]]:
     """Load what `save_half_way` saved and train to the end."""
-    from megastruct.training.resume import resume
+    from megastruct.training.resume import find_checkpoint, resume
 
     engine = build_engine(config, topology, CPU)
-    step, cursor = resume(engine)
+    step, cursor = resume(engine, find_checkpoint(engine.config))
     assert cursor is not None and cursor.tolist() == [[step]]
-    return train_steps(engine, step, config.training.total_steps)
+    return train_steps(engine, step, config.training.base_steps)
+
+
+def resume_and_save_again(config: Config, topology: Topology) -> list[tuple[float, float]]:
+    """Load what `save_half_way` saved, save it as the step after, and train to the end."""
+    from megastruct.training.resume import find_checkpoint, resume, save
+
+    engine = build_engine(config, topology, CPU)
+    step, cursor = resume(engine, find_checkpoint(engine.config))
+    assert cursor is not None
+    save(engine, step + 1, cursor, {})
+    return train_steps(engine, step, config.training.base_steps)
 
 
 def evaluate_resumed(config: Config, topology: Topology) -> float:
     """Load what `save_half_way` saved; the loss of the first micro-batch that would be trained on."""
-    from megastruct.training.resume import resume
+    from megastruct.training.resume import find_checkpoint, resume
 
     engine = build_engine(config, topology, CPU)
-    step, _ = resume(engine)
+    step, _ = resume(engine, find_checkpoint(engine.config))
     return engine.evaluate([next(batches(config, topology, first_step=step))], 1)

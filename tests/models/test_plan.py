@@ -6,13 +6,11 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from configs import tiny_config
 from megastruct.config import load_config
@@ -24,6 +22,7 @@ from megastruct.models.memory import block_activation_bytes, memory_bytes, norm_
 from megastruct.models.plan import ffn_share, make_plan, suggest
 from megastruct.models.stages import pipeline_stages
 from megastruct.models.traffic import data_parallel_bytes, pipeline_bytes
+from saved import saved_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "configs" / "run"
@@ -87,28 +86,6 @@ def test_zero_stages(precision: str, zero_stage: int, bytes_per_parameter: tuple
     assert optimizer_bytes(config, 5, dp_size=4) in (8 * 5, 12 * 2)  # an uneven share is rounded up
 
 
-def saved_bytes(run: Callable[[], Any], weights: list[nn.Parameter]) -> int:
-    """Bytes of all storages that autograd keeps for a backward, without the weights.
-
-    Run twice with both kept: what has the same address in both is no activation but a table made once.
-    """
-    kept: list[Any] = []
-    storages: list[dict[int, int]] = []
-    for _ in range(2):
-        found: dict[int, int] = {}
-
-        def pack(t: torch.Tensor, found: dict[int, int] = found) -> torch.Tensor:
-            kept.append(t)
-            found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            kept.append(run())
-        storages.append(found)
-    known = {p.untyped_storage().data_ptr() for p in weights} | set(storages[0])
-    return sum(size for address, size in storages[1].items() if address not in known)
-
-
 @pytest.mark.parametrize("ffn", sorted(FFNS))
 @pytest.mark.parametrize("model", ["paper", "llama"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -126,7 +103,7 @@ def test_activations_of_a_stage() -> None:
     """By hand: in-flight micro-batches fall along the pipeline; checkpointing keeps inputs and one block."""
     config = tiny_config(parallel={"pp": 2}, model={"tie_embeddings": False})
     first, last = pipeline_stages(config)
-    assert (first.num_blocks, last.num_blocks) == (2, 2)
+    assert (first.blocks, last.blocks) == ([0, 1], [2, 3])
     dense, lowrank = (block_activation_bytes(config, config.ffn.of_block(index)) for index in (0, 1))
     tokens = 2 * 8
     assert memory_bytes(config, first, 1)["activations"] == tokens * 2 * (dense + lowrank)
@@ -217,7 +194,7 @@ def test_warnings(config: Config, num_devices: int | None, warning: str | None) 
 def test_layouts_that_do_not_fit() -> None:
     with pytest.raises(UserError, match=r"parallel.pp: 3 processes do not divide"):
         make_plan(tiny_config(parallel={"pp": 2}), 3)
-    with pytest.raises(UserError, match=r"16 is no multiple of micro_batch_size 2 x 3 replicas"):
+    with pytest.raises(UserError, match=r"training.global_batch_size: 16 is no multiple of micro_batch_size 2 x dp 3"):
         make_plan(tiny_config(), 3)
     with pytest.raises(UserError, match="--num-gpus: 0 devices"):
         make_plan(tiny_config(), 0)

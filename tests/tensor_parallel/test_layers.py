@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megastruct.layers import LINEARS, LayerNorm, RMSNorm
+from megastruct.ops.cost import LinearMap
 from megastruct.parallel.groups import TensorGroup
 from megastruct.tensor_parallel import (
     COLUMN_LINEARS,
@@ -106,18 +107,6 @@ def linear_parts(arguments: list[tuple[str, Case, int, int, bool]]) -> list[Part
     return [linear_part(*each) for each in arguments]
 
 
-def expected_values(form: str, case: Case, n: int, m: int, tp: int) -> tuple[str, float]:
-    """The forward's collective, and the values that a rank sends per token of the sequence."""
-    structure, sizes = case
-    others = (tp - 1) / tp
-    hidden = {"dense": n if form == "column" else m, "blockshuffle": min(n, m)}.get(structure, RANK)
-    if form == "column":
-        return "all_gather", others * hidden
-    if structure in ("dense", "lowrank"):
-        return "reduce_scatter", others * hidden
-    return "all_to_all", others * hidden / min(tp, sizes["nblocks"])
-
-
 @pytest.mark.parametrize("tp_size", TP_SIZES)
 def test_linears(tp_size: int) -> None:
     linears = all_linears(tp_size)
@@ -141,23 +130,23 @@ def check_marks(parts: list[Part], form: str, case: Case, tp_size: int) -> None:
         assert sharded == {"u" if "u" in parts[0].marks else "weight"} | ({"bias"} & parts[0].marks.keys())
     else:
         assert sharded == {"v" if "v" in parts[0].marks else "weight"}
-    shares_block = form == "row" and 1 < case[1].get("nblocks", 1) < tp_size
-    for marks in parts[0].marks.values():
-        assert ("partition_dim" in marks) == (bool(marks) and not shares_block)
 
 
 def check_bytes(parts: list[Part], form: str, case: Case, n: int, m: int, tp_size: int) -> None:
-    """The forward sends what docs/tensor_parallelism.md says, the backward that and the replicated weights."""
-    operation, values = expected_values(form, case, n, m, tp_size)
-    replicated = sum(p.numel() for name, p in parts[0].parameters.items() if not parts[0].marks[name])
+    """The forward sends what `LinearMap` says, the backward that and the gradients of the replicated weights."""
+    linear = LinearMap(case[0], form, n, m, case[1])
+    operation, values = linear.exchange(tp_size)
+    bias = m if form == "row" and "bias" in parts[0].parameters else 0
     adjoint = {"all_gather": "reduce_scatter", "reduce_scatter": "all_gather"}.get(operation, operation)
     for part in parts:
         if tp_size == 1:
             assert part.forward_bytes == part.backward_bytes == []
             continue
-        sent = round(8 * SEQUENCE * BATCH * values)
+        sent = 8 * SEQUENCE * BATCH * values * (tp_size - 1) // tp_size
         assert part.forward_bytes == [(operation, sent)]
         assert [each for each in part.backward_bytes if each[0] != "all_reduce"] == [(adjoint, sent)]
+        replicated = sum(p.numel() for name, p in part.parameters.items() if not part.marks[name])
+        assert replicated == linear.replicated_weights + bias
         reduced = sum(count for name, count in part.backward_bytes if name == "all_reduce")
         assert reduced == pytest.approx(2 * 8 * replicated * (tp_size - 1) / tp_size, abs=2)
 

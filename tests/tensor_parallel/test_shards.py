@@ -11,7 +11,7 @@ from megastruct.tensor_parallel.blocks import row_spec
 
 
 @pytest.mark.parametrize(
-    ("spec", "shape", "partition_dim"),
+    ("spec", "shape", "chunked_dim"),
     [
         (ShardSpec.along(0, 4), (8, 3), 0),
         (ShardSpec.along(1, 3), (4, 6, 2), 1),
@@ -22,15 +22,14 @@ from megastruct.tensor_parallel.blocks import row_spec
         (ShardSpec((Cut(0, 1), Cut(2, 4))), (1, 5, 8), 2),
     ],
 )
-def test_shards_are_disjoint_and_complete(spec: ShardSpec, shape: tuple[int, ...], partition_dim: int | None) -> None:
+def test_shards_are_disjoint_and_complete(spec: ShardSpec, shape: tuple[int, ...], chunked_dim: int | None) -> None:
     full = torch.arange(torch.Size(shape).numel()).view(shape)
     shards = [spec.shard(full, rank) for rank in range(spec.num_ranks)]
     assert sorted(value for shard in shards for value in shard.flatten().tolist()) == full.flatten().tolist()
     assert torch.equal(spec.unshard(shards), full)
     assert [tuple(shard.shape) for shard in shards] == [spec.local_shape(shape, rank) for rank in range(len(shards))]
-    assert spec.partition_dim == partition_dim
-    if partition_dim is not None:
-        assert all(torch.equal(a, b) for a, b in zip(shards, full.chunk(len(shards), partition_dim), strict=True))
+    if chunked_dim is not None:
+        assert all(torch.equal(a, b) for a, b in zip(shards, full.chunk(len(shards), chunked_dim), strict=True))
     for rank, shard in enumerate(shards):
         [box] = spec.boxes(shape, rank)
         index = tuple(slice(o, o + size) for o, size in zip(box.global_offsets, box.sizes, strict=True))

@@ -28,4 +28,4 @@ def test_edges() -> None:
 
 def test_length_from_tokens() -> None:
     config = tiny_config(training={"num_steps": None, "num_tokens": 16 * 8 * 37})
-    assert config.training.total_steps == 37
+    assert config.training.base_steps == 37

@@ -1,0 +1,132 @@
+"""What was written is what is read: the size and SHA-256 of every file of a checkpoint, in `checksums.json`.
+
+The sums are made of the bytes on their way to the file, so nothing is read again to write them. When a checkpoint is
+chosen for loading, its files are shared out over the ranks and each is read by one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+MANIFEST_FILE = "checksums.json"
+BLOCK_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class Checksum:
+    num_bytes: int
+    sha256: str
+
+
+class ChecksumWriter(dcp.FileSystemWriter):
+    """DCP's writer, one file per rank, synced to the disk; afterwards `checksums` has what this rank wrote, by name.
+
+    `write_data` raises OSError where a file cannot be written: torch's zip writer would hide it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        # No copying ahead: the tensors are in host memory, and the thread must not touch a GPU for it.
+        super().__init__(folder, single_file_per_rank=True, sync_files=True, per_thread_copy_ahead=0)
+        self.fs: _ChecksumFileSystem = _ChecksumFileSystem()
+
+    @property
+    def checksums(self) -> dict[str, Checksum]:
+        return self.fs.checksums
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except Exception:
+            if self.fs.error is not None:
+                raise self.fs.error from None
+            raise
+
+
+class _ChecksumFileSystem(FileSystem):
+    def __init__(self) -> None:
+        self.checksums: dict[str, Checksum] = {}
+        self.error: OSError | None = None  # of a write
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with Path(path).open(mode) as file:
+            stream = _ChecksumStream(file, self)
+            yield stream
+        self.checksums[Path(path).name] = Checksum(stream.num_bytes, stream.sha256.hexdigest())
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        super().rename(path, new_path)
+        self.checksums[Path(new_path).name] = self.checksums.pop(Path(path).name)
+
+
+class _ChecksumStream:
+    """A file that is written from its beginning to its end."""
+
+    def __init__(self, file: Any, file_system: _ChecksumFileSystem) -> None:
+        self.file, self.file_system, self.num_bytes, self.sha256 = file, file_system, 0, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.file_system.error = error
+            raise
+        self.sha256.update(data)
+        self.num_bytes += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def manifest_text(checksums: dict[str, Checksum]) -> str:
+    """The text of `checksums.json`."""
+    return json.dumps({name: asdict(checksums[name]) for name in sorted(checksums)}, indent=1)
+
+
+def read_manifest(folder: Path) -> dict[str, Checksum]:
+    """The checksums of a checkpoint's files, by name. Raises OSError or ValueError if they cannot be read."""
+    values = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    try:
+        return {name: Checksum(int(value["num_bytes"]), str(value["sha256"])) for name, value in values.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{error!r} in {MANIFEST_FILE}") from None
+
+
+def size_problem(path: Path, wanted: Checksum) -> str:
+    """What is wrong with a file's size; empty if nothing is."""
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        return f"{path.name}: {error.strerror}"
+    return "" if found == wanted.num_bytes else f"{path.name} has {found} bytes instead of {wanted.num_bytes}"
+
+
+def content_problem(path: Path, wanted: Checksum) -> str:
+    """What is wrong with a file, which is read for it; empty if nothing is."""
+    problem = size_problem(path, wanted)
+    if problem:
+        return problem
+    try:
+        found = checksum_of(path)
+    except OSError as error:
+        return f"{path.name}: {error.strerror}"
+    return "" if found == wanted else f"{path.name} has another checksum than when it was written"
+
+
+def checksum_of(path: Path) -> Checksum:
+    """Of the file as it is now."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            sha256.update(block)
+        return Checksum(file.tell(), sha256.hexdigest())

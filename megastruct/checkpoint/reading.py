@@ -1,0 +1,67 @@
+"""DCP's reading, without its two ways to execute code.
+
+DCP's metadata is a pickle: it goes through an unpickler that knows the records of a checkpoint of tensors and nothing
+else. And where metadata say that a name is no tensor, DCP would unpickle the value: here that is refused. Tensors
+themselves DCP reads with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+
+_DCP = "torch.distributed.checkpoint"
+_NAMES = {
+    (f"{_DCP}.metadata", "Metadata"),
+    (f"{_DCP}.metadata", "MetadataIndex"),
+    (f"{_DCP}.metadata", "StorageMeta"),
+    (f"{_DCP}.metadata", "TensorStorageMetadata"),
+    (f"{_DCP}.metadata", "ChunkStorageMetadata"),
+    (f"{_DCP}.metadata", "TensorProperties"),
+    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
+    (f"{_DCP}.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),  # DCP notes where it wrote; the path is never used
+    ("pathlib._local", "PosixPath"),
+}
+
+
+class SafeFileSystemReader(dcp.FileSystemReader):
+    """DCP's reader with an unpickler for `.metadata` that builds nothing but the records of tensors.
+
+    `read_metadata` raises pickle.UnpicklingError for anything else.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        metadata = _MetadataUnpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"{type(metadata).__name__} is no checkpoint metadata")
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class TensorLoadPlanner(dcp.DefaultLoadPlanner):
+    """DCP's planner for tensors alone."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is no tensor")
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _NAMES:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in checkpoint metadata")

@@ -1,0 +1,91 @@
+"""What ranks run in tests of self-guided training."""
+
+from __future__ import annotations
+
+import gc
+import json
+from typing import Any
+
+import numpy as np
+import torch
+
+from configs import tiny_config
+from megastruct.config.schema import Config
+from megastruct.models.guidance import is_guide
+from megastruct.models.steps import data_step, guided_steps, total_steps
+from megastruct.parallel.topology import Topology
+from megastruct.training.engine import Engine, build_engine
+from megastruct.training.guided_phase import REPORT_FILE, end_guided_phase
+from megastruct.training.resume import find_checkpoint, resume, save
+from megastruct.training.run_folder import finished_steps, run_folder
+from megastruct.training.schedules import alpha
+from runs import CPU, batches
+
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "lowrank": {"structure": "lowrank", "rank": 8},
+    "blockdense": {"structure": "blockdense", "rank": 8, "nblocks": 2},
+    "blockshuffle": {"structure": "blockshuffle", "rank": None, "nblocks": 2},
+}
+
+
+def guided_config(topology: Topology, zero: int = 1, structure: str = "lowrank", **sections: Any) -> Config:
+    """20 steps, guided for the first 10."""
+    sections["guided"] = {"schedule": "fixedstep", "levels": 2, **sections.get("guided", {})}
+    sections["training"] = {"global_batch_size": 8, **sections.get("training", {})}
+    sections["optimizer"] = {"eps": 1e-5, **sections.get("optimizer", {})}
+    parallel = {"pp": topology.pp_size, "tp": topology.tp_size, "zero_stage": zero}
+    return tiny_config(parallel=parallel, ffn=STRUCTURES[structure], **sections)
+
+
+Results = list[tuple[float, float]]
+
+
+def steps(engine: Engine, first: int, last: int, keep_guides: bool = False) -> tuple[Engine, Results]:
+    """Train the steps in [first, last) as the loop does; the guides leave at their end unless they are kept."""
+    config, results = engine.config, []
+    iterator = None
+    for step in range(first, last):
+        if engine.guidance and step >= guided_steps(config) and not keep_guides:
+            engine = end_guided_phase(engine, step, np.array([[step]]), {})
+        if engine.reads_data and (iterator is None or step == config.training.base_steps):
+            iterator = batches(config, engine.topology, data_step(config, step))
+        engine.set_learning_rate(1e-2 * (1 - step / 40))
+        engine.set_alpha(alpha(config, step), step)
+        results.append((engine.train_batch(iterator), engine.gradient_norm()))
+    return engine, results
+
+
+def whole_run(config: Config, topology: Topology, keep_guides: bool = False) -> Results:
+    """All steps, from the newest checkpoint on if there is one."""
+    checkpoint = find_checkpoint(config)
+    engine = build_engine(config, topology, CPU, finished_steps(config))
+    step, _ = resume(engine, checkpoint)
+    return steps(engine, step, total_steps(config), keep_guides)[1]
+
+
+def interrupted_run(config: Config, topology: Topology, last: int) -> Results:
+    """The first steps, then a checkpoint."""
+    engine = build_engine(config, topology, CPU)
+    engine, results = steps(engine, 0, last)
+    save(engine, last, np.array([[last]]), {})
+    return results
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors of this process."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if torch.is_tensor(each)]
+    tensors += [each.grad for each in tensors if each.is_leaf and each.grad is not None]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def memory_of_the_end(config: Config, topology: Topology) -> tuple[int, int, int, dict[str, Any]]:
+    """(guide parameters on this rank's stage, live bytes before the end of the guided phase, after it, the report)."""
+    border = guided_steps(config)
+    run: list[Engine] = [steps(build_engine(config, topology, CPU), 0, border)[0]]  # as the loop holds it
+    guides = sum(getattr(p, "ds_numel", p.numel()) for name, p in run[0].named_parameters() if is_guide(name))
+    before = live_bytes()
+    run[0] = end_guided_phase(run[0], border, np.array([[border]]), {})
+    after = live_bytes()
+    assert not any(is_guide(name) for name, _ in run[0].named_parameters())
+    return guides, before, after, json.loads((run_folder(config) / REPORT_FILE).read_text())

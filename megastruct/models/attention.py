@@ -64,8 +64,8 @@ class Attention(nn.Module):
         if mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         else:
-            # Copies for every query head: the kernels that take a mask on a GPU know no groups, and the one that knows
-            # both keeps all scores.
+            # Copies for every query head: of PyTorch's kernels for GPUs, the one that takes a mask and groups together
+            # keeps all scores.
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) if self.grouped else t for t in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.permute(2, 0, 1, 3).reshape(s, b, -1))  # [s, b, a/tp] -> [s/tp, b, h]

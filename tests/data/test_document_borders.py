@@ -33,7 +33,9 @@ def rows_with_documents(paths, tokenizer_path, held_out):
     for number, ids in enumerate(tokenizer.encode_documents(documents)):
         tokens += ids.tolist()
         numbers += [number] * len(ids)
-    assert any(number_of_tokens == 1 for number_of_tokens in map(numbers.count, set(numbers))), "none is an end token alone"
+    assert any(number_of_tokens == 1 for number_of_tokens in map(numbers.count, set(numbers))), (
+        "none is an end token alone"
+    )
     starts = range(0, len(tokens) - SEQ_LENGTH, SEQ_LENGTH)
     return {
         tuple(tokens[s : s + SEQ_LENGTH + 1]): [number - numbers[s] for number in numbers[s : s + SEQ_LENGTH]]

@@ -13,9 +13,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from configs import tiny_config
 from megastruct.config.schema import Config
 from megastruct.layers.rotary import Rotary, rotate
+from megastruct.models.cost import training_flops_per_token
 from megastruct.models.documents import document_ids, document_mask
 from megastruct.models.gpt import GPT, build_gpt
 from megastruct.models.guidance import Guidance
+from megastruct.models.memory import activation_bytes, block_activation_bytes
+from megastruct.models.stages import pipeline_stages
+from megastruct.models.traffic import pipeline_bytes
+from saved import saved_bytes
 
 EOD = 2
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -166,3 +171,44 @@ def test_other_borders_compile_nothing_new() -> None:
     assert counter.frame_count == 2  # a dense block and a structured one
     for (name, eager), fast in zip(model.named_parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(eager.grad, fast.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def with_documents(value: str, **sections: Any) -> Config:
+    sections["training"] = {**sections.get("training", {}), "document_attention": value}
+    return tiny_config(**sections)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_autograd_saves_is_planned(kv_heads: int, precision: str) -> None:
+    """Two blocks keep one mask between them, in the model's precision."""
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    sections = {"model": {"num_key_value_heads": kv_heads}, "training": {"precision": precision}}
+    config = with_documents("separate", **sections)
+    blocks = [build_gpt(config).to(dtype).blocks.get_submodule(name) for name in "01"]
+    documents = document_ids(packed_rows()[:2, :8], EOD)
+
+    def run() -> Tensor:
+        mask = document_mask(documents, dtype)
+        return blocks[1](blocks[0](x + 0, mask=mask), mask=mask)
+
+    x = torch.randn(8, 2, 16, dtype=dtype, requires_grad=True)  # [s, b, h]
+    planned = 16 * sum(block_activation_bytes(config, config.ffn.of_block(index)) for index in (0, 1))
+    mask_bytes = 2 * 8 * 8 * dtype.itemsize
+    found = saved_bytes(run, [p for block in blocks for p in block.parameters()])
+    assert found == pytest.approx(planned + mask_bytes, rel=0.02)
+
+    copies = 2 * (4 - kv_heads) * 4 * dtype.itemsize  # of keys and values, per token and block
+    for recompute, copied_blocks in ((False, 4), (True, 1)):
+        sections["training"]["activation_checkpointing"] = recompute
+        both = [with_documents(value, **sections) for value in ("separate", "crossed")]
+        separate, crossed = (activation_bytes(config, pipeline_stages(config)[0], 1) for config in both)
+        assert separate - crossed == mask_bytes + 16 * copied_blocks * copies
+
+
+def test_plan_of_flops_and_traffic() -> None:
+    crossed, separate = (with_documents(value, parallel={"pp": 2}) for value in ("crossed", "separate"))
+    assert training_flops_per_token(separate) == training_flops_per_token(crossed)  # the whole square is computed
+    before, after = (pipeline_bytes(config, pipeline_stages(config)[0], 1) for config in (crossed, separate))
+    assert after["activations"] - before["activations"] == 4 * 16 * 8  # int32 per token of a step
+    assert after["gradients"] == before["gradients"]

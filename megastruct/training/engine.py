@@ -140,6 +140,11 @@ class Engine:
         self.deepspeed.module_forward_pre_hook.remove()  # destroy() leaves them on the module
         self.deepspeed.module_forward_post_hook.remove()
         self.deepspeed.destroy()
+        # Hooks of old outputs still hold both; what they held must go now. And the engine must not find its optimizer
+        # when it is collected at last: its destructor would destroy it once more, and unlink the parameters that the
+        # next engine's optimizer has linked by then.
+        for emptied in (self.zero_optimizer, self.deepspeed):
+            emptied.__dict__.clear()
         del self.deepspeed, self.clipper
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -193,8 +198,12 @@ class PlainEngine(Engine):
         return cls(build_gpt(config, tp, guidance, eod_id), config, topology, tp, device, mpu)
 
     def without_guides(self) -> PlainEngine:
+        parameters: list[Any] = list(self.module.parameters())
         eod_id = self.module.eod_id
         self._close()
+        for parameter in parameters:  # what ZeRO 3 hangs on them outlives the module
+            for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
+                tensor.data = tensor.new_empty(0)
         # A new module: ZeRO 3 has cut the old one's parameters, and tied them to its optimizer.
         module = GPT(self.config, self.tp, eod_id=eod_id)
         return PlainEngine(module, self.config, self.topology, self.tp, self.device, self.mpu)

@@ -48,7 +48,8 @@ class Run:
     def __init__(self, config: Config, topology: Topology, data: Data, device: torch.device) -> None:
         self.config, self.topology, self.data, self.device = config, topology, data, device
         checkpoint = find_checkpoint(config)
-        self.engine: Engine = build_engine(config, topology, device, finished_steps(config) if checkpoint else 0)
+        first_step, eod_id = finished_steps(config) if checkpoint else 0, data.tokenizer.eod_id
+        self.engine: Engine = build_engine(config, topology, device, first_step, eod_id)
         self.step, cursor = resume(self.engine, checkpoint)
         self.reader = self._open_reader(cursor if data_step(config, self.step) else None)
         self.validation = self._validation_batches()

@@ -136,6 +136,9 @@ class TrainingConfig(Section):
     num_steps: Size | None = Field(None, description="either num_steps or num_tokens")
     num_tokens: Size | None = None
     precision: Literal["fp32", "bf16"] = "bf16"
+    document_attention: Literal["crossed", "separate"] = Field(
+        "crossed", description="separate: a token sees only earlier ones of its own document in the row"
+    )
     activation_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile every block and the loss")
 

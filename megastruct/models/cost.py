@@ -1,7 +1,7 @@
 """Parameters and FLOPs of a model, from its config alone. Source: arXiv 2406.16450, section 4 (table 1 agrees).
 
 FLOPs count every multiply-add as two, matrix products only; attention scores count the full sequence (the causal
-half is not taken off), and the backward costs two forwards.
+half is not taken off, nor what lies in other documents), and the backward costs two forwards.
 """
 
 from __future__ import annotations

@@ -65,15 +65,18 @@ def communication_bytes(config: Config, parameters: int) -> int:
 def activation_bytes(config: Config, stage: Stage, dp_size: int) -> int:
     """What the backward needs, for all micro-batches that are under way at once: p - i of them on stage i of p.
 
-    With activation checkpointing only the inputs of the blocks, and one whole block while it runs again.
+    With activation checkpointing only the inputs of the blocks, and one whole block while it runs again. Where
+    attention stays inside of documents, also the mask [b, 1, s, s] that all blocks of the stage share.
     """
     training, tp = config.training, config.parallel.tp
     tokens, in_flight = _tokens_and_micro_batches(config, stage, dp_size)
     blocks = [block_activation_bytes(config, config.ffn.of_block(index)) for index in stage.blocks]
-    final_norm = norm_activation_bytes(config) if any(layer.name == "final_norm" for layer in stage.layers) else 0
+    others = norm_activation_bytes(config) if any(layer.name == "final_norm" for layer in stage.layers) else 0
+    if training.document_attention == "separate" and blocks:
+        others += value_bytes(config) * training.seq_length
     if not training.activation_checkpointing:
-        return tokens * in_flight * (sum(blocks) + final_norm)
-    kept = _share(value_bytes(config) * config.model.hidden_size, tp) * len(blocks) + final_norm
+        return tokens * in_flight * (sum(blocks) + others)
+    kept = _share(value_bytes(config) * config.model.hidden_size, tp) * len(blocks) + others
     return tokens * (in_flight * kept + max(blocks, default=0))
 
 
@@ -118,8 +121,9 @@ def block_activation_bytes(config: Config, ffn: FFNConfig) -> int:
     model, e, tp = config.model, value_bytes(config), config.parallel.tp
     fc1, fc2 = ffn_linears(config, ffn)
     f, heads, norm_output = model.ffn_hidden_size, model.num_attention_heads, e * model.hidden_size
-    # With fewer key/value heads than ranks, every query head of a rank has its own copy of them.
-    kv_heads = heads if model.kv_heads % tp else model.kv_heads
+    # With fewer key/value heads than ranks, or with a mask, every query head of a rank has its own copy of them.
+    copied = model.kv_heads % tp or config.training.document_attention == "separate"
+    kv_heads = heads if copied else model.kv_heads
     attention = 2 * e * (heads + kv_heads) * model.attention_head_dim + 4 * heads
     activated = 2 * f if model.activation == "swiglu" else f
     divided = 2 * _norm_input_bytes(config) + attention + e * (model.fc1_out_features + activated + fc2.inner_width)

@@ -95,17 +95,19 @@ def data_parallel_bytes(config: Config, parameters: int, dp_size: int) -> dict[s
 
 
 def pipeline_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, int]:
-    """Per micro-batch one tensor of activations [s/tp, b, h] forward over each border, and its gradient back.
+    """Per micro-batch one tensor of activations [s/tp, b, h] forward over each border, and its gradient back. Where
+    attention stays inside of documents, the documents int32 [b, s] go forward, too.
 
     A tied head on another stage than the embedding sums its gradient with the embedding's: an all-reduce of two.
     """
     training, model, stages, tp = config.training, config.model, config.parallel.pp, config.parallel.tp
     border = training.micro_batch_size * training.seq_length // tp * model.hidden_size * value_bytes(config)
-    border *= micro_batches_per_step(config, dp_size)
+    documents = 4 * training.micro_batch_size * training.seq_length if training.document_attention == "separate" else 0
+    border, documents = (micro_batches_per_step(config, dp_size) * sent for sent in (border, documents))
     words = words_per_rank(model.vocab_size, tp)
     outer = stages > 1 and stage.index in (0, stages - 1)
     return {
-        "activations": border if stage.index < stages - 1 else 0,
+        "activations": border + documents if stage.index < stages - 1 else 0,
         "gradients": border if stage.index > 0 else 0,
         "tied_embedding": 4 * words * model.hidden_size if outer and model.tie_embeddings else 0,
     }

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megastruct.data.manifest import TOKENIZER_NAME, Manifest, check_files, load_manifest
+from megastruct.data.mixture import Mixture
 from megastruct.data.order import default_num_streams
 from megastruct.data.source import MANIFEST_NAME, TextShard, check_shards, find_shards
 from megastruct.data.text_data import TextData
 from megastruct.data.text_stream import TextSource
-from megastruct.data.token_data import TokenData
+from megastruct.data.token_data import TokenData, TokenSource, source_seed
 from megastruct.data.tokenizer import Tokenizer
 from megastruct.errors import Problem, UserError
 
 
 def open_data(
     kind: str,
-    path: str,
+    path: str | Sequence[tuple[str, float]],
     tokenizer: str | None,
     *,
     seq_length: int,
@@ -30,8 +33,8 @@ def open_data(
     """Open token shards (kind "tokens") or text shards (kind "text") for training.
 
     Args:
-        path: the folder of token shards; or a folder, glob, file or Hugging Face name of text shards. Relative paths
-            start at `base_folder`, the current directory if that is None.
+        path: the folder of token shards; or a folder, glob, file or Hugging Face name of text shards; or several of
+            them as (path, weight). Relative paths start at `base_folder`, the current directory if that is None.
         tokenizer: a SentencePiece model; token shards carry a copy, and a given one must equal it.
         seq_length: tokens per sample without the last label.
         vocab_size: the model's; at least the tokenizer's.
@@ -48,17 +51,40 @@ def open_data(
         raise ValueError("wanted: seq_length >= 1, 0 <= validation_fraction < 1, num_streams >= 1 or None")
     base_folder = (base_folder or Path()).absolute()
     model = base_folder / Path(tokenizer).expanduser() if tokenizer else None
-    if kind == "tokens":
-        folder = base_folder / Path(path).expanduser()
-        return _open_tokens(folder, model, seq_length, vocab_size, seed)
-
+    paths = [(path, 1.0)] if isinstance(path, str) else list(path)
+    mixture = Mixture([weight for _, weight in paths])
+    wheres = ["data.path"] if isinstance(path, str) else [f"data.path.{index}" for index in range(len(paths))]
     problems: list[Problem] = []
+    if kind == "tokens":
+        folders = [base_folder / Path(name).expanduser() for name, _ in paths]
+        sources = [
+            _collect(problems, partial(_open_tokens, folder, where, model, seq_length, vocab_size))
+            for folder, where in zip(folders, wheres, strict=True)
+        ]
+        if problems:
+            raise UserError(problems)
+        _check_one_tokenizer(sources)
+        return TokenData([source for source, _ in sources], mixture, sources[0][1], seed)
+
     opened = _collect(problems, lambda: _open_text_tokenizer(model, vocab_size))
-    shards = _collect(problems, lambda: _open_shards(path, text_column, num_streams, base_folder))
+    shards = [
+        _collect(problems, partial(_open_shards, name, where, text_column, num_streams, base_folder))
+        for (name, _), where in zip(paths, wheres, strict=True)
+    ]
     if problems:
         raise UserError(problems)
-    streams = num_streams or default_num_streams(len(shards))
-    return TextData(TextSource(shards, opened, text_column, validation_fraction, seed, streams), seq_length)
+    texts = [
+        TextSource(
+            own,
+            opened,
+            text_column,
+            validation_fraction,
+            source_seed(seed, index),
+            num_streams or default_num_streams(len(own)),
+        )
+        for index, own in enumerate(shards)
+    ]
+    return TextData(texts, mixture, seq_length)
 
 
 def _collect(problems: list[Problem], build):
@@ -80,8 +106,10 @@ def _open_text_tokenizer(model: Path | None, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _open_shards(path: str, text_column: str, num_streams: int | None, base_folder: Path) -> list[TextShard]:
-    shards = find_shards(path, "data.path", base_folder)
+def _open_shards(
+    path: str, where: str, text_column: str, num_streams: int | None, base_folder: Path
+) -> list[TextShard]:
+    shards = find_shards(path, where, base_folder)
     check_shards(shards, text_column)
     if num_streams is not None and num_streams > len(shards):
         found = f"{num_streams} streams are more than the {len(shards)} text shards"
@@ -89,11 +117,13 @@ def _open_shards(path: str, text_column: str, num_streams: int | None, base_fold
     return shards
 
 
-def _open_tokens(folder: Path, model: Path | None, seq_length: int, vocab_size: int, seed: int) -> TokenData:
+def _open_tokens(
+    folder: Path, where: str, model: Path | None, seq_length: int, vocab_size: int
+) -> tuple[TokenSource, Tokenizer]:
     if not (folder / MANIFEST_NAME).is_file():
         what = f"has no {MANIFEST_NAME}" if folder.is_dir() else "is no folder"
         suggestion = "make token shards with tools/prepare_data.py, or read text directly with data.kind=text"
-        raise UserError(Problem("data.path", f"{folder} {what}", suggestion))
+        raise UserError(Problem(where, f"{folder} {what}", suggestion))
     manifest = load_manifest(folder)
     problems: list[Problem] = []
     _collect(problems, lambda: check_files(folder, manifest))
@@ -101,7 +131,15 @@ def _open_tokens(folder: Path, model: Path | None, seq_length: int, vocab_size: 
     _collect(problems, lambda: _check_vocab_size(manifest.settings.tokenizer.vocab_size, vocab_size))
     if problems:
         raise UserError(problems)
-    return TokenData(folder, manifest, tokenizer, seq_length, vocab_size, seed)
+    return TokenSource.open(folder, manifest, seq_length, vocab_size), tokenizer
+
+
+def _check_one_tokenizer(sources: list[tuple[TokenSource, Tokenizer]]) -> None:
+    (first, tokenizer), *others = sources
+    for source, other in others:
+        if other.fingerprint != tokenizer.fingerprint:
+            found = f"{source.folder} was made with another tokenizer than {first.folder}"
+            raise UserError(Problem("data.path", found, "make all folders with one tokenizer"))
 
 
 def _open_matching_tokenizer(folder: Path, manifest: Manifest, model: Path | None) -> Tokenizer:

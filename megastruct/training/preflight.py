@@ -49,7 +49,7 @@ def _collect(problems: list[Problem], function: Callable[[], T]) -> T | None:
 def _open(config: Config) -> Data:
     return open_data(
         config.data.kind,
-        config.data.path,
+        config.data.path if isinstance(config.data.path, str) else config.data.sources,
         config.data.tokenizer,
         seq_length=config.training.seq_length,
         vocab_size=config.model.vocab_size,

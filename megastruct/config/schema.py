@@ -144,6 +144,10 @@ class DataConfig(Section):
     text_column: str = "content"
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.005
     num_streams: Size | None = Field(None, description="text: parallel streams of shards; left out: from the data")
+    num_workers: Count = Field(1, description="text: processes per rank that tokenise ahead; 0: a thread of the rank")
+    patience_seconds: Annotated[float, Field(ge=0)] = Field(
+        300.0, description="text: how long a shard that cannot be reached is tried again"
+    )
 
     @property
     def sources(self) -> list[tuple[str, float]]:

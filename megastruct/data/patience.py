@@ -13,6 +13,7 @@ from megastruct.data.source import READ_ERRORS, TextShard, unreadable
 from megastruct.errors import Problem, UserError
 
 DEFAULT_PATIENCE_SECONDS = 300.0
+_MISTAKES = (ImportError, AttributeError, NameError, TypeError, AssertionError, MemoryError)  # of ours, or of a set-up
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
 
 
@@ -21,17 +22,18 @@ def read_patiently(
     text_column: str,
     start: int = 0,
     patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
-    warn: Callable[[str], None] | None = None,
+    watch: Callable[[str, str], None] | None = None,
 ) -> Iterator[list[Document]]:
     """As `read_documents`; a source that cannot be reached is tried again for `patience_seconds`.
 
     It goes on behind the last document that came, and each document that comes makes the patience whole again.
-    `warn` gets a line for every failure; without it the line goes to stderr.
+    Every failure is a line on stderr. `watch` gets the shard and what failed, at the start with an empty text.
 
     Raises:
         UserError: the file is damaged (at once), or could not be reached for that long.
     """
-    warn = warn or _warn
+    if watch:
+        watch(shard.uri, "")
     next_document = start
     failing_since: float | None = None
     pause_seconds = _FIRST_PAUSE_SECONDS
@@ -52,9 +54,12 @@ def read_patiently(
             failing_since = failing_since or time.monotonic()
             left_seconds = patience_seconds - (time.monotonic() - failing_since)
             if left_seconds <= 0:
-                raise unreachable(shard, patience_seconds, _reason(error)) from None
+                raise unreachable(shard.uri, patience_seconds, _reason(error)) from None
             pause_seconds = min(pause_seconds, left_seconds)
-            warn(f"{shard.uri}: {_reason(error)}; trying again in {pause_seconds:.1f} s")
+            line = f"warning: {shard.uri}: {_reason(error)}; trying again in {pause_seconds:.1f} s"
+            print(line, file=sys.stderr, flush=True)
+            if watch:
+                watch(shard.uri, _reason(error))
         time.sleep(pause_seconds)
         pause_seconds = min(2 * pause_seconds, _LONGEST_PAUSE_SECONDS)
 
@@ -62,24 +67,20 @@ def read_patiently(
 def may_pass(shard: TextShard, error: BaseException) -> bool:
     """Whether an error may be the network's or the file system's, and not the file's."""
     if not shard.is_local:
-        return True
+        return not isinstance(error, _MISTAKES)
     if isinstance(error, FileNotFoundError):
         return not Path(shard.uri).parent.is_dir()  # with its folder it may be a mount that comes back
     # Arrow and gzip speak of damage by an OSError without a number; the system always gives one.
     return isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and bool(error.errno)
 
 
-def unreachable(shard: TextShard, patience_seconds: float, reason: str) -> UserError:
+def unreachable(uri: str, patience_seconds: float, reason: str) -> UserError:
     """The user's message when patience is at its end."""
     found = f"gave no document for {patience_seconds:g} s ({reason})"
     suggestion = "check the network or the file system, then start again; or raise data.patience_seconds"
-    return UserError(Problem(shard.uri, found, suggestion))
+    return UserError(Problem(uri, found, suggestion))
 
 
 def _reason(error: BaseException) -> str:
     text = str(error).splitlines()[0] if str(error) else ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr, flush=True)

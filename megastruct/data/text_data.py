@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -18,10 +19,25 @@ from megastruct.data.tokenizer import Tokenizer
 class TextData:
     """Text shards of one source or more, checked and ready to be read."""
 
-    def __init__(self, sources: Sequence[TextSource], mixture: Mixture, seq_length: int) -> None:
+    def __init__(
+        self,
+        sources: Sequence[TextSource],
+        mixture: Mixture,
+        seq_length: int,
+        num_workers: int = 0,
+        cache_folder: Path | None = None,
+    ) -> None:
+        """
+        Args:
+            num_workers: processes that tokenise ahead for each reader; 0: a thread of the reader's own process.
+            cache_folder: where the held-out tokens are kept, which take long to find.
+        """
         self._sources = sources
         self._mixture = mixture
         self._seq_length = seq_length
+        self._num_workers = num_workers
+        self._cache_folder = cache_folder
+        self._held_out: dict[tuple[int, ...], list[np.ndarray]] = {}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -71,24 +87,21 @@ class TextData:
     ) -> TextReader:
         """This rank's micro-batches from global sample `start_sample` on, where the merged `cursor` was taken."""
         sizes = (global_batch_size, micro_batch_size, dp_rank, dp_size)
-        return TextReader(self._sources, self._mixture, self._seq_length, *sizes, cursor, start_sample)
+        return TextReader(
+            self._sources, self._mixture, self._seq_length, *sizes, cursor, start_sample, self._num_workers
+        )
 
     def validation_batches(self, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[Batch]:
         """This rank's part of the first `num_samples` rows of the packed held-out documents.
 
-        Of several sources each gives its share, in the order of training. Shards are read in the order of their names,
-        and only as far as needed.
+        Of several sources each gives its share, in the order of training.
 
         Raises:
             UserError: there are fewer rows.
             ValueError: num_samples does not divide by micro_batch_size * dp_size.
         """
         own = validation_samples(num_samples, micro_batch_size, dp_rank, dp_size)
-        wanted = self._mixture.consumed(num_samples).tolist()
-        tokens = [
-            held_out_tokens(source, count * self._seq_length + 1)
-            for source, count in zip(self._sources, wanted, strict=True)
-        ]
+        tokens = self._held_out_tokens(num_samples)
         num_rows = [max(0, len(part) - 1) // self._seq_length for part in tokens]
         check_held_out_rows(self._mixture, num_rows, num_samples, self._sources[0].validation_fraction)
         row = np.arange(self._seq_length + 1)
@@ -99,3 +112,13 @@ class TextData:
             rows = [tokens[source][index * self._seq_length + row] for source, index in places]
             batches.append(batch_from_rows(np.stack(rows).astype(np.int64)))
         return batches
+
+    def _held_out_tokens(self, num_samples: int) -> list[np.ndarray]:
+        """Of every source as many tokens as its share of `num_samples` takes, fewer if there are no more."""
+        wanted = tuple(self._mixture.consumed(num_samples).tolist())
+        if wanted not in self._held_out:
+            self._held_out[wanted] = [
+                held_out_tokens(source, count * self._seq_length + 1, self._cache_folder)
+                for source, count in zip(self._sources, wanted, strict=True)
+            ]
+        return self._held_out[wanted]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,15 +12,13 @@ from megastruct.data.reader import Reader
 from megastruct.data.text_stream import (
     CURSOR_COLUMNS,
     START,
-    Placed,
     StreamCursor,
     TextSource,
     TextStream,
-    tokenised_documents,
 )
+from megastruct.data.text_worker import StreamName
+from megastruct.data.text_workers import open_chunks
 from megastruct.errors import Problem, UserError
-
-StreamName = tuple[int, int]  # source, stream of that source
 
 
 class TextReader(Reader):
@@ -43,6 +39,7 @@ class TextReader(Reader):
         dp_size: int,
         cursor: np.ndarray | None,
         start_sample: int,
+        num_workers: int = 0,
     ) -> None:
         super().__init__(global_batch_size, micro_batch_size, dp_rank, dp_size, start_sample)
         if cursor is None and start_sample:
@@ -54,7 +51,7 @@ class TextReader(Reader):
         self._first_row_of_cursor = np.concatenate([[0], np.cumsum(self._num_streams)])  # of each source
         starts = self._stream_cursors(cursor)
         own = mixture.streams_of_rank(self._num_streams.tolist(), start_sample, micro_batch_size, dp_rank, dp_size)
-        chunks = self._open_chunks({name: starts[name] for name in own})
+        chunks = open_chunks(self, sources, {name: starts[name] for name in own}, num_workers)
         self._streams = {name: TextStream(chunks[name], starts[name], seq_length) for name in own}
         self._rows_taken = self._rows_consumed(start_sample)
 
@@ -74,14 +71,6 @@ class TextReader(Reader):
             self._advance(name, consumed[name])
             cursor[self._first_row_of_cursor[name[0]] + name[1]] = stream.cursor
         return cursor
-
-    def _open_chunks(self, starts: dict[StreamName, StreamCursor]) -> dict[StreamName, Iterator[list[Placed]]]:
-        pool = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
-        weakref.finalize(self, pool.shutdown, wait=False, cancel_futures=True)  # nobody waits for what is not read
-        return {
-            (source, stream): _ReadAhead(tokenised_documents(self._sources[source], stream, start), pool)
-            for (source, stream), start in starts.items()
-        }
 
     def _read(self, places: np.ndarray) -> np.ndarray:
         rows = np.empty((len(places), self._seq_length + 1), dtype=np.int64)
@@ -139,19 +128,3 @@ class TextReader(Reader):
             )
             raise UserError(Problem("data.path", found, "resume with the text shards that the run was started with"))
         return place
-
-
-class _ReadAhead(Iterator[list[Placed]]):
-    """Tokenises the next few documents in a thread while the current ones are used.
-
-    SentencePiece lets go of Python's lock.
-    """
-
-    def __init__(self, chunks: Iterator[list[Placed]], pool: ThreadPoolExecutor) -> None:
-        self._chunks, self._pool = chunks, pool
-        self._pending: Future | None = None
-
-    def __next__(self) -> list[Placed]:
-        chunk = self._pending.result() if self._pending else next(self._chunks)
-        self._pending = self._pool.submit(next, self._chunks)
-        return chunk

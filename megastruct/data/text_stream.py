@@ -12,7 +12,7 @@ tokenises again only from the document under the cursor on.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -105,8 +105,12 @@ class TextStream:
         return row
 
 
-def tokenised_documents(source: TextSource, stream: int, start: StreamCursor) -> Iterator[list[Placed]]:
+def tokenised_documents(
+    source: TextSource, stream: int, start: StreamCursor, watch: Callable[[str, str], None] | None = None
+) -> Iterator[list[Placed]]:
     """The documents to train on of one stream from `start` on, endlessly, a few at a time; lists may be empty.
+
+    `watch` gets the address of a shard when it is opened, and again with a text when reading it fails.
 
     Raises:
         UserError: a shard is damaged or out of reach, or a whole epoch of the stream has no document to train on.
@@ -117,7 +121,7 @@ def tokenised_documents(source: TextSource, stream: int, start: StreamCursor) ->
         num_documents = 0
         for position in range(first_position, len(order)):
             shard = source.shards[order[position]]
-            reading = read_patiently(shard, source.text_column, first_document, source.patience_seconds)
+            reading = read_patiently(shard, source.text_column, first_document, source.patience_seconds, watch)
             for documents in reading:
                 kept, skipped = _to_train_on(source, documents, epoch, position, skipped)
                 num_documents += len(kept)

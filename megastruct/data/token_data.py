@@ -14,11 +14,13 @@ from megastruct.data.manifest import Manifest, TokenFile, verify_files
 from megastruct.data.mixture import Mixture
 from megastruct.data.order import locate_rows
 from megastruct.data.reader import Reader, check_held_out_rows, describe_mixture, validation_samples
+from megastruct.data.token_files import TokenFiles
 from megastruct.data.tokenizer import Tokenizer
 from megastruct.errors import Problem, UserError
 from megastruct.parallel.seeds import derive_seed
 
-_SAMPLES_AHEAD = 1024  # rows are located for so many samples at once: the permutation's cost is per call
+# Rows are located, and fetched by the system, for so many samples of a rank ahead: the permutation's cost is per call.
+_SAMPLES_AHEAD = 1024
 
 
 class TokenRows:
@@ -29,10 +31,7 @@ class TokenRows:
         self._ends = np.cumsum([file.num_tokens for file in files], dtype=np.int64)  # [num_files]
         self._seq_length = seq_length
         self._vocab_size = vocab_size
-        try:
-            self._tokens = [np.memmap(path, dtype=dtype, mode="r") for path in self._paths]
-        except OSError as error:
-            raise UserError(Problem(str(error.filename or folder), f"cannot be read ({error.strerror})")) from None
+        self._files = TokenFiles(self._paths, dtype)
         self.num_tokens = int(self._ends[-1]) if len(files) else 0
         self.num_rows = max(0, self.num_tokens - 1) // seq_length
 
@@ -56,16 +55,24 @@ class TokenRows:
         filled = 0
         while filled < len(row):
             offset = start + filled - (int(self._ends[file - 1]) if file else 0)
-            piece = self._tokens[file][offset : offset + len(row) - filled]
-            row[filled : filled + len(piece)] = piece
-            filled += len(piece)
+            count = min(len(row) - filled, int(self._ends[file]) - start - filled)
+            row[filled : filled + count] = self._files.read(file, offset, count)
+            filled += count
             file += 1
+
+    def will_read(self, rows: np.ndarray) -> None:
+        """Have the system fetch `rows` (int64 [n]), which are read soon."""
+        starts = rows * self._seq_length
+        files = np.searchsorted(self._ends, starts, side="right")
+        offsets = starts - np.concatenate([[0], self._ends])[files]
+        for file, offset in zip(files.tolist(), offsets.tolist(), strict=True):
+            self._files.will_read(file, offset, self._seq_length + 1)
 
     def _refuse_id(self, row: int) -> None:
         positions = row * self._seq_length + np.arange(self._seq_length + 1)
         files = np.searchsorted(self._ends, positions, side="right")
         for position, file in zip(positions.tolist(), files.tolist(), strict=True):
-            token = int(self._tokens[file][position - (int(self._ends[file - 1]) if file else 0)])
+            token = int(self._files.read(file, position - (int(self._ends[file - 1]) if file else 0), 1)[0])
             if token >= self._vocab_size:
                 found = f"holds token id {token}, ids must be below model.vocab_size = {self._vocab_size}"
                 suggestion = "the file is damaged: make the folder again with tools/prepare_data.py"
@@ -83,7 +90,7 @@ class TokenSource:
 
     @classmethod
     def open(cls, folder: Path, manifest: Manifest, seq_length: int, vocab_size: int) -> TokenSource:
-        """Raises UserError if the training tokens do not fill one row, or a file cannot be opened."""
+        """Raises UserError if the training tokens do not fill one row."""
         files, dtype = manifest.splits, manifest.token_dtype
         train = TokenRows(folder, files.train, dtype, seq_length, vocab_size)
         if not train.num_rows:
@@ -114,6 +121,7 @@ class TokenReader(Reader):
         self._seed = seed
         # (source, row) of the samples of the steps to come, [num_micro_batches, micro_batch, 2] each
         self._located: deque[np.ndarray] = deque()
+        self._next_located_sample = start_sample
 
     def cursor(self) -> np.ndarray:
         """int64 [1, 1]: global samples consumed."""
@@ -123,15 +131,17 @@ class TokenReader(Reader):
         return read_places(self._rows, places)
 
     def _next_step(self) -> np.ndarray:
-        if not self._located:
-            num_steps = max(1, _SAMPLES_AHEAD * self._dp_size // self._global_batch_size)
-            first_samples = self._next_step_sample + self._global_batch_size * np.arange(num_steps)
+        num_steps = max(1, _SAMPLES_AHEAD * self._dp_size // self._global_batch_size)
+        if len(self._located) < num_steps:
+            first_samples = self._next_located_sample + self._global_batch_size * np.arange(num_steps)
+            self._next_located_sample += self._global_batch_size * num_steps
             samples = np.stack([self._deal(first) for first in first_samples.tolist()])
             sources, indices = self._mixture.locate(samples)
             places = np.stack([sources, indices], axis=-1)
             for source, rows in enumerate(self._rows):
                 own = sources == source
                 places[own, 1] = locate_rows(indices[own], rows.num_rows, source_seed(self._seed, source))
+                rows.will_read(places[own, 1])
             self._located.extend(places)
         return self._located.popleft()
 

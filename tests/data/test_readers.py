@@ -125,7 +125,7 @@ def test_cursor_inside_a_step_is_refused(opened):
 
 def stop_reading_ahead(reader):
     stream = reader._streams[0, 0]
-    stream._chunks = stream._chunks._chunks
+    stream._chunks = stream._chunks.chunks
 
 
 def test_resume_reads_only_the_shard_under_the_cursor(text_folder, tokenizer_path, monkeypatch):

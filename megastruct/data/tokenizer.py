@@ -28,6 +28,7 @@ class Tokenizer:
         vocab_size: number of ids; all ids are in [0, vocab_size).
         eod_id: the end-of-document id (the model's `</s>`); it follows every document and never occurs inside one.
         fingerprint: sha256 of the file in hex.
+        processor: the SentencePiece library's object.
 
     Raises:
         UserError: the file is missing, is not a SentencePiece model, or defines no end-of-sentence id.
@@ -38,13 +39,13 @@ class Tokenizer:
         self.path = Path(path).absolute()
         self._where = where
         model = self._read()
-        self._processor = sentencepiece.SentencePieceProcessor()
+        self.processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor.LoadFromSerializedProto(model)
+            self.processor.LoadFromSerializedProto(model)
         except RuntimeError:
             raise self._error("is not a SentencePiece model") from None
-        self.vocab_size: int = self._processor.vocab_size()
-        self.eod_id: int = self._processor.eos_id()
+        self.vocab_size: int = self.processor.vocab_size()
+        self.eod_id: int = self.processor.eos_id()
         if self.eod_id < 0:
             raise self._error("has no end-of-sentence id (</s>), which marks the end of a document")
         self.fingerprint: str = hashlib.sha256(model).hexdigest()
@@ -73,14 +74,14 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids` [num_tokens]; ids of control tokens such as `eod_id` give no text."""
-        return self._processor.decode(np.asarray(ids).tolist())
+        return self.processor.decode(np.asarray(ids).tolist())
 
     def __reduce__(self):  # worker processes load the file themselves
         return (Tokenizer, (self.path, self._where))
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         # One thread: every process that encodes is one of many on its machine (data-parallel ranks, pool workers).
-        return self._processor.encode(list(texts), out_type="numpy", num_threads=1)
+        return self.processor.encode(list(texts), out_type="numpy", num_threads=1)
 
     def _parts(self, text: str) -> Iterator[str]:
         start, prefix = 0, ""
@@ -96,7 +97,7 @@ class Tokenizer:
 
     def _form_after_cut(self) -> str | None:
         """What replaces the space after which a text is cut, so that its ids stay the same; None: nothing does."""
-        processor = self._processor
+        processor = self.processor
         pieces = (processor.id_to_piece(id_) for id_ in range(self.vocab_size))
         if any(_SPACE in piece.lstrip(_SPACE) for piece in pieces):
             return None  # a piece spans two words

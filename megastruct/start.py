@@ -17,6 +17,7 @@ from megastruct.config import Config, load_config
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.launch.deepspeed import LaunchOptions, deepspeed_command, hostfile_slots, run_launcher
 from megastruct.launch.environment import cores_of_this_process, free_port
+from megastruct.launch.signals import STOP_FILE
 from megastruct.models.steps import total_steps
 from megastruct.training.preflight import preflight
 from megastruct.training.run_folder import finished_steps, run_folder
@@ -35,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if finished_steps(config):
             print(f"{folder}: resuming after step {finished_steps(config)}.")
         command = deepspeed_command(options, [args.config, *args.overrides])
-        status = run_launcher(command, _environment(config, options.num_gpus))
+        by_ssh = options.hostfile is not None and options.node_rank is None
+        stop_file = folder / STOP_FILE if by_ssh else None
+        status = run_launcher(command, _environment(config, options.num_gpus), stop_file)
         if status:
             raise SystemExit(status)
     if not args.node_rank:

@@ -18,9 +18,10 @@ import torch.distributed as dist
 
 from megastruct.config import Config, load_config
 from megastruct.data import Batch
-from megastruct.errors import Problem, UserError, user_errors_exit
+from megastruct.errors import EXIT_CODE_START_AGAIN, Problem, UserError, user_errors_exit
 from megastruct.launch.distributed import choose_device, join, leave
 from megastruct.launch.environment import current_process
+from megastruct.launch.signals import STOP_FILE, StopRequest
 from megastruct.metrics.devices import peak_memory_bytes, peak_tflops
 from megastruct.metrics.throughput import Throughput
 from megastruct.metrics.writers import Metrics, MetricWriter, Progress
@@ -45,8 +46,8 @@ from megastruct.training.schedules import alpha, learning_rate
 class Run:
     """One run on one rank, from its newest checkpoint to its last step."""
 
-    def __init__(self, config: Config, topology: Topology, data: Data, device: torch.device) -> None:
-        self.config, self.topology, self.data, self.device = config, topology, data, device
+    def __init__(self, config: Config, topology: Topology, data: Data, device: torch.device, stop: StopRequest) -> None:
+        self.config, self.topology, self.data, self.device, self.stop = config, topology, data, device, stop
         checkpoint = find_checkpoint(config)
         self.engine: Engine = build_engine(config, topology, device, finished_steps(config) if checkpoint else 0)
         self.step, cursor = resume(self.engine, checkpoint)
@@ -60,32 +61,39 @@ class Run:
         self.writer: MetricWriter | None = None
         if dist.get_rank() == 0:
             self.lock = lock_run_folder(config)
+            stop.watch(run_folder(config) / STOP_FILE)
             texts = write_run_folder(config, data.describe(), data.tokenizer.path)
             self.writer = MetricWriter(run_folder(config), self.step, texts)
         self.progress = Progress(
             total_steps(config), self.step, enabled=dist.get_rank() == 0 and config.logging.progress_bar
         )
 
-    def train(self) -> None:
-        total = total_steps(self.config)
-        while self.step < total:
+    def train(self) -> bool:
+        """To the last step, or until it is asked to stop: whether it is finished."""
+        total, stopping = total_steps(self.config), False
+        while self.step < total and not stopping:
             if self.engine.guidance and self.step >= guided_steps(self.config):
                 self.engine = end_guided_phase(self.engine, self.step, self._cursor(), {"tokens": self.tokens})
             if self.step == self.config.training.base_steps:  # the guided steps' data, once more
                 self.reader = self._open_reader(None)
+            self.stop.ask(self.device)
             loss = self._train_step()
+            stopping = self.stop.agreed()
             last = self.step == total
             metrics = self._metrics(loss) if last or self.step % self.config.logging.interval_steps == 0 else {}
             if _due(self.step, self.config.evaluation.interval_steps, last):
                 metrics |= self._validate()
             if self.writer and metrics:
                 self.writer.write(self.step, metrics)
-            if _due(self.step, self.config.checkpoint.interval_steps, last):
+            if _due(self.step, self.config.checkpoint.interval_steps, last or stopping):
                 start_save(self.engine, self.step, self._cursor(), {"tokens": self.tokens})
         finish_save()
         self.progress.close()
         if self.writer:
             self.writer.close()
+            if self.step < total:
+                self.stop.say(self.step, run_folder(self.config))
+        return self.step == total
 
     @property
     def tokens(self) -> int:
@@ -193,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("config", help="YAML file, for example configs/run/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(argv)
-    process = current_process()
+    process, stop, finished = current_process(), StopRequest(), True
     with user_errors_exit(print_message=process.local_rank == 0):  # the same on all ranks of a node
         config = load_config(args.config, args.overrides)
         topology, data = preflight(config, process.world_size)
@@ -201,10 +209,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = choose_device(config.hardware.device, process)
         join(device)
         if agreed_finished_steps(config) < total_steps(config):
-            Run(config, topology, data, device).train()
+            finished = Run(config, topology, data, device, stop).train()
         elif process.rank == 0:
             print(f"{run_folder(config)} is finished: {total_steps(config)} steps are done.", file=sys.stderr)
         leave()
+    if not finished:
+        raise SystemExit(EXIT_CODE_START_AGAIN)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,6 +17,10 @@ from types import FrameType
 import psutil
 
 from megastruct.errors import Problem, UserError
+from megastruct.launch.signals import STOP_SIGNALS, blocked
+
+RANK_MODULE = "megastruct.train"
+REPEAT_SECONDS = 1.0  # one request may arrive as several signals
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ def deepspeed_command(options: LaunchOptions, arguments: Sequence[str]) -> list[
         command += ["--master_addr", options.master_addr]
     if options.master_port is not None:
         command += ["--master_port", str(options.master_port)]
-    return [*command, "--log_level", "error", "--no_local_rank", "--module", "megastruct.train", *arguments]
+    return [*command, "--log_level", "error", "--no_local_rank", "--module", RANK_MODULE, *arguments]
 
 
 def hostfile_slots(path: Path, num_nodes: int | None, node_rank: int | None) -> list[int]:
@@ -76,29 +82,43 @@ def hostfile_slots(path: Path, num_nodes: int | None, node_rank: int | None) -> 
     return slots
 
 
-def run_launcher(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run to the end and return its exit code. SIGTERM and SIGINT end the launcher and all ranks.
+def run_launcher(command: Sequence[str], environment: dict[str, str], stop_file: Path | None = None) -> int:
+    """Run to the end and return its exit code.
 
-    The launcher's own front end would die of the signal alone and leave the ranks running.
+    The first SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 goes to the ranks, which finish their step, save and end; the
+    launchers do not see it. `stop_file` says it to ranks on machines that the launcher reached by ssh. A later SIGTERM
+    or SIGINT ends all processes of this machine at once.
     """
-    process = subprocess.Popen(command, env=environment)
-    stopped = False
+    with blocked():
+        process = subprocess.Popen(command, env=environment)
+    asked = 0.0
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal stopped
-        stopped = True
-        for child in psutil.Process().children(recursive=True):
-            child.terminate()
+        nonlocal asked
+        if asked and time.monotonic() - asked > REPEAT_SECONDS and number in (signal.SIGTERM, signal.SIGINT):
+            _signal_children(signal.SIGKILL, ranks_only=False)
+        elif not asked:
+            asked = time.monotonic()
+            name = signal.Signals(number).name
+            print(f"{name}: the ranks finish their step and save; again to end at once", file=sys.stderr, flush=True)
+            _signal_children(number, ranks_only=True)
+            if stop_file is not None:
+                stop_file.touch()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         status = process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if stopped:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
     return status if status >= 0 else 128 - status
+
+
+def _signal_children(number: int, ranks_only: bool) -> None:
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if not ranks_only or child.cmdline()[1:4] == ["-u", "-m", RANK_MODULE]:
+                child.send_signal(number)
 
 
 def _local_devices(processes: int) -> list[str]:

@@ -18,16 +18,18 @@ import torch.distributed as dist
 
 from megastruct.config import Config, load_config
 from megastruct.data import Batch
-from megastruct.errors import EXIT_CODE_START_AGAIN, Problem, UserError, user_errors_exit
+from megastruct.errors import EXIT_CODE_START_AGAIN, user_errors_exit
 from megastruct.launch.distributed import choose_device, join, leave
 from megastruct.launch.environment import current_process
 from megastruct.launch.signals import STOP_FILE, StopRequest
+from megastruct.launch.watchdog import Watch
 from megastruct.metrics.devices import peak_memory_bytes, peak_tflops
 from megastruct.metrics.throughput import Throughput
 from megastruct.metrics.writers import Metrics, MetricWriter, Progress
 from megastruct.models.cost import training_flops_per_token
 from megastruct.models.steps import data_step, guided_steps, total_steps
 from megastruct.parallel.topology import Topology
+from megastruct.training.divergence import Divergence
 from megastruct.training.engine import Engine, build_engine
 from megastruct.training.guided_phase import end_guided_phase, guide_distances
 from megastruct.training.preflight import Data, preflight
@@ -46,11 +48,15 @@ from megastruct.training.schedules import alpha, learning_rate
 class Run:
     """One run on one rank, from its newest checkpoint to its last step."""
 
-    def __init__(self, config: Config, topology: Topology, data: Data, device: torch.device, stop: StopRequest) -> None:
-        self.config, self.topology, self.data, self.device, self.stop = config, topology, data, device, stop
+    def __init__(
+        self, config: Config, topology: Topology, data: Data, device: torch.device, stop: StopRequest, watch: Watch
+    ) -> None:
+        self.config, self.topology, self.data, self.device = config, topology, data, device
+        self.stop, self.watch = stop, watch
         checkpoint = find_checkpoint(config)
         self.engine: Engine = build_engine(config, topology, device, finished_steps(config) if checkpoint else 0)
-        self.step, cursor = resume(self.engine, checkpoint)
+        self.step, cursor, state = resume(self.engine, checkpoint)
+        self.divergence = Divergence(config, state)
         self.reader = self._open_reader(cursor if data_step(config, self.step) else None)
         self.validation = self._validation_batches()
         self.throughput = Throughput(
@@ -73,9 +79,10 @@ class Run:
         total, stopping = total_steps(self.config), False
         while self.step < total and not stopping:
             if self.engine.guidance and self.step >= guided_steps(self.config):
-                self.engine = end_guided_phase(self.engine, self.step, self._cursor(), {"tokens": self.tokens})
+                self.engine = end_guided_phase(self.engine, self.step, self._cursor(), self._state())
             if self.step == self.config.training.base_steps:  # the guided steps' data, once more
                 self.reader = self._open_reader(None)
+            self.watch.arrived(self.step)
             self.stop.ask(self.device)
             loss = self._train_step()
             stopping = self.stop.agreed()
@@ -86,7 +93,7 @@ class Run:
             if self.writer and metrics:
                 self.writer.write(self.step, metrics)
             if _due(self.step, self.config.checkpoint.interval_steps, last or stopping):
-                start_save(self.engine, self.step, self._cursor(), {"tokens": self.tokens})
+                start_save(self.engine, self.step, self._cursor(), self._state())
         finish_save()
         self.progress.close()
         if self.writer:
@@ -106,18 +113,9 @@ class Run:
             self.engine.set_alpha(alpha(self.config, self.step), self.step)
             loss = self.engine.train_batch(self._timed(self.reader) if self.reader else None)
         self.step += 1
-        self._refuse_divergence(loss)
+        self.divergence.note(self.step, loss, self.engine.gradient_norm())
         self.progress.update(loss, self.config.training.tokens_per_step / (time.perf_counter() - start))
         return loss
-
-    def _refuse_divergence(self, loss: float) -> None:
-        """End the run before weights that are lost take the place of a good checkpoint."""
-        norm = self.engine.gradient_norm()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            found = f"the loss is {loss} and the gradient norm {norm} at step {self.step}"
-            saved = f"step {finished_steps(self.config)} is saved in {run_folder(self.config)}"
-            suggestion = f"a lower optimizer.learning_rate or a longer warm-up, as another run ({saved})"
-            raise UserError(Problem("training", found, suggestion))
 
     def _metrics(self, loss: float) -> Metrics:
         memory = torch.tensor(peak_memory_bytes(self.device), device=self.device)
@@ -131,6 +129,7 @@ class Run:
             "learning_rate": learning_rate(self.config, self.step - 1),
             "grad_norm": self.engine.gradient_norm(),
             "tokens": self.tokens,
+            "skipped_steps": self.divergence.skipped_steps,
             "memory_bytes": int(memory),
             "skipped_documents": self.data.skipped_documents(self._cursor()),
             **self.throughput.read(training_flops_per_token(self.config, share)),
@@ -180,6 +179,10 @@ class Run:
         """Where the whole run stands in the data. Collective."""
         return gather_cursor(self.engine, self.reader.cursor() if self.reader else None, self.data.cursor_shape)
 
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors and the place in the data."""
+        return {"tokens": self.tokens, **self.divergence.state}
+
     def _timed(self, reader: Iterator[Batch]) -> Iterator[Batch]:
         while True:
             start = time.perf_counter()
@@ -207,11 +210,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         topology, data = preflight(config, process.world_size)
     with user_errors_exit(rank=process.rank):
         device = choose_device(config.hardware.device, process)
-        join(device)
-        if agreed_finished_steps(config) < total_steps(config):
-            finished = Run(config, topology, data, device, stop).train()
-        elif process.rank == 0:
-            print(f"{run_folder(config)} is finished: {total_steps(config)} steps are done.", file=sys.stderr)
+        limits = config.reliability
+        join(device, limits.collective_seconds)
+        with Watch(process, limits.silence_seconds, limits.collective_seconds) as watch:
+            if agreed_finished_steps(config) < total_steps(config):
+                finished = Run(config, topology, data, device, stop, watch).train()
+            elif process.rank == 0:
+                print(f"{run_folder(config)} is finished: {total_steps(config)} steps are done.", file=sys.stderr)
         leave()
     if not finished:
         raise SystemExit(EXIT_CODE_START_AGAIN)

@@ -11,6 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.distributed import distributed_c10d
 
 from megastruct.errors import Problem, UserError
 from megastruct.launch.environment import Process
@@ -37,8 +38,14 @@ def choose_device(wanted: str, process: Process) -> torch.device:
     return device
 
 
-def join(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Initialise torch.distributed (nccl on GPUs, gloo on CPUs) and hand it to DeepSpeed."""
+def join(device: torch.device, collective_seconds: float = 1800.0) -> None:
+    """Initialise torch.distributed (nccl on GPUs, gloo on CPUs) and hand it to DeepSpeed.
+
+    `collective_seconds`: after which a collective of any group gives up.
+    """
+    timeout = timedelta(seconds=collective_seconds)
+    # What groups have that are made without one, as DeepSpeed makes them.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed broadcasts inside backward hooks; nothing is differentiated through it.
     warnings.filterwarnings("ignore", message="c10d::.* an autograd kernel was not registered")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ TENSORBOARD_TAGS: dict[str, str] = {
     "learning_rate": "train/learning_rate",
     "grad_norm": "train/grad_norm",
     "tokens": "train/tokens",
+    "skipped_steps": "train/skipped_steps",
     "skipped_documents": "data/skipped_documents",
     "data_wait_seconds": "data/wait_seconds",
     "step_time_seconds": "speed/step_time_seconds",
@@ -50,7 +52,11 @@ class MetricWriter:
             self._board.add_text(title, "```\n" + text + "\n```", resume_step)
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """`metrics` by key or prefix of the tags above; None stands for unknown and stays out of TensorBoard."""
+        """`metrics` by key or prefix of the tags above; None stands for unknown and stays out of TensorBoard.
+
+        So does a number that is not finite, for which JSON has no word.
+        """
+        metrics = {key: None if value is None or not math.isfinite(value) else value for key, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         for key, value in metrics.items():

@@ -19,7 +19,9 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 
 import torch.distributed as dist
@@ -130,6 +132,9 @@ class Watch:
             except TimeoutError:
                 answers = []
             except OSError:
+                while self._ending:  # it has ended with an error of its own
+                    self.end_late()
+                    time.sleep(self.tick)
                 if self._goodbye is None:
                     self.end(f"{centre} is lost: its process has ended", 1, speaks=self.process.rank == 1)
                 return
@@ -301,8 +306,12 @@ def _silent(peer: Peer, seconds: float) -> str:
 
 
 def _of_a_collective(error: BaseException) -> bool:
-    """Whether it says that a collective failed or timed out: gloo raises plain RuntimeErrors."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    """Whether a collective failed or timed out. gloo raises plain RuntimeErrors, in many words."""
+    if isinstance(error, dist.DistError):
+        return True
+    frames = list(traceback.walk_tb(error.__traceback__))
+    inside = bool(frames) and Path(frames[-1][0].f_code.co_filename).is_relative_to(Path(dist.__file__).parent)
+    return isinstance(error, RuntimeError) and (inside or "gloo" in str(error))
 
 
 def _where(thread: int | None) -> str:

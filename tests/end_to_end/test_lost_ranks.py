@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from forked import Forked, train_forked
 from megastruct import train
+from megastruct.errors import Problem, UserError
 from processes import Started, losses
 
 RUN = ("parallel.pp=2", "parallel.tp=2", "training.num_steps=3000", "evaluation.num_samples=0")
@@ -25,7 +27,7 @@ def survivors(forked: Forked, lost: int) -> list[int]:
 
 def only_message(text: str) -> str:
     """It is said once, whoever says it."""
-    messages = [line for line in text.splitlines() if line.startswith("error: ")]
+    messages = re.findall(r"(?<!collect2: )error: .*", text)  # not the linker's, which looks for what is not used
     assert len(messages) == 1, text
     return messages[0]
 
@@ -113,6 +115,23 @@ def test_killed_below_the_launcher(config: Path, tmp_path: Path) -> None:
     train_forked(tmp_path, run, 2, *arguments)
     train_forked(tmp_path, tmp_path / "runs" / "undisturbed", 2, *arguments, "run.name=undisturbed")
     assert losses(run) == losses(tmp_path / "runs" / "undisturbed")
+
+
+def test_an_error_of_one_rank_is_said_by_it_alone(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others end with its exit code, and nobody calls it lost."""
+    original = train.Run._train_step
+
+    def fail(self: Any) -> float:
+        if dist.get_rank() == 0 and self.step == 3:
+            raise UserError(Problem("data.path", "a broken file"))
+        return original(self)
+
+    monkeypatch.setattr(train.Run, "_train_step", fail)
+    with Forked(tmp_path, tmp_path / "runs" / "test", 4, config, *RUN) as forked:
+        assert forked.codes(seconds=30) == [2, 2, 2, 2], forked.text()
+        assert only_message(forked.text()) == "error: data.path: a broken file"
 
 
 @pytest.mark.soak

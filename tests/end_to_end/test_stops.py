@@ -75,6 +75,7 @@ def test_all_processes_are_signalled_at_once(config: Path, tmp_path: Path) -> No
     stopped_step(run, stderr)
 
 
+@pytest.mark.soak
 def test_asked_twice_ends_at_once(config: Path, tmp_path: Path) -> None:
     """Also where no step ends any more: the ranks are stopped."""
     run = tmp_path / "runs" / "test"

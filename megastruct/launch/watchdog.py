@@ -19,50 +19,16 @@ import socket
 import sys
 import threading
 import time
-import traceback
-from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 
 import torch.distributed as dist
 
 from megastruct.errors import EXIT_CODE_USER_ERROR, UserError
 from megastruct.launch.environment import Process
+from megastruct.launch.peers import Clock, Peer, is_of_a_collective, listen, own_name, place_of, silence_of
 
 GRACE_SECONDS = 5.0  # in which ranks say what their own errors are, before the others end them
 LAST_WORDS_SECONDS = 0.5  # in which a message reaches the others
-
-
-@dataclass
-class Peer:
-    """What rank 0 knows of a rank."""
-
-    rank: int
-    heard: float
-    link: socket.socket | None = None
-    name: str = ""  # host and process
-    step: int = 0
-    doing: str = ""  # where its main thread is
-    goodbye: int | None = None  # the exit code it ends with; 0: all is well
-    failed: bool = False  # a collective of it has failed
-    unread: bytes = b""
-
-    def __str__(self) -> str:
-        return f"rank {self.rank}" + (f" ({self.name})" if self.name else "")
-
-    def lines(self) -> list[str]:
-        """Whole lines that have arrived. Raises ConnectionError where the process has closed the connection."""
-        assert self.link is not None
-        received = self.link.recv(65536)
-        if not received:
-            raise ConnectionError
-        *lines, self.unread = (self.unread + received).split(b"\n")
-        return [line.decode(errors="replace") for line in lines]
-
-    def send(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # a stopped one takes nothing; one that is gone is seen when it is read
-            if self.link is not None:
-                self.link.send(line.encode() + b"\n")
 
 
 class Watch:
@@ -85,7 +51,7 @@ class Watch:
     def __enter__(self) -> Watch:
         if self.process.world_size == 1:
             return self
-        listener = _listener() if self.process.rank == 0 else None
+        listener = listen() if self.process.rank == 0 else None
         meeting = [(listener.getsockname()[1], secrets.token_hex(16)) if listener else None]
         dist.broadcast_object_list(meeting)
         assert meeting[0] is not None
@@ -94,7 +60,7 @@ class Watch:
             _Centre(self, listener, word)
         else:
             self.link = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=self.silence)
-            self.link.sendall(f"{word} {self.process.rank} {_own_name()}\n".encode())
+            self.link.sendall(f"{word} {self.process.rank} {own_name()}\n".encode())
             threading.Thread(target=self._report, args=(self.link,), name="watch", daemon=True).start()
         return self
 
@@ -102,7 +68,7 @@ class Watch:
         """Say goodbye. After an error that is another rank's, wait for the word which rank that is."""
         if self.process.world_size == 1:
             return
-        if error is not None and _of_a_collective(error):
+        if error is not None and is_of_a_collective(error):
             self._failed = True
             self._hurry()
             time.sleep(GRACE_SECONDS + 2 * self.tick)
@@ -119,11 +85,11 @@ class Watch:
     def beat(self) -> str:
         """A heartbeat: goodbye code or -, whether a collective failed, step, what the main thread does."""
         goodbye = "-" if self._goodbye is None else self._goodbye
-        return f"{goodbye} {int(self._failed)} {self.step} {_where(self._main)}"
+        return f"{goodbye} {int(self._failed)} {self.step} {place_of(self._main)}"
 
     def _report(self, link: socket.socket) -> None:
         """On every rank but the first: send heartbeats, and wait for rank 0's answers or its word to end."""
-        centre, clock = Peer(0, time.monotonic(), link), _Clock(self.silence)
+        centre, clock = Peer(0, time.monotonic(), link), Clock(self.silence)
         link.settimeout(self.tick)
         while True:
             centre.send(self.beat())
@@ -143,7 +109,7 @@ class Watch:
                 if code != "-":
                     self.end(message, int(code))
             if time.monotonic() - centre.heard > self.silence and self._goodbye is None:
-                self.end(_silent(centre, self.silence), 1, speaks=self.process.rank == 1)
+                self.end(silence_of(centre, self.silence), 1, speaks=self.process.rank == 1)
             self.end_late()
             if answers:
                 time.sleep(self.tick)
@@ -166,18 +132,6 @@ class Watch:
             _exit(self._ending[1])
 
 
-@dataclass
-class _Clock:
-    """Whether this process itself stood still since the last question (SIGSTOP, a sleeping machine)."""
-
-    silence: float
-    before: float = field(default_factory=time.monotonic)
-
-    def stood_still(self) -> bool:
-        gap, self.before = time.monotonic() - self.before, time.monotonic()
-        return gap > self.silence / 2
-
-
 class _Centre:
     """Rank 0's part: hears all ranks, and tells all when one is missing."""
 
@@ -185,7 +139,7 @@ class _Centre:
         self.watch, self.listener, self.word = watch, listener, word
         now = time.monotonic()
         self.peers = [Peer(rank, now) for rank in range(watch.process.world_size)]
-        self.peers[0].name = _own_name()
+        self.peers[0].name = own_name()
         self.late_since: tuple[int, float] | None = None  # the last ones' step, and since when others are ahead of it
         self.failed_since: float | None = None
         self.selector = selectors.DefaultSelector()
@@ -193,7 +147,7 @@ class _Centre:
         threading.Thread(target=self._hear, name="watch", daemon=True).start()
 
     def _hear(self) -> None:
-        next_tick, clock = time.monotonic(), _Clock(self.watch.silence)
+        next_tick, clock = time.monotonic(), Clock(self.watch.silence)
         while True:
             for key, _ in self.selector.select(max(0.0, next_tick - time.monotonic())):
                 if key.fileobj is self.listener:
@@ -255,7 +209,7 @@ class _Centre:
         now, here = time.monotonic(), [peer for peer in self.peers if peer.goodbye is None]
         for peer in here:
             if now - peer.heard > self.watch.silence:
-                self._end(_silent(peer, self.watch.silence) + self._at(peer))
+                self._end(silence_of(peer, self.watch.silence) + self._at(peer))
         low = min((peer.step for peer in here), default=0)
         ahead = [peer for peer in here if peer.step > low]
         if not ahead:
@@ -289,37 +243,6 @@ class _Centre:
                     if key.fileobj is not self.listener and not key.fileobj.recv(65536):
                         self.selector.unregister(key.fileobj)
         self.watch.end(message, 1)
-
-
-def _listener() -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-    return socket.create_server(("", 0), backlog=1024)
-
-
-def _own_name() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def _silent(peer: Peer, seconds: float) -> str:
-    return f"{peer} has been silent for {seconds:g} s: it is stopped, or its machine cannot be reached"
-
-
-def _of_a_collective(error: BaseException) -> bool:
-    """Whether a collective failed or timed out. gloo raises plain RuntimeErrors, in many words."""
-    if isinstance(error, dist.DistError):
-        return True
-    frames = list(traceback.walk_tb(error.__traceback__))
-    inside = bool(frames) and Path(frames[-1][0].f_code.co_filename).is_relative_to(Path(dist.__file__).parent)
-    return isinstance(error, RuntimeError) and (inside or "gloo" in str(error))
-
-
-def _where(thread: int | None) -> str:
-    """The place in the code that a thread of this process is at."""
-    frame = sys._current_frames().get(thread) if thread is not None else None
-    if frame is None:
-        return "its end"
-    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} {frame.f_code.co_name}"
 
 
 def _exit(code: int) -> None:

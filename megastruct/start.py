@@ -29,15 +29,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(args.config, args.overrides)
         options, world_size = _launch_options(config, args)
         preflight(config, world_size)
+        command = deepspeed_command(options, [args.config, *args.overrides])
     folder = run_folder(config)
     if finished_steps(config) >= total_steps(config):
         print(f"{folder} is finished: {total_steps(config)} steps are done.")
     else:
         if finished_steps(config):
             print(f"{folder}: resuming after step {finished_steps(config)}.")
-        command = deepspeed_command(options, [args.config, *args.overrides])
-        by_ssh = options.hostfile is not None and options.node_rank is None
-        stop_file = folder / STOP_FILE if by_ssh else None
+        stop_file = folder / STOP_FILE if options.by_ssh else None
         status = run_launcher(command, _environment(config, options.num_gpus), stop_file)
         if status:
             raise SystemExit(status)

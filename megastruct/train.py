@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megastruct.config import Config, load_config
 from megastruct.data import Batch
 from megastruct.errors import EXIT_CODE_START_AGAIN, user_errors_exit
+from megastruct.launch.deepspeed import decoded
 from megastruct.launch.distributed import choose_device, join, leave
 from megastruct.launch.environment import current_process
 from megastruct.launch.signals import STOP_FILE, StopRequest
@@ -203,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="YAML file, for example configs/run/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(decoded(sys.argv[1:] if argv is None else argv))
     process, stop, finished = current_process(), StopRequest(), True
     with user_errors_exit(print_message=process.local_rank == 0):  # the same on all ranks of a node
         config = load_config(args.config, args.overrides)

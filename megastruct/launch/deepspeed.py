@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +22,7 @@ import psutil
 from megastruct.errors import Problem, UserError
 from megastruct.launch.signals import STOP_SIGNALS, blocked
 
+ENCODED = "base64:"
 RANK_MODULE = "megastruct.train"
 REPEAT_SECONDS = 1.0  # one request may arrive as several signals
 
@@ -34,13 +38,29 @@ class LaunchOptions:
     master_addr: str | None = None
     master_port: int | None = None
 
+    @property
+    def by_ssh(self) -> bool:
+        """One command starts all nodes."""
+        return self.hostfile is not None and self.node_rank is None
+
 
 def deepspeed_command(options: LaunchOptions, arguments: Sequence[str]) -> list[str]:
     """The argv that starts the ranks of `megastruct.train` with `arguments`.
 
     With a node rank, every node runs its own launcher and none needs ssh; otherwise deepspeed reaches the hosts of
-    the hostfile by pdsh or ssh.
+    the hostfile by pdsh and ssh, whose shells must find nothing to expand: Raises UserError for a folder, Python or
+    address in which they would.
     """
+    if options.by_ssh:
+        arguments = [encoded(arguments)]
+        for where, word in (
+            ("folder", os.getcwd()),
+            ("Python", sys.executable),
+            ("--master-addr", options.master_addr),
+        ):
+            if word is not None and shlex.quote(word) != word:
+                found = f"{word!r} would be changed by the shells between the nodes"
+                raise UserError(Problem(where, found, "a path without spaces and quotes, or --node-rank on each node"))
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]  # what the `deepspeed` script runs, in this Python
     if options.hostfile is None:
         # A machine-wide hostfile must not turn a local start into another one.
@@ -60,6 +80,18 @@ def deepspeed_command(options: LaunchOptions, arguments: Sequence[str]) -> list[
     return [*command, "--log_level", "error", "--no_local_rank", "--module", RANK_MODULE, *arguments]
 
 
+def encoded(arguments: Sequence[str]) -> str:
+    """One word in which no shell finds anything to expand or to split; `decoded` gives the arguments back."""
+    return ENCODED + base64.urlsafe_b64encode(json.dumps(list(arguments)).encode()).decode()
+
+
+def decoded(arguments: Sequence[str]) -> list[str]:
+    """What `encoded` was given; other arguments as they are."""
+    if len(arguments) == 1 and arguments[0].startswith(ENCODED):
+        return json.loads(base64.urlsafe_b64decode(arguments[0].removeprefix(ENCODED)))
+    return list(arguments)
+
+
 def hostfile_slots(path: Path, num_nodes: int | None, node_rank: int | None) -> list[int]:
     """Processes per node, of the first `num_nodes` lines `host slots=N`. Raises UserError for anything else."""
     try:
@@ -71,7 +103,7 @@ def hostfile_slots(path: Path, num_nodes: int | None, node_rank: int | None) -> 
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        match = re.fullmatch(r"\s*\S+\s+slots=(\d+)\s*", line)
+        match = re.fullmatch(r"\s*[A-Za-z0-9][A-Za-z0-9._:-]*\s+slots=(\d+)\s*", line)
         if not match or int(match[1]) < 1:
             raise UserError(Problem(f"{path}:{number}", f"{line.strip()!r} is no host", "node1 slots=8"))
         slots.append(int(match[1]))

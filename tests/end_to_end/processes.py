@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,13 +42,16 @@ def start(*arguments: Any, module: str = "megastruct.start") -> subprocess.Compl
 class Started:
     """A run in a process group of its own."""
 
-    def __init__(self, run: Path, *arguments: Any, module: str = "megastruct.start") -> None:
+    def __init__(
+        self, run: Path, *arguments: Any, below: Sequence[str] = (), extra: Mapping[str, str] | None = None
+    ) -> None:
+        """`below`: a command that runs it; `extra`: more of an environment."""
         self.run, self.checkpoints = run, run / "checkpoints"
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as this object
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
+            [*below, sys.executable, "-m", "megastruct.start", *map(str, arguments)],
             cwd=ROOT,
-            env=environment(),
+            env={**environment(), **(extra or {})},
             start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=self._stderr,

@@ -40,6 +40,7 @@ from megastruct.training.resume import (
     finish_save,
     gather_cursor,
     resume,
+    save,
     start_save,
 )
 from megastruct.training.run_folder import finished_steps, lock_run_folder, run_folder, write_run_folder
@@ -82,11 +83,14 @@ class Run:
             if self.engine.guidance and self.step >= guided_steps(self.config):
                 self.engine = end_guided_phase(self.engine, self.step, self._cursor(), self._state())
             if self.step == self.config.training.base_steps:  # the guided steps' data, once more
+                self.divergence.skipped_data_steps = 0
                 self.reader = self._open_reader(None)
             self.watch.arrived(self.step)
             self.stop.ask(self.device)
             loss = self._train_step()
             stopping = self.stop.agreed()
+            if self.divergence.note(self.step, loss, self.engine.gradient_norm()) and self._went_back(loss):
+                continue
             last = self.step == total
             metrics = self._metrics(loss) if last or self.step % self.config.logging.interval_steps == 0 else {}
             if _due(self.step, self.config.evaluation.interval_steps, last):
@@ -114,9 +118,25 @@ class Run:
             self.engine.set_alpha(alpha(self.config, self.step), self.step)
             loss = self.engine.train_batch(self._timed(self.reader) if self.reader else None)
         self.step += 1
-        self.divergence.note(self.step, loss, self.engine.gradient_norm())
         self.progress.update(loss, self.config.training.tokens_per_step / (time.perf_counter() - start))
         return loss
+
+    def _went_back(self, loss: float) -> bool:
+        """After a spike: to the newest checkpoint, and on with the data after the spike; false if there is no way."""
+        cursor, checkpoint, spike = self._cursor(), find_checkpoint(self.config), self.step
+        base = self.config.training.base_steps
+        if checkpoint is None or finished_steps(self.config) < base < spike:  # not into the data's first reading
+            return False
+        self.step, _, state = resume(self.engine, checkpoint)
+        self.divergence = self.divergence.went_back(spike, self.step, state)
+        save(self.engine, self.step, cursor, self._state())  # a restart must not read the skipped data, either
+        if self.writer:
+            self.writer.go_back(self.step)
+            self.progress.say(
+                f"step {spike}: the loss is {loss:.4f}, a spike; on from step {self.step} with later data"
+            )
+        self.progress.go_back(self.step)
+        return True
 
     def _metrics(self, loss: float) -> Metrics:
         memory = torch.tensor(peak_memory_bytes(self.device), device=self.device)
@@ -131,6 +151,7 @@ class Run:
             "grad_norm": self.engine.gradient_norm(),
             "tokens": self.tokens,
             "skipped_steps": self.divergence.skipped_steps,
+            "skipped_data_steps": self.divergence.skipped_data_steps,
             "memory_bytes": int(memory),
             "skipped_documents": self.data.skipped_documents(self._cursor()),
             **self.throughput.read(training_flops_per_token(self.config, share)),
@@ -163,7 +184,8 @@ class Run:
             self.topology.dp_rank(dist.get_rank()),
             self.topology.dp_size,
             cursor,
-            start_sample=data_step(self.config, self.step) * training.global_batch_size,
+            start_sample=(data_step(self.config, self.step) + self.divergence.skipped_data_steps)
+            * training.global_batch_size,
         )
 
     def _validation_batches(self) -> list[Batch]:

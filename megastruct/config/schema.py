@@ -197,6 +197,11 @@ class ReliabilityConfig(Section):
         1800.0, description="the longest that ranks wait for each other: for the slowest save, compilation or disk"
     )
     max_skipped_steps: Count = Field(0, description="steps with a loss or gradient that is not finite; one more ends")
+    spike_factor: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="a loss above this x the median goes back to the newest checkpoint, skipping data; 0 = off"
+    )
+    spike_window_steps: Size = Field(50, description="the last steps, of which the median is taken")
+    max_spikes: Count = Field(3, description="times that a run goes back; one more ends it")
 
 
 class HardwareConfig(Section):

@@ -72,7 +72,7 @@ def join(device: torch.device, collective_seconds: float = 1800.0) -> None:
             world_size=world_size,
             device_id=device if cuda else None,  # else NCCL guesses the device at every barrier, and warns
         )
-    except dist.DistNetworkError as error:  # DistStoreError is one
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         found = f"rank {rank} did not meet all {world_size} processes at {address}: {str(error).splitlines()[0]}"
         suggestion = 'start all nodes; see docs/many_machines.md, "When it hangs"'

@@ -85,6 +85,7 @@ def finish_restore(engine: Engine) -> None:
     if engine.config.parallel.zero_stage in (1, 2):
         zero.update_lp_params()
     elif engine.config.parallel.zero_stage == 3:
+        zero._partition_all_parameters()  # an engine that has trained keeps small ones gathered, as they were
         for index, masters in enumerate(zero.fp32_partitioned_groups_flat):
             zero.fp16_partitioned_groups_flat[index].data.copy_(masters.data)
             zero._unflatten_partitioned_parameters(index)

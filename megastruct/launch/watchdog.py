@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import secrets
 import selectors
 import socket
@@ -28,6 +29,7 @@ from megastruct.launch.environment import Process
 from megastruct.launch.peers import Clock, Peer, is_of_a_collective, listen, own_name, place_of, silence_of
 
 GRACE_SECONDS = 5.0  # in which ranks say what their own errors are, before the others end them
+FILES_BESIDE = 4096  # that rank 0 may have open beside its connections
 LAST_WORDS_SECONDS = 0.5  # in which a message reaches the others
 
 
@@ -137,6 +139,10 @@ class _Centre:
 
     def __init__(self, watch: Watch, listener: socket.socket, word: str) -> None:
         self.watch, self.listener, self.word = watch, listener, word
+        now_open, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = FILES_BESIDE + watch.process.world_size  # 1,024 is usual, and may be raised
+        if 0 <= now_open < wanted and (most < 0 or wanted <= most):  # -1 is no limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
         now = time.monotonic()
         self.peers = [Peer(rank, now) for rank in range(watch.process.world_size)]
         self.peers[0].name = own_name()

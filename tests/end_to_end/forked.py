@@ -29,6 +29,7 @@ class Forked:
         """`folder`: for the ranks' output."""
         self.run, self.folder = run, folder
         context, port = multiprocessing.get_context("fork"), free_port()
+        self.port = port
         self.ranks = [
             context.Process(target=_rank, args=(rank, world_size, port, self.log(rank), [str(a) for a in arguments]))
             for rank in range(world_size)

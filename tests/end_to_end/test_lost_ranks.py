@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch.distributed as dist
 
 from forked import Forked, train_forked
 from megastruct import train
 from megastruct.errors import Problem, UserError
-from processes import Started, losses
+from processes import Started, last_step, losses
 
 RUN = ("parallel.pp=2", "parallel.tp=2", "training.num_steps=3000", "evaluation.num_samples=0")
 SILENCE = 4.0
@@ -115,6 +118,23 @@ def test_killed_below_the_launcher(config: Path, tmp_path: Path) -> None:
     train_forked(tmp_path, run, 2, *arguments)
     train_forked(tmp_path, tmp_path / "runs" / "undisturbed", 2, *arguments, "run.name=undisturbed")
     assert losses(run) == losses(tmp_path / "runs" / "undisturbed")
+
+
+def test_strangers_are_sent_away(config: Path, tmp_path: Path) -> None:
+    """Whoever connects without the run's word can say nothing: not that a rank ends, nor in whose name."""
+    arguments = ("parallel.pp=2", "training.num_steps=150", "evaluation.num_samples=0", "checkpoint.interval_steps=0")
+    with Forked(tmp_path, tmp_path / "runs" / "test", 2, config, *arguments) as forked:
+        forked.wait_for_step(1)
+        listening = [c.laddr for c in psutil.Process(forked.ranks[0].pid).net_connections() if c.status == "LISTEN"]
+        (port,) = {address.port for address in listening if address.ip == "::" and address.port != forked.port}
+        for text in (b"1 0 9 nowhere\n", b"word 1 me\n1 0 9 nowhere\n", b"\xff" * 100_000 + b"\n", b""):
+            with socket.create_connection(("127.0.0.1", port), timeout=5) as link:
+                link.sendall(text)
+                if text:
+                    with contextlib.suppress(ConnectionError):
+                        assert link.recv(100) == b""
+        assert last_step(forked.run) < 150
+        assert forked.codes() == [0, 0], forked.text()
 
 
 def test_an_error_of_one_rank_is_said_by_it_alone(

@@ -78,3 +78,18 @@ def test_a_node_that_never_comes(config: Path, tmp_path: Path) -> None:
         assert code == 2, stderr
         assert "rank 0 did not meet all 2 processes at 10.77.0.1:" in stderr and "docs/many_machines.md" in stderr
         assert "Traceback" not in stderr
+
+
+@pytest.mark.soak
+def test_a_job_of_two_nodes(config: Path, tmp_path: Path) -> None:
+    """What a Slurm job runs on each node, with the variables that Slurm sets there."""
+    arguments = [str(config), *RUN, "training.num_steps=5"]
+    job = f"from megastruct.launch.slurm import TrainingJob; print(TrainingJob({arguments!r}, 2, 1)())"
+    with TwoNodes(tmp_path) as nodes:
+        slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": ",".join(nodes.addresses), "SLURM_JOB_NUM_NODES": "2"}
+        slurm |= {"SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_FOLDER": str(tmp_path), "SLURM_NTASKS": "2"}
+        tasks = [nodes.run_python(n, job, **slurm, SLURM_NODEID=str(n), SLURM_PROCID=str(n)) for n in (0, 1)]
+        for task in tasks:
+            output, _ = task.communicate(timeout=120)
+            assert output.splitlines()[-1] == "finished", output
+    assert last_step(tmp_path / "runs" / "test") == 5

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from processes import Started
+from processes import ROOT, Started, environment
 
 AGENT = """
 import json, socket, subprocess, sys, threading
@@ -98,6 +98,12 @@ class TwoNodes:
         """`megastruct.start ARGUMENTS` on a node, without ssh."""
         here = ("--hostfile", self.hostfile, "--node-rank", node, "--master-addr", self.addresses[0])
         return Started(run, *arguments, *here, below=self._inside(node))
+
+    def run_python(self, node: int, text: str, **extra: str) -> subprocess.Popen[str]:
+        """A Python program on a node."""
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        command = [*self._inside(node), sys.executable, "-c", text]
+        return subprocess.Popen(command, cwd=ROOT, env={**environment(), **extra}, **pipes)
 
     def start_by_pdsh(self, run: Path, *arguments: Any) -> Started:
         """`megastruct.start ARGUMENTS` for both nodes, on the first."""

@@ -22,7 +22,7 @@ BAD_STEP, LAST_STEP = 2, 5
 LAYOUTS = [  # precision, pp, dp, tp, zero
     ("fp32", 1, 2, 1, 0),
     ("fp32", 2, 2, 1, 1),
-    ("fp32", 1, 1, 2, 1),
+    pytest.param("fp32", 1, 1, 2, 1, marks=pytest.mark.soak),
     ("fp32", 1, 2, 1, 2),
     ("fp32", 1, 2, 1, 3),
     ("bf16", 2, 1, 2, 1),

@@ -18,7 +18,7 @@ import pytest
 from forked import train_forked
 from processes import ROOT, environment, last_step, losses
 
-RUN = ("parallel.pp=2", "training.num_steps=120", "checkpoint.interval_steps=0", "evaluation.num_samples=0")
+RUN = ("parallel.pp=2", "training.num_steps=60", "checkpoint.interval_steps=0", "evaluation.num_samples=0")
 RUN += ("hardware.device=cpu",)
 
 

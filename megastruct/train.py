@@ -43,7 +43,7 @@ from megastruct.training.resume import (
     save,
     start_save,
 )
-from megastruct.training.run_folder import finished_steps, lock_run_folder, run_folder, write_run_folder
+from megastruct.training.run_folder import finished_steps, lock_run_folder, run_folder, step_of, write_run_folder
 from megastruct.training.schedules import alpha, learning_rate
 
 
@@ -124,9 +124,11 @@ class Run:
     def _went_back(self, loss: float) -> bool:
         """After a spike: to the newest checkpoint, and on with the data after the spike; false if there is no way."""
         cursor, checkpoint, spike = self._cursor(), find_checkpoint(self.config), self.step
-        base = self.config.training.base_steps
-        if checkpoint is None or finished_steps(self.config) < base < spike:  # not into the data's first reading
+        if checkpoint is None:
             return False
+        to, base = step_of(checkpoint), self.config.training.base_steps
+        if to < base < spike or (to < guided_steps(self.config) and not self.engine.guidance):
+            return False  # before the data's second reading, or before the guides left
         self.step, _, state = resume(self.engine, checkpoint)
         self.divergence = self.divergence.went_back(spike, self.step, state)
         save(self.engine, self.step, cursor, self._state())  # a restart must not read the skipped data, either

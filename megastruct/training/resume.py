@@ -79,22 +79,22 @@ def find_checkpoint(config: Config) -> Path | None:
     return folder
 
 
-def resume(engine: Engine, folder: Path | None) -> tuple[int, np.ndarray | None]:
-    """Load a checkpoint into the engine: (steps done, cursor); (0, None) without a folder. Collective.
+def resume(engine: Engine, folder: Path | None) -> tuple[int, np.ndarray | None, dict[str, Any]]:
+    """Load a checkpoint into the engine: (steps done, cursor, state); (0, None, {}) without a folder. Collective.
 
     What the engine has no parameter for may be stored, too. Raises UserError on all ranks if it does not fit the model.
     """
     if folder is None:
-        return 0, None
+        return 0, None, {}
     state = together(lambda: load_state(folder))
     tensors = {
         f"{kind}.{name}": _global(engine, fragment, tensor)
-        for name, fragment in begin_restore(engine, state["step"]).items()
+        for name, fragment in begin_restore(engine, state["step"], state.get("skipped_steps", 0)).items()
         for kind, tensor in fragment.tensors.items()
     }
     together(lambda: load_tensors(folder, tensors))
     finish_restore(engine)
-    return state["step"], np.array(state["cursor"], dtype=np.int64)
+    return state["step"], np.array(state["cursor"], dtype=np.int64), state
 
 
 def _global(engine: Engine, fragment: Fragment, tensor: Tensor) -> Tensor:

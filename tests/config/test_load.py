@@ -96,6 +96,12 @@ def test_cross_field_problems_beside_unknown_keys() -> None:
         (["ffn.structure=blockshuffle", "ffn.rank=null"], "ffn.nblocks", "ffn.nblocks=4"),
         (["ffn.structure=blockshuffle", "ffn.nblocks=4"], "ffn.rank", "no ffn.rank"),
         (["ffn.structure=blockshuffle", "ffn.rank=null", "ffn.nblocks=48"], "ffn.nblocks", "ffn.nblocks=32"),
+        (["reliability.spike_factor=0.5"], "reliability.spike_factor", "reliability.spike_factor=2"),
+        (
+            ["reliability.spike_factor=2.0", "checkpoint.interval_steps=0"],
+            "checkpoint.interval_steps",
+            "checkpoint.interval_steps=500",
+        ),
         (["nonsense"], "nonsense", "section.key=value"),
         (["parallel.zero_stage=4"], "parallel.zero_stage", "less than or equal to 3"),
         (["run.name=../elsewhere"], "run.name", "match pattern"),

@@ -59,7 +59,7 @@ def whole_run(config: Config, topology: Topology, keep_guides: bool = False) -> 
     """All steps, from the newest checkpoint on if there is one."""
     checkpoint = find_checkpoint(config)
     engine = build_engine(config, topology, CPU, finished_steps(config))
-    step, _ = resume(engine, checkpoint)
+    step, _, _ = resume(engine, checkpoint)
     return steps(engine, step, total_steps(config), keep_guides)[1]
 
 

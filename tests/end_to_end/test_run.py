@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,10 @@ from processes import (
     ROOT,
     Corpus,
     environment,
-    last_step,
     losses,
     read_metrics,
     start,
     start_and_kill,
-    start_and_terminate,
 )
 
 GUIDED = {"alpha", "guide_share", "validation_loss_guided"}  # of self-guided runs
@@ -118,12 +115,3 @@ def test_killed_and_resumed_is_the_undisturbed_run(config: Path, tmp_path: Path,
     assert losses(run) == losses(tmp_path / "runs" / "undisturbed")
     if kind == "text":
         assert read_metrics(run)[-1]["skipped_documents"] > 0
-
-
-def test_terminated_start_ends_all_ranks_and_resumes(config: Path, tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "test"
-    code, stderr = start_and_terminate(run, 4, config, "training.num_steps=4000")
-    assert code != 0 and "the same command resumes" in stderr
-    steps = last_step(run)
-    time.sleep(3)
-    assert last_step(run) == steps, "ranks are still training"

@@ -63,6 +63,13 @@ def whole_run(config: Config, topology: Topology, keep_guides: bool = False) -> 
     return steps(engine, step, total_steps(config), keep_guides)[1]
 
 
+def first_losses(config: Config, topology: Topology) -> list[float]:
+    """Before any training, the loss at several alphas."""
+    engine = build_engine(config, topology, CPU)
+    held_out = [next(batches(config, topology))]
+    return [engine.evaluate(held_out, 1, alpha) for alpha in (0.0, 0.3, 1.0)]
+
+
 def interrupted_run(config: Config, topology: Topology, last: int) -> Results:
     """The first steps, then a checkpoint."""
     engine = build_engine(config, topology, CPU)

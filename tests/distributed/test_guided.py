@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from configs import tiny_config
-from guided import guided_config, interrupted_run, memory_of_the_end, whole_run
+from guided import first_losses, guided_config, interrupted_run, memory_of_the_end, whole_run
 from megastruct.checkpoint.store import checkpoint_folder, load_tensors
 from megastruct.config.load import dump_config
 from megastruct.errors import UserError
@@ -59,6 +59,15 @@ def test_every_way_to_skip(tmp_path: Path, alone: Any, topology: Topology, zero:
 def test_block_structures_over_tensor_ranks(tmp_path: Path, structure: str) -> None:
     wanted = run(tmp_path, ALONE, structure=structure)
     assert furthest(run(tmp_path, Topology(2, 1, 2), structure=structure), wanted) <= BOUNDS["fp32"]
+
+
+@pytest.mark.parametrize(("topology", "zero"), [(Topology(2, 1, 2), 1), (Topology(1, 1, 2), 3)], ids=str)
+@pytest.mark.parametrize("structure", ["lowrank", "blockdense", "blockshuffle"])
+def test_at_the_start_alpha_changes_nothing(topology: Topology, zero: int, structure: str) -> None:
+    without, some, all_of_it = run_ranks(
+        topology.world_size, first_losses, guided_config(topology, zero, structure), topology
+    )[0]
+    assert some == pytest.approx(without, abs=1e-6) and all_of_it == pytest.approx(without, abs=1e-6)
 
 
 @pytest.mark.parametrize("topology", [Topology(2, 2), Topology(1, 1, 2)], ids=str)

@@ -56,7 +56,8 @@ class Run:
         self.config, self.topology, self.data, self.device = config, topology, data, device
         self.stop, self.watch = stop, watch
         checkpoint = find_checkpoint(config)
-        self.engine: Engine = build_engine(config, topology, device, finished_steps(config) if checkpoint else 0)
+        first_step, eod_id = finished_steps(config) if checkpoint else 0, data.tokenizer.eod_id
+        self.engine: Engine = build_engine(config, topology, device, first_step, eod_id)
         self.step, cursor, state = resume(self.engine, checkpoint)
         self.divergence = Divergence(config, state)
         self.reader = self._open_reader(cursor if data_step(config, self.step) else None)

@@ -17,7 +17,7 @@ FLOORS: list[set[str]] = [
     {"tensor_parallel"},
     {"models"},
     {"training", "inference"},
-    {"evaluation"},
+    {"evaluation", "benchmarks"},
     {"train", "start"},
 ]
 # Between rooms of the ground floor too, imports have one direction.

@@ -31,6 +31,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-shard-tokens", type=int, default=2**29, help="tokens per file at most (default: %(default)s)"
     )
+    parser.add_argument(
+        "--patience-seconds",
+        type=float,
+        default=300.0,
+        help="how long to try a shard that cannot be reached (%(default)s)",
+    )
     return parser.parse_args(argv)
 
 
@@ -43,6 +49,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         if getattr(arguments, option) < 1:
             name = "--" + option.replace("_", "-")
             problems.append(Problem(name, f"{getattr(arguments, option)} is less than 1", f"leave {name} out"))
+    if not arguments.patience_seconds >= 0:
+        found = f"{arguments.patience_seconds} is negative or no number"
+        problems.append(Problem("--patience-seconds", found, "--patience-seconds 300"))
     if problems:
         raise UserError(problems)
 
@@ -60,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
                 validation_fraction=arguments.validation_fraction,
                 num_workers=arguments.workers,
                 max_shard_tokens=arguments.max_shard_tokens,
+                patience_seconds=arguments.patience_seconds,
                 report=lambda line: print(line, flush=True),
             )
         except KeyboardInterrupt:

@@ -16,6 +16,8 @@ FREE_KEYS = (
     "data.text_column",
     "data.validation_fraction",
     "data.num_streams",
+    "data.num_workers",
+    "data.patience_seconds",
 )
 
 

@@ -136,10 +136,10 @@ def _validated(values: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
             # A required key that was faulty in the first round is missing in the second: that was said already.
             errors = [item for item in error.errors() if item["loc"] not in faulty]
             problems += [_explain(item) for item in errors]
-            faulty |= {item["loc"] for item in errors}
+            faulty |= {item["loc"] for item in errors} | {item["loc"][:2] for item in errors}
             values = _without(values, [item["loc"] for item in errors])
             for item in errors:
-                _stand_in(values, item["loc"])
+                _stand_in(values, item["loc"][:2])  # what lies deeper was dropped with its key
     return None, problems
 
 
@@ -157,6 +157,14 @@ def _stand_in(values: dict[str, Any], path: tuple[int | str, ...]) -> None:
 
 def _explain(item: Any) -> Problem:
     where = ".".join(str(key) for key in item["loc"] if not _is_union_tag(key))
+    if len(item["loc"]) > 2:  # inside of a list of sources, where an override cannot reach
+        wrong = {
+            "extra_forbidden": "unknown key",
+            "missing": "missing",
+            "model_type": f"{item['input']!r} is no section",
+        }
+        found = wrong.get(item["type"], f"{item['input']!r}: {item['msg'][0].lower() + item['msg'][1:]}")
+        return Problem(where, found, f"{'.'.join(map(str, item['loc'][:2]))}=[{{path: FOLDER, weight: 1}}, ...]")
     if item["type"] == "extra_forbidden":
         known = _known_keys(item["loc"][:-1])
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from megastruct.ops.cost import STRUCTURES
 
@@ -120,13 +120,41 @@ class GuidedConfig(Section):
         return "off" if value is False else value  # YAML reads a plain `off` as false
 
 
+class DataSource(Section):
+    """One source of a mixture."""
+
+    path: Annotated[str, Field(min_length=1)]
+    weight: Annotated[float, Field(gt=0)]
+
+
+def _path_kind(value: object) -> str:
+    return "-list" if isinstance(value, list) else "-path"  # no identifiers: they are left out of messages
+
+
 class DataConfig(Section):
     kind: Literal["tokens", "text"] = Field(description="token shards of tools/prepare_data.py, or text shards")
-    path: str = Field(description="folder of token shards; or folder, glob, file or hub name of text shards")
+    path: Annotated[
+        Annotated[str, Tag("-path")] | Annotated[list[DataSource], Field(min_length=1), Tag("-list")],
+        Discriminator(_path_kind),
+    ] = Field(
+        description="folder of token shards; or folder, glob, file or hub name of text shards; or a list of "
+        "{path, weight}: samples come from each in proportion to its weight"
+    )
     tokenizer: str | None = Field(None, description="SentencePiece model; needed for text, checked for tokens")
     text_column: str = "content"
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.005
     num_streams: Size | None = Field(None, description="text: parallel streams of shards; left out: from the data")
+    num_workers: Count = Field(1, description="text: processes per rank that tokenise ahead; 0: a thread of the rank")
+    patience_seconds: Annotated[float, Field(ge=0)] = Field(
+        300.0, description="text: how long a shard that cannot be reached is tried again"
+    )
+
+    @property
+    def sources(self) -> list[tuple[str, float]]:
+        """(path, weight) of every source; a plain path is one."""
+        if isinstance(self.path, str):
+            return [(self.path, 1.0)]
+        return [(source.path, source.weight) for source in self.path]
 
 
 class TrainingConfig(Section):
@@ -136,6 +164,9 @@ class TrainingConfig(Section):
     num_steps: Size | None = Field(None, description="either num_steps or num_tokens")
     num_tokens: Size | None = None
     precision: Literal["fp32", "bf16"] = "bf16"
+    document_attention: Literal["crossed", "separate"] = Field(
+        "crossed", description="separate: a token sees only earlier ones of its own document in the row"
+    )
     activation_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile every block and the loss")
 

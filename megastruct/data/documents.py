@@ -1,13 +1,12 @@
 """Documents of one text shard, in order, a few at a time, whatever the size of the shard.
 
-A broken document (null, not a string, nothing but white space, not UTF-8) is handed on as such, to be counted;
-a broken file is a `UserError`.
+A broken document (null, not a string, nothing but white space, not UTF-8, a line that is no JSON object) is handed on
+as such, to be counted; a broken file is a `UserError`.
 """
 
 from __future__ import annotations
 
 import glob
-import itertools
 import logging
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,11 +14,20 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megastruct.data.source import READ_ERRORS, TextShard, missing_column, numbered_lines, parse_line, unreadable
+from megastruct.data.source import (
+    READ_ERRORS,
+    TextShard,
+    check_unchanged,
+    missing_column,
+    numbered_lines,
+    parse_line,
+    unreadable,
+)
 from megastruct.errors import UserError
 
-BROKEN_REASONS = ("null", "not_a_string", "empty", "undecodable")
+BROKEN_REASONS = ("null", "not_a_string", "empty", "undecodable", "unparsable")
 DOCUMENTS_PER_READ = 64
+_BYTES_PER_READ = 32 << 20  # fewer documents at once where they are large
 _BUFFER_BYTES = 1 << 20
 
 
@@ -36,10 +44,9 @@ def read_documents(shard: TextShard, text_column: str, start: int = 0) -> Iterat
     """Documents of `shard` from index `start` on, in lists of up to DOCUMENTS_PER_READ; only one column is read.
 
     Raises:
-        UserError: the file is damaged, cut short, not reachable, or lacks the column.
+        UserError: the file is damaged, cut short, not reachable, lacks the column, or has changed since it was found.
     """
-    reader = _read_parquet if shard.is_parquet else _read_jsonl
-    documents = reader(shard, text_column, start)
+    documents = documents_or_error(shard, text_column, start)
     while True:
         try:
             batch = next(documents, None)
@@ -48,6 +55,13 @@ def read_documents(shard: TextShard, text_column: str, start: int = 0) -> Iterat
         if batch is None:
             return
         yield batch
+
+
+def documents_or_error(shard: TextShard, text_column: str, start: int) -> Iterator[list[Document]]:
+    """As `read_documents`, but what fails below comes as it is: one of READ_ERRORS, for hub shards any exception."""
+    check_unchanged(shard)
+    reader = _read_parquet if shard.is_parquet else _read_jsonl
+    yield from reader(shard, text_column, start)
 
 
 def _read_parquet(shard: TextShard, text_column: str, start: int) -> Iterator[list[Document]]:
@@ -74,11 +88,34 @@ def _local_columns(shard: TextShard, text_column: str, start: int) -> Iterator[p
             to_skip -= file.metadata.row_group(first_group).num_rows
             first_group += 1
         groups = range(first_group, file.num_row_groups)
-        for batch in file.iter_batches(DOCUMENTS_PER_READ, row_groups=groups, columns=[text_column]):
+        for batch in file.iter_batches(_rows_per_read(file, text_column), row_groups=groups, columns=[text_column]):
             column = batch.column(0)[to_skip:]
             to_skip = max(0, to_skip - len(batch))
             if len(column):
                 yield column
+
+
+def num_rows(shard: TextShard) -> int | None:
+    """Documents in a local parquet shard, broken ones too; None where only reading it would tell."""
+    if not (shard.is_local and shard.is_parquet):
+        return None
+    try:
+        return pq.read_metadata(shard.uri).num_rows
+    except READ_ERRORS:
+        return None  # whoever reads it says what is wrong
+
+
+def _rows_per_read(file: pq.ParquetFile, text_column: str) -> int:
+    """Rows that hold about _BYTES_PER_READ of text in the row group with the longest documents."""
+    groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
+    sizes = [
+        group.column(index).total_uncompressed_size / group.num_rows
+        for group in groups
+        if group.num_rows
+        for index in range(group.num_columns)
+        if group.column(index).path_in_schema == text_column
+    ]
+    return max(1, min(DOCUMENTS_PER_READ, int(_BYTES_PER_READ / max([1, *sizes]))))
 
 
 def _streamed(shard: TextShard, text_column: str, start: int) -> Iterator[pa.Array]:
@@ -91,17 +128,14 @@ def _streamed(shard: TextShard, text_column: str, start: int) -> Iterator[pa.Arr
     # The library logs what it raises, and we say it in our own message; the progress bars are per file.
     datasets.logging.set_verbosity(logging.CRITICAL)
     datasets.disable_progress_bars()
-    try:
-        stream = datasets.load_dataset(
-            "parquet",
-            data_files=glob.escape(shard.uri) if shard.is_local else shard.uri,
-            split="train",
-            streaming=True,
-            columns=[text_column],
-            batch_size=DOCUMENTS_PER_READ,
-        )
-    except (ValueError, KeyError) as error:  # the library's words for "no usable file" and "no such column"
-        raise unreadable(shard, error) from None
+    stream = datasets.load_dataset(
+        "parquet",
+        data_files=glob.escape(shard.uri) if shard.is_local else shard.uri,
+        split="train",
+        streaming=True,
+        columns=[text_column],
+        batch_size=DOCUMENTS_PER_READ,
+    )
     if text_column not in (stream.features or {}):
         raise UserError(missing_column(shard, text_column, list(stream.features or {})))
     for table in stream.skip(start).with_format("arrow").iter(DOCUMENTS_PER_READ):
@@ -110,16 +144,26 @@ def _streamed(shard: TextShard, text_column: str, start: int) -> Iterator[pa.Arr
 
 def _read_jsonl(shard: TextShard, text_column: str, start: int) -> Iterator[list[Document]]:
     """Line by line: the JSON reader of `datasets` parses megabytes at once, and one bad value ends all of them."""
-    lines = numbered_lines(shard, start)
-    while batch := list(itertools.islice(lines, DOCUMENTS_PER_READ)):
-        yield [_from_line(shard, text_column, line_number, line) for line_number, line in batch]
+    batch: list[Document] = []
+    num_bytes = 0
+    for line_number, line in numbered_lines(shard, start):
+        batch.append(_from_line(text_column, line_number, line))
+        num_bytes += len(line)
+        if len(batch) == DOCUMENTS_PER_READ or num_bytes >= _BYTES_PER_READ:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
 
 
-def _from_line(shard: TextShard, text_column: str, line_number: int, line: bytes) -> Document:
+def _from_line(text_column: str, line_number: int, line: bytes) -> Document:
     try:
-        value = parse_line(shard, line_number, line).get(text_column)
+        values = parse_line(line)
     except UnicodeDecodeError:
         return Document(line_number, "", b"", "undecodable")
+    except ValueError:
+        return Document(line_number, "", b"", "unparsable")
+    value = values.get(text_column)
     if value is not None and not isinstance(value, str):
         return Document(line_number, "", b"", "not_a_string")
     try:

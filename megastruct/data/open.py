@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+
+from megastruct.data.cache import cached_array, key_of
 from megastruct.data.manifest import TOKENIZER_NAME, Manifest, check_files, load_manifest
+from megastruct.data.mixture import Mixture
 from megastruct.data.order import default_num_streams
+from megastruct.data.patience import DEFAULT_PATIENCE_SECONDS
 from megastruct.data.source import MANIFEST_NAME, TextShard, check_shards, find_shards
 from megastruct.data.text_data import TextData
 from megastruct.data.text_stream import TextSource
-from megastruct.data.token_data import TokenData
+from megastruct.data.token_data import TokenData, TokenSource, source_seed
 from megastruct.data.tokenizer import Tokenizer
 from megastruct.errors import Problem, UserError
 
 
 def open_data(
     kind: str,
-    path: str,
+    path: str | Sequence[tuple[str, float]],
     tokenizer: str | None,
     *,
     seq_length: int,
@@ -25,18 +32,24 @@ def open_data(
     text_column: str = "content",
     validation_fraction: float = 0.005,
     num_streams: int | None = None,
+    num_workers: int = 0,
+    patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
     base_folder: Path | None = None,
+    cache_folder: Path | None = None,
 ) -> TokenData | TextData:
     """Open token shards (kind "tokens") or text shards (kind "text") for training.
 
     Args:
-        path: the folder of token shards; or a folder, glob, file or Hugging Face name of text shards. Relative paths
-            start at `base_folder`, the current directory if that is None.
+        path: the folder of token shards; or a folder, glob, file or Hugging Face name of text shards; or several of
+            them as (path, weight). Relative paths start at `base_folder`, the current directory if that is None.
         tokenizer: a SentencePiece model; token shards carry a copy, and a given one must equal it.
         seq_length: tokens per sample without the last label.
         vocab_size: the model's; at least the tokenizer's.
         seed: of the data order.
         text_column, validation_fraction, num_streams: for text only; token shards have them fixed.
+        num_workers: processes of each reader that tokenise text; 0 for a thread of its own process.
+        patience_seconds: how long a text shard that cannot be reached is tried again.
+        cache_folder: keeps what takes long to find in text shards (cache.py); not made without the folder above it.
 
     Raises:
         UserError: anything is missing, damaged or does not fit, with all problems that one look can find.
@@ -48,17 +61,64 @@ def open_data(
         raise ValueError("wanted: seq_length >= 1, 0 <= validation_fraction < 1, num_streams >= 1 or None")
     base_folder = (base_folder or Path()).absolute()
     model = base_folder / Path(tokenizer).expanduser() if tokenizer else None
+    paths = [(path, 1.0)] if isinstance(path, str) else list(path)
+    mixture = Mixture([weight for _, weight in paths])
+    wheres = ["data.path"] if isinstance(path, str) else [f"data.path.{index}" for index in range(len(paths))]
+    named = [(where, name) for where, (name, _) in zip(wheres, paths, strict=True)]
     if kind == "tokens":
-        folder = base_folder / Path(path).expanduser()
-        return _open_tokens(folder, model, seq_length, vocab_size, seed)
+        folders = [(where, base_folder / Path(name).expanduser()) for where, name in named]
+        sources, opened = _open_token_sources(folders, model, seq_length, vocab_size)
+        return TokenData(sources, mixture, opened, seed)
+    opened, shards = _open_text_sources(named, model, vocab_size, text_column, num_streams, base_folder, cache_folder)
+    texts = [
+        TextSource(
+            shards=own,
+            tokenizer=opened,
+            text_column=text_column,
+            validation_fraction=validation_fraction,
+            seed=source_seed(seed, index),
+            num_streams=num_streams or default_num_streams(len(own)),
+            patience_seconds=patience_seconds,
+        )
+        for index, own in enumerate(shards)
+    ]
+    return TextData(texts, mixture, seq_length, num_workers, cache_folder)
 
+
+def _open_token_sources(
+    folders: list[tuple[str, Path]], model: Path | None, seq_length: int, vocab_size: int
+) -> tuple[list[TokenSource], Tokenizer]:
+    """`folders`: (its key in the config, folder)."""
     problems: list[Problem] = []
-    opened = _collect(problems, lambda: _open_text_tokenizer(model, vocab_size))
-    shards = _collect(problems, lambda: _open_shards(path, text_column, num_streams, base_folder))
+    opened = [
+        _collect(problems, partial(_open_tokens, folder, where, model, seq_length, vocab_size))
+        for where, folder in folders
+    ]
     if problems:
         raise UserError(problems)
-    streams = num_streams or default_num_streams(len(shards))
-    return TextData(TextSource(shards, opened, text_column, validation_fraction, seed, streams), seq_length)
+    _check_one_tokenizer(opened)
+    return [source for source, _ in opened], opened[0][1]
+
+
+def _open_text_sources(
+    paths: list[tuple[str, str]],
+    model: Path | None,
+    vocab_size: int,
+    text_column: str,
+    num_streams: int | None,
+    base_folder: Path,
+    cache_folder: Path | None,
+) -> tuple[Tokenizer, list[list[TextShard]]]:
+    """`paths`: (its key in the config, path)."""
+    problems: list[Problem] = []
+    tokenizer = _collect(problems, lambda: _open_text_tokenizer(model, vocab_size))
+    shards = [
+        _collect(problems, partial(_open_shards, path, where, text_column, num_streams, base_folder, cache_folder))
+        for where, path in paths
+    ]
+    if problems:
+        raise UserError(problems)
+    return tokenizer, shards
 
 
 def _collect(problems: list[Problem], build):
@@ -80,20 +140,31 @@ def _open_text_tokenizer(model: Path | None, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _open_shards(path: str, text_column: str, num_streams: int | None, base_folder: Path) -> list[TextShard]:
-    shards = find_shards(path, "data.path", base_folder)
-    check_shards(shards, text_column)
+def _open_shards(
+    path: str, where: str, text_column: str, num_streams: int | None, base_folder: Path, cache_folder: Path | None
+) -> list[TextShard]:
+    shards = find_shards(path, where, base_folder)
+    key = key_of([(shard.uri, shard.num_bytes) for shard in shards], text_column)
+    cached_array(cache_folder, f"checked-{key}", lambda: _checked(shards, text_column))
     if num_streams is not None and num_streams > len(shards):
         found = f"{num_streams} streams are more than the {len(shards)} text shards"
         raise UserError(Problem("data.num_streams", found, f"set it to {len(shards)} or less, or leave it out"))
     return shards
 
 
-def _open_tokens(folder: Path, model: Path | None, seq_length: int, vocab_size: int, seed: int) -> TokenData:
+def _checked(shards: list[TextShard], text_column: str) -> np.ndarray:
+    """The number of shards, if all can be opened; thousands of footers are read for it."""
+    check_shards(shards, text_column)
+    return np.array(len(shards))
+
+
+def _open_tokens(
+    folder: Path, where: str, model: Path | None, seq_length: int, vocab_size: int
+) -> tuple[TokenSource, Tokenizer]:
     if not (folder / MANIFEST_NAME).is_file():
         what = f"has no {MANIFEST_NAME}" if folder.is_dir() else "is no folder"
         suggestion = "make token shards with tools/prepare_data.py, or read text directly with data.kind=text"
-        raise UserError(Problem("data.path", f"{folder} {what}", suggestion))
+        raise UserError(Problem(where, f"{folder} {what}", suggestion))
     manifest = load_manifest(folder)
     problems: list[Problem] = []
     _collect(problems, lambda: check_files(folder, manifest))
@@ -101,7 +172,15 @@ def _open_tokens(folder: Path, model: Path | None, seq_length: int, vocab_size: 
     _collect(problems, lambda: _check_vocab_size(manifest.settings.tokenizer.vocab_size, vocab_size))
     if problems:
         raise UserError(problems)
-    return TokenData(folder, manifest, tokenizer, seq_length, vocab_size, seed)
+    return TokenSource.open(folder, manifest, seq_length, vocab_size), tokenizer
+
+
+def _check_one_tokenizer(sources: list[tuple[TokenSource, Tokenizer]]) -> None:
+    (first, tokenizer), *others = sources
+    for source, other in others:
+        if other.fingerprint != tokenizer.fingerprint:
+            found = f"{source.folder} was made with another tokenizer than {first.folder}"
+            raise UserError(Problem("data.path", found, "make all folders with one tokenizer"))
 
 
 def _open_matching_tokenizer(folder: Path, manifest: Manifest, model: Path | None) -> Tokenizer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,7 +35,8 @@ from megastruct.data.manifest import (
     load_manifest,
     total_of,
 )
-from megastruct.data.prepare_shard import ShardJob, ShardRecord, write_atomically
+from megastruct.data.patience import DEFAULT_PATIENCE_SECONDS
+from megastruct.data.prepare_shard import OutputError, ShardJob, ShardRecord, write_atomically
 from megastruct.data.prepare_workers import run_jobs
 from megastruct.data.source import TextShard, check_shards, find_shards
 from megastruct.data.tokenizer import Tokenizer
@@ -42,6 +44,7 @@ from megastruct.errors import Problem, UserError
 
 PROGRESS_NAME = "progress"
 _LOCK_NAME = ".lock"
+_OUR_FILE = re.compile(r"\d{5,}-\d{3,}\.bin(\.writing)?")
 
 
 def prepare(
@@ -53,6 +56,7 @@ def prepare(
     validation_fraction: float = 0.005,
     num_workers: int = 1,
     max_shard_tokens: int = 2**29,
+    patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
     report: Callable[[str], None] = print,
 ) -> Manifest:
     """Turn the text shards of `input_path` into token shards in `output`; does nothing if that is done already.
@@ -60,14 +64,14 @@ def prepare(
     `report` gets the lines that tell what happens; a terminal gets a progress bar on stderr as well.
 
     Raises:
-        UserError: bad input, an output folder that holds something else, or a worker process that died.
+        UserError: bad input, an output folder that holds something else or cannot be written, or a worker process
+            that died. What is finished stays.
     """
     tokenizer = Tokenizer(tokenizer_path, where="--tokenizer")
     shards = find_shards(input_path, "--input")
     settings = _settings(tokenizer, shards, text_column, validation_fraction, max_shard_tokens)
     _refuse_other_contents(output)
-    output.mkdir(parents=True, exist_ok=True)
-    with _locked(output):
+    with _output_errors(output), _locked(output):
         if (output / MANIFEST_NAME).is_file():
             manifest = load_manifest(output)
             _refuse_other_settings(output, manifest.settings, settings)
@@ -77,12 +81,23 @@ def prepare(
             return manifest
         check_shards(shards, text_column)
         _begin(output, tokenizer, settings)
-        records = _make_shards(output, tokenizer, shards, settings, num_workers, report)
-        manifest = _manifest(settings, records)
+        jobs = _jobs(output, tokenizer, shards, settings, patience_seconds)
+        manifest = _manifest(settings, _make_shards(jobs, num_workers, report))
+        _remove_leftovers(output, manifest)
         write_atomically(output / MANIFEST_NAME, manifest.model_dump_json(indent=1).encode() + b"\n")
         shutil.rmtree(output / PROGRESS_NAME)
     report(f"done: {_summary(output, manifest)}")
     return manifest
+
+
+@contextmanager
+def _output_errors(output: Path) -> Iterator[None]:
+    """Turn what the file system refuses into a message; what is read has its own messages."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise OutputError.of(Path(error.filename or output), error) from None
 
 
 def _settings(
@@ -166,15 +181,10 @@ def _begin(output: Path, tokenizer: Tokenizer, settings: Settings) -> None:
     write_atomically(output / TOKENIZER_NAME, tokenizer.path.read_bytes())
 
 
-def _make_shards(
-    output: Path,
-    tokenizer: Tokenizer,
-    shards: list[TextShard],
-    settings: Settings,
-    num_workers: int,
-    report: Callable[[str], None],
-) -> list[ShardRecord]:
-    jobs = [
+def _jobs(
+    output: Path, tokenizer: Tokenizer, shards: list[TextShard], settings: Settings, patience_seconds: float
+) -> list[ShardJob]:
+    return [
         ShardJob(
             index=index,
             shard=shard,
@@ -185,9 +195,13 @@ def _make_shards(
             validation_fraction=settings.validation_fraction,
             max_shard_tokens=settings.max_shard_tokens,
             dtype=dtype_for(settings.tokenizer.vocab_size),
+            patience_seconds=patience_seconds,
         )
         for index, shard in enumerate(shards)
     ]
+
+
+def _make_shards(jobs: list[ShardJob], num_workers: int, report: Callable[[str], None]) -> list[ShardRecord]:
     records = {job.index: record for job in jobs if (record := _finished(job))}
     if records:
         report(f"going on with a run that was interrupted: {len(records)} of {len(jobs)} shards are done")
@@ -196,9 +210,11 @@ def _make_shards(
 
 
 def _finished(job: ShardJob) -> ShardRecord | None:
-    """The record of a shard that an earlier run finished, if its files are whole."""
+    """The record of a shard that an earlier run finished, if its files are whole and it is what was read then."""
     try:
         record = ShardRecord.model_validate_json(job.record_path.read_bytes())
+        if record.source_mtime_ns != job.source_mtime_ns():
+            return None
     except (OSError, ValidationError):
         return None
     for split in SPLITS:
@@ -207,6 +223,15 @@ def _finished(job: ShardJob) -> ShardRecord | None:
             if not path.is_file() or os.path.getsize(path) != file.num_bytes:
                 return None
     return record
+
+
+def _remove_leftovers(output: Path, manifest: Manifest) -> None:
+    """Remove token files that no shard has: a run that was killed may have begun them from a shard that changed."""
+    for split in SPLITS:
+        listed = {file.file for file in getattr(manifest.splits, split)}
+        for path in (output / split).iterdir():
+            if f"{split}/{path.name}" not in listed and _OUR_FILE.fullmatch(path.name):
+                path.unlink()
 
 
 def _manifest(settings: Settings, records: list[ShardRecord]) -> Manifest:

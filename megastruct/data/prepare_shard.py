@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import Counter
@@ -12,11 +13,26 @@ from typing import Literal
 
 import numpy as np
 
-from megastruct.data.documents import BROKEN_REASONS, read_documents
+from megastruct.data.documents import BROKEN_REASONS, num_rows
 from megastruct.data.manifest import SPLITS, Count, Record, Splits, TokenFile
-from megastruct.data.source import TextShard
+from megastruct.data.patience import DEFAULT_PATIENCE_SECONDS, read_patiently
+from megastruct.data.source import TextShard, check_unchanged
 from megastruct.data.split import is_validation
 from megastruct.data.tokenizer import Tokenizer
+from megastruct.errors import Problem, UserError
+
+
+class OutputError(UserError):
+    """The output cannot be written: unlike a damaged shard it ends all workers at once."""
+
+    @classmethod
+    def of(cls, path: Path, error: OSError) -> OutputError:
+        found = f"cannot be written ({error.strerror or error})"
+        suggestion = "make room or give access; the same command goes on, finished shards are kept"
+        return cls(Problem(str(path), found, suggestion))
+
+    def __reduce__(self):
+        return (OutputError, (self.problems, self.headline, self.on_all_ranks))
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,11 @@ class ShardJob:
     validation_fraction: float
     max_shard_tokens: int
     dtype: Literal["uint16", "uint32"]
+    patience_seconds: float = DEFAULT_PATIENCE_SECONDS
+
+    def source_mtime_ns(self) -> int:
+        """When the shard was last written; 0 for what is not local."""
+        return os.stat(self.shard.uri).st_mtime_ns if self.shard.is_local else 0
 
 
 class ShardRecord(Record):
@@ -39,34 +60,68 @@ class ShardRecord(Record):
 
     splits: Splits
     skipped_documents: dict[str, Count]  # by reason, every reason is there
+    source_mtime_ns: Count  # of the shard that was read
 
 
-def make_shard(job: ShardJob, on_progress: Callable[[int, int], None]) -> ShardRecord:
+def make_shard(job: ShardJob, on_progress: Callable[[int, int, int], None]) -> ShardRecord:
     """Tokenise one shard; memory does not grow with its size.
 
-    `on_progress` gets the documents (broken ones too) and tokens of every few documents.
+    `on_progress` gets the documents (broken ones too), tokens and about the bytes of the shard of every few documents.
 
     Raises:
-        UserError: the shard is damaged.
+        OutputError: a token file cannot be written.
+        UserError: the shard is damaged, cannot be reached, or was changed while it was read.
     """
+    try:
+        mtime_ns = job.source_mtime_ns()
+    except FileNotFoundError:
+        raise _changed(job) from None
+    try:
+        record = _make_files(job, mtime_ns, on_progress)
+        write_atomically(job.record_path, record.model_dump_json().encode())
+    except OSError as error:  # errors of reading were turned into messages before
+        path = Path(error.filename) if error.filename else job.output
+        raise OutputError.of(path, error) from None
+    return record
+
+
+def _make_files(job: ShardJob, mtime_ns: int, on_progress: Callable[[int, int, int], None]) -> ShardRecord:
     writers = {split: _TokenWriter(job, split) for split in SPLITS}
     skipped = Counter(dict.fromkeys(BROKEN_REASONS, 0))
     try:
-        for documents in read_documents(job.shard, job.text_column):
+        rows = num_rows(job.shard)
+        for documents in read_patiently(job.shard, job.text_column, patience_seconds=job.patience_seconds):
             whole = [document for document in documents if not document.broken]
             skipped.update(document.broken for document in documents if document.broken)
             tokens = job.tokenizer.encode_documents([document.text for document in whole])
             for document, ids in zip(whole, tokens, strict=True):
                 split = SPLITS[is_validation(document.content, job.validation_fraction)]
                 writers[split].write(ids)
-            on_progress(len(documents), sum(map(len, tokens)))
+            num_bytes = sum(len(document.content) for document in documents)
+            part = job.shard.num_bytes * len(documents) // rows if rows else min(num_bytes, job.shard.num_bytes)
+            on_progress(len(documents), sum(map(len, tokens)), part)
+        _refuse_changed(job, mtime_ns)
         splits = Splits(**{split: tuple(writer.finish()) for split, writer in writers.items()})
     finally:
         for writer in writers.values():
             writer.discard()
-    record = ShardRecord(splits=splits, skipped_documents=dict(skipped))
-    write_atomically(job.record_path, record.model_dump_json().encode())
-    return record
+    return ShardRecord(splits=splits, skipped_documents=dict(skipped), source_mtime_ns=mtime_ns)
+
+
+def _refuse_changed(job: ShardJob, mtime_ns: int) -> None:
+    """What was read while it was written is neither the old shard nor the new one."""
+    try:
+        check_unchanged(job.shard)
+        if job.source_mtime_ns() == mtime_ns:
+            return
+    except FileNotFoundError:
+        pass
+    raise _changed(job)
+
+
+def _changed(job: ShardJob) -> UserError:
+    found = "was changed or removed while it was read"
+    return UserError(Problem(job.shard.uri, found, "let it be written to its end, then run the same command again"))
 
 
 class _TokenWriter:
@@ -101,9 +156,10 @@ class _TokenWriter:
     def discard(self) -> None:
         """Remove what an error left half written; without effect after `finish`."""
         if self._file is not None:
-            self._file.close()
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):  # closing writes what is buffered, for which there may be no room
+                file.close()
             self._aside.unlink(missing_ok=True)
-            self._file = None
 
     def _open(self) -> None:
         name = f"{self._split}/{self._job.index:05d}-{len(self._finished):03d}.bin"
@@ -130,9 +186,14 @@ class _TokenWriter:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that it is there with all its content or not at all, whenever the process is killed."""
     aside = _aside(path)
-    with aside.open("wb") as file:
-        file.write(content)
-        _finish_file(file, aside, path)
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            _finish_file(file, aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # writing fails without a name
+        raise
 
 
 def _aside(path: Path) -> Path:

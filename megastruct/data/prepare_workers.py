@@ -15,20 +15,22 @@ from multiprocessing.connection import wait as wait_for_process
 
 from tqdm import tqdm
 
-from megastruct.data.prepare_shard import ShardJob, ShardRecord, make_shard
+from megastruct.data.prepare_shard import OutputError, ShardJob, ShardRecord, make_shard
 from megastruct.errors import Problem, UserError
 
 _SECONDS_BETWEEN_LOOKS = 0.5
-_counts = None  # in a worker: shared [documents, tokens] of all workers
+_SECONDS_BETWEEN_LINES = 30.0
+_counts = None  # in a worker: shared [documents, tokens, bytes of shards] of all workers
 
 
 def run_jobs(jobs: list[ShardJob], num_workers: int, report: Callable[[str], None]) -> dict[int, ShardRecord]:
     """Do all jobs; the records by the jobs' indices.
 
-    A broken shard does not stop the others, so that all broken shards are reported at once.
+    A broken shard does not stop the others, so that all broken shards are reported at once; an output that cannot be
+    written stops all.
 
     Raises:
-        UserError: shards are damaged, or a worker died (what was finished stays).
+        UserError: shards are damaged, the output cannot be written, or a worker died (what was finished stays).
     """
     progress = _Progress(jobs, report)
     try:
@@ -45,6 +47,8 @@ def _run_here(jobs: list[ShardJob], progress: _Progress) -> dict[int, ShardRecor
         try:
             records[job.index] = make_shard(job, progress.add)
             progress.finish_shard(job)
+        except OutputError:
+            raise
         except UserError as error:
             problems += error.problems
     if problems:
@@ -55,7 +59,7 @@ def _run_here(jobs: list[ShardJob], progress: _Progress) -> dict[int, ShardRecor
 def _run_in_pool(jobs: list[ShardJob], num_workers: int, progress: _Progress) -> dict[int, ShardRecord]:
     # Started afresh, not forked: the threads of Arrow and SentencePiece do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    counts = context.Array("q", 2)
+    counts = context.Array("q", 3)
     records, problems = {}, []
     num_workers = min(num_workers, len(jobs))
     pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(counts,))
@@ -69,6 +73,8 @@ def _run_in_pool(jobs: list[ShardJob], num_workers: int, progress: _Progress) ->
                 try:
                     records[jobs_of[future].index] = future.result()
                     progress.finish_shard(jobs_of[future])
+                except OutputError:
+                    raise
                 except UserError as error:
                     problems += error.problems
     except BrokenProcessPool:
@@ -100,53 +106,55 @@ def _exit_with_parent() -> None:
 
 
 def _work(job: ShardJob) -> ShardRecord:
-    def count(num_documents: int, num_tokens: int) -> None:
+    def count(*parts: int) -> None:
         with _counts.get_lock():
-            _counts[0] += num_documents
-            _counts[1] += num_tokens
+            for index, part in enumerate(parts):
+                _counts[index] += part
 
     return make_shard(job, count)
 
 
 class _Progress:
-    """A bar with speeds and remaining time on a terminal; elsewhere one line per finished shard.
+    """A bar with speeds and remaining time on a terminal; elsewhere a line per finished shard and every half minute.
 
-    How many documents there are is not known without reading them, so the remaining time is told from the bytes of
-    the shards that are finished.
+    The remaining time is told from the bytes of the shards: of a parquet file by the rows that were read, of others
+    by the text.
     """
 
     def __init__(self, jobs: list[ShardJob], report: Callable[[str], None]) -> None:
         self._report = report
         self._num_shards, self._num_bytes = len(jobs), sum(job.shard.num_bytes for job in jobs)
-        self._done_shards = self._done_bytes = 0
+        self._done_shards = self._read_bytes = 0
         self._num_documents = self._num_tokens = 0
-        self._start_seconds = time.monotonic()
+        self._start_seconds = self._last_line_seconds = time.monotonic()
         self._bar = tqdm(
             total=self._num_bytes, unit="B", unit_scale=True, desc="shards", disable=not sys.stderr.isatty()
         )
 
-    def add(self, num_documents: int, num_tokens: int) -> None:
-        self.set(self._num_documents + num_documents, self._num_tokens + num_tokens)
+    def add(self, num_documents: int, num_tokens: int, num_bytes: int) -> None:
+        self.set(self._num_documents + num_documents, self._num_tokens + num_tokens, self._read_bytes + num_bytes)
 
-    def set(self, num_documents: int, num_tokens: int) -> None:
+    def set(self, num_documents: int, num_tokens: int, read_bytes: int) -> None:
         self._num_documents, self._num_tokens = num_documents, num_tokens
         self._bar.set_postfix_str(self._speed(), refresh=False)
-        self._bar.update(0)
+        self._bar.update(read_bytes - self._read_bytes)
+        self._read_bytes = read_bytes
+        if self._bar.disable and time.monotonic() - self._last_line_seconds >= _SECONDS_BETWEEN_LINES:
+            self._say(f"{self._done_shards}/{self._num_shards} shards done")
 
     def finish_shard(self, job: ShardJob) -> None:
         self._done_shards += 1
-        self._done_bytes += job.shard.num_bytes
-        self._bar.update(job.shard.num_bytes)
         if self._bar.disable:
-            seconds = time.monotonic() - self._start_seconds
-            left_seconds = seconds * (self._num_bytes / max(1, self._done_bytes) - 1)
-            self._report(
-                f"shard {self._done_shards}/{self._num_shards} done ({job.shard.name}): {self._speed()}, "
-                f"{tqdm.format_interval(left_seconds)} left"
-            )
+            self._say(f"shard {self._done_shards}/{self._num_shards} done ({job.shard.name})")
 
     def close(self) -> None:
         self._bar.close()
+
+    def _say(self, what: str) -> None:
+        self._last_line_seconds = time.monotonic()
+        seconds = self._last_line_seconds - self._start_seconds
+        left_seconds = seconds * max(0.0, self._num_bytes / max(1, self._read_bytes) - 1)
+        self._report(f"{what}: {self._speed()}, {tqdm.format_interval(left_seconds)} left")
 
     def _speed(self) -> str:
         seconds = max(1e-9, time.monotonic() - self._start_seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
@@ -9,7 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from megastruct.data.batch import Batch, batch_from_rows
+from megastruct.data.mixture import Mixture
 from megastruct.data.order import deal
+from megastruct.errors import Problem, UserError
 
 
 class Reader(ABC, Iterator[Batch]):
@@ -59,11 +62,11 @@ class Reader(ABC, Iterator[Batch]):
         """The next unconsumed sample, int64 [num_streams, columns]; to be taken between steps."""
 
     @abstractmethod
-    def _read(self, places: np.ndarray) -> np.ndarray:
+    def _read(self, places: np.ndarray) -> np.ndarray:  # one entry of `_next_step`
         """Rows int64 [micro_batch, seq_length + 1] of one micro-batch of `_next_step`."""
 
     def _next_step(self) -> np.ndarray:
-        """One entry per sample of this rank in the next step, int64 [num_micro_batches, micro_batch]."""
+        """One entry per sample of this rank in the next step, int64 [num_micro_batches, micro_batch, ...]."""
         return self._deal(self._next_step_sample)
 
     def _deal(self, first_sample: int) -> np.ndarray:
@@ -81,6 +84,25 @@ def merge_cursors(cursors: list[np.ndarray]) -> np.ndarray:
     if not cursors or any(cursor.shape != cursors[0].shape for cursor in cursors):
         raise ValueError(f"cursors of equal shape are wanted, got {[cursor.shape for cursor in cursors]}")
     return np.maximum.reduce(cursors)
+
+
+def describe_mixture(mixture: Mixture, parts: list[dict]) -> dict:
+    """What the record of a run says of several sources, beside their sums; nothing for one."""
+    if mixture.num_sources == 1:
+        return {}
+    shares = [{"samples": count, **part} for count, part in zip(mixture.counts.tolist(), parts, strict=True)]
+    return {"mixture": json.dumps({"period": mixture.period, "sources": shares})}
+
+
+def check_held_out_rows(mixture: Mixture, num_rows: list[int], num_samples: int, validation_fraction: float) -> None:
+    """Raises UserError if the held-out documents of the sources, which fill `num_rows`, are too few."""
+    if (mixture.consumed(num_samples) <= num_rows).all():
+        return
+    most = mixture.most_samples(num_rows)
+    found = f"{num_samples} rows are wanted, the held-out documents fill {most}"
+    suggestion = f"set it to {most} or less, or " if most else ""
+    suggestion += f"hold out more documents (the validation fraction is {validation_fraction})"
+    raise UserError(Problem("evaluation.num_samples", found, suggestion))
 
 
 def validation_samples(num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> np.ndarray:

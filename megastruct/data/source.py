@@ -146,16 +146,25 @@ def _check_parquet(shard: TextShard, text_column: str) -> Problem | None:
 
 
 def _check_jsonl(shard: TextShard, text_column: str, num_objects: int = 100) -> Problem | None:
+    """A single bad line is a broken document; a file whose first lines are all bad is something else."""
     names: dict[str, None] = {}
+    first_mistake: Problem | None = None
+    num_good = 0
     for _, (line_number, line) in zip(range(num_objects), numbered_lines(shard), strict=False):
         try:
-            values = parse_line(shard, line_number, line)
-        except UnicodeDecodeError:
+            values = parse_line(line)
+        except ValueError as error:
+            found = f"none of its first lines is a JSON object (line {line_number + 1}: {error})"
+            suggestion = "give one JSON object per line, or download the file again"
+            first_mistake = first_mistake or Problem(shard.uri, found, suggestion)
             continue
         if text_column in values:
             return None
+        num_good += 1
         names |= dict.fromkeys(values)
-    return missing_column(shard, text_column, list(names)) if names else None
+    if names:
+        return missing_column(shard, text_column, list(names))
+    return None if num_good else first_mistake
 
 
 def numbered_lines(shard: TextShard, start: int = 0) -> Iterator[tuple[int, bytes]]:
@@ -168,24 +177,28 @@ def numbered_lines(shard: TextShard, start: int = 0) -> Iterator[tuple[int, byte
                 yield line_number, line.removeprefix(b"\xef\xbb\xbf") if line_number == 0 else line
 
 
-def parse_line(shard: TextShard, line_number: int, line: bytes) -> dict:
+def parse_line(line: bytes) -> dict:
     """One object of a JSON-lines shard.
 
     Raises:
-        UserError: the line is not a JSON object: the file is broken or is something else.
-        UnicodeDecodeError: it is not UTF-8: one document is broken.
+        ValueError: the line is not a JSON object; UnicodeDecodeError, which is one, if it is not UTF-8.
     """
+    text = line.decode("utf-8")
     try:
-        values = json.loads(line.decode("utf-8"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        found = f"line {line_number + 1} is not JSON ({error})"
-        raise UserError(
-            Problem(shard.uri, found, "give one JSON object per line, or download the file again")
-        ) from None
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
     if not isinstance(values, dict):
-        found = f"line {line_number + 1} holds a JSON {type(values).__name__}, not an object"
-        raise UserError(Problem(shard.uri, found, "give one JSON object per line"))
+        raise ValueError(f"a JSON {type(values).__name__}, not an object")
     return values
+
+
+def check_unchanged(shard: TextShard) -> None:
+    """Raises UserError if a local shard has another size than when it was found, OSError if it is gone."""
+    num_bytes = os.stat(shard.uri).st_size if shard.is_local else shard.num_bytes
+    if num_bytes != shard.num_bytes:
+        found = f"has {num_bytes} bytes, it had {shard.num_bytes} when this run began: it was changed meanwhile"
+        raise UserError(Problem(shard.uri, found, "let it be written to its end, then start again"))
 
 
 def missing_column(shard: TextShard, text_column: str, names: list[str]) -> Problem:
@@ -200,5 +213,6 @@ READ_ERRORS = (OSError, EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowExceptio
 def unreadable(shard: TextShard, error: BaseException) -> UserError:
     """The user's message for one of READ_ERRORS."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    found = f"the file cannot be read, it is damaged or cut short ({reason})"
+    gone = isinstance(error, FileNotFoundError)
+    found = "the file is gone" if gone else f"the file cannot be read, it is damaged or cut short ({reason})"
     return UserError(Problem(shard.uri, found, "remove it, or download it again"))

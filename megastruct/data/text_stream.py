@@ -12,15 +12,15 @@ tokenises again only from the document under the cursor on.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from megastruct.data.documents import Document, read_documents
+from megastruct.data.documents import Document
 from megastruct.data.order import shard_order
+from megastruct.data.patience import DEFAULT_PATIENCE_SECONDS, read_patiently
 from megastruct.data.source import TextShard
 from megastruct.data.split import is_validation
 from megastruct.data.tokenizer import Tokenizer
@@ -38,11 +38,12 @@ class StreamCursor(NamedTuple):
 
 
 CURSOR_COLUMNS = len(StreamCursor._fields)
+START = StreamCursor(0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """What all streams of a run share."""
+    """What all streams of a source share."""
 
     shards: Sequence[TextShard]  # sorted
     tokenizer: Tokenizer
@@ -50,9 +51,10 @@ class TextSource:
     validation_fraction: float
     seed: int
     num_streams: int
+    patience_seconds: float = DEFAULT_PATIENCE_SECONDS
 
 
-class _Placed(NamedTuple):
+class Placed(NamedTuple):
     """A tokenised document and the cursor at its first token."""
 
     start: StreamCursor
@@ -60,29 +62,17 @@ class _Placed(NamedTuple):
 
 
 class TextStream:
-    """Stream `stream` of `source`, from `cursor` on.
+    """Rows out of tokenised documents, which come a few at a time from `chunks`, in order, from `start` on.
 
-    `read_ahead` is a pool in which the next few documents are tokenised while the current ones are used (SentencePiece
-    lets go of Python's lock). The cursor belongs to the rows that were taken, so reading ahead never shows in it.
+    `chunks` may be ahead of the rows that were taken; the cursor belongs to the rows.
     """
 
-    def __init__(
-        self,
-        source: TextSource,
-        stream: int,
-        seq_length: int,
-        cursor: StreamCursor | None = None,
-        read_ahead: ThreadPoolExecutor | None = None,
-    ) -> None:
-        self._source = source
-        self._stream = stream
+    def __init__(self, chunks: Iterator[list[Placed]], start: StreamCursor, seq_length: int) -> None:
+        self._chunks = chunks
+        self._start = start
         self._seq_length = seq_length
-        self._start = cursor or StreamCursor(0, 0, 0, 0, 0)
-        self._chunks = self._tokenised_documents(self._start)
-        self._read_ahead = read_ahead
-        self._pending: Future | None = None
-        self._documents: deque[_Placed] = deque()  # [0] is the document in which the next row begins
-        self._offset = self._start.token_offset
+        self._documents: deque[Placed] = deque()  # [0] is the document in which the next row begins
+        self._offset = start.token_offset
 
     @property
     def cursor(self) -> StreamCursor:
@@ -95,16 +85,15 @@ class TextStream:
         """The next row, int64 [seq_length + 1].
 
         Raises:
-            UserError: a shard is damaged, or a whole epoch of the stream has no document to train on.
+            UserError: a shard is damaged or out of reach, or a whole epoch of the stream has no document to train on.
         """
         row = np.empty(self._seq_length + 1, dtype=np.int64)
-        filled, document = 0, 0
+        filled = document = 0
         offset = self._offset
         while True:
-            while document >= len(self._documents):
-                self._documents.extend(self._next_chunk())
-            tokens = self._documents[document].tokens
-            piece = tokens[offset : offset + len(row) - filled]
+            while document == len(self._documents):
+                self._documents.extend(next(self._chunks))
+            piece = self._documents[document].tokens[offset : offset + len(row) - filled]
             row[filled : filled + len(piece)] = piece
             filled += len(piece)
             if filled == len(row):
@@ -115,46 +104,50 @@ class TextStream:
         self._offset = offset + len(piece) - 1  # the row's last token is the first one of the next row
         return row
 
-    def _next_chunk(self) -> list[_Placed]:
-        if self._read_ahead is None:
-            return next(self._chunks)
-        chunk = self._pending.result() if self._pending else next(self._chunks)
-        self._pending = self._read_ahead.submit(next, self._chunks)
-        return chunk
 
-    def _tokenised_documents(self, start: StreamCursor) -> Iterator[list[_Placed]]:
-        """Documents to train on from `start` on, endlessly, a few at a time; lists may be empty."""
-        source = self._source
-        epoch, first_position, first_document, _, skipped = start
-        while True:
-            order = shard_order(len(source.shards), self._stream, source.num_streams, source.seed, epoch)
-            num_documents = 0
-            for position in range(first_position, len(order)):
-                shard = source.shards[order[position]]
-                for documents in read_documents(shard, source.text_column, first_document):
-                    kept, skipped = self._to_train_on(documents, epoch, position, skipped)
-                    num_documents += len(kept)
-                    tokens = source.tokenizer.encode_documents([document.text for _, document in kept])
-                    yield [_Placed(place, ids) for (place, _), ids in zip(kept, tokens, strict=True)]
-                first_document = 0
-            if not num_documents and not first_position:
-                self._refuse_empty(order)
-            epoch, first_position = epoch + 1, 0
+def tokenised_documents(
+    source: TextSource, stream: int, start: StreamCursor, watch: Callable[[str, str], None] | None = None
+) -> Iterator[list[Placed]]:
+    """The documents to train on of one stream from `start` on, endlessly, a few at a time; lists may be empty.
 
-    def _to_train_on(
-        self, documents: list[Document], epoch: int, position: int, skipped: int
-    ) -> tuple[list[tuple[StreamCursor, Document]], int]:
-        """The documents of the training split with their places, and the number of broken ones so far."""
-        kept = []
-        for document in documents:
-            if document.broken:
-                skipped += 1
-            elif not is_validation(document.content, self._source.validation_fraction):
-                kept.append((StreamCursor(epoch, position, document.index, 0, skipped), document))
-        return kept, skipped
+    `watch` gets the address of a shard when it is opened, and again with a text when reading it fails.
 
-    def _refuse_empty(self, order: np.ndarray) -> None:
-        names = ", ".join(self._source.shards[index].name for index in order[:5])
-        found = f"the {len(order)} shards of stream {self._stream} ({names}) hold no document to train on"
-        suggestion = "remove these shards, lower data.num_streams, or check data.text_column"
-        raise UserError(Problem("data.path", found, suggestion))
+    Raises:
+        UserError: a shard is damaged or out of reach, or a whole epoch of the stream has no document to train on.
+    """
+    epoch, first_position, first_document, _, skipped = start
+    while True:
+        order = shard_order(len(source.shards), stream, source.num_streams, source.seed, epoch)
+        num_documents = 0
+        for position in range(first_position, len(order)):
+            shard = source.shards[order[position]]
+            reading = read_patiently(shard, source.text_column, first_document, source.patience_seconds, watch)
+            for documents in reading:
+                kept, skipped = _to_train_on(source, documents, epoch, position, skipped)
+                num_documents += len(kept)
+                tokens = source.tokenizer.encode_documents([document.text for _, document in kept])
+                yield [Placed(place, ids) for (place, _), ids in zip(kept, tokens, strict=True)]
+            first_document = 0
+        if not num_documents and not first_position:
+            _refuse_empty(source, stream, order)
+        epoch, first_position = epoch + 1, 0
+
+
+def _to_train_on(
+    source: TextSource, documents: list[Document], epoch: int, position: int, skipped: int
+) -> tuple[list[tuple[StreamCursor, Document]], int]:
+    """The documents of the training split with their places, and the number of broken ones so far."""
+    kept = []
+    for document in documents:
+        if document.broken:
+            skipped += 1
+        elif not is_validation(document.content, source.validation_fraction):
+            kept.append((StreamCursor(epoch, position, document.index, 0, skipped), document))
+    return kept, skipped
+
+
+def _refuse_empty(source: TextSource, stream: int, order: np.ndarray) -> None:
+    names = ", ".join(source.shards[index].name for index in order[:5])
+    found = f"the {len(order)} shards of stream {stream} ({names}) hold no document to train on"
+    suggestion = "remove these shards, lower data.num_streams, or check data.text_column"
+    raise UserError(Problem("data.path", found, suggestion))

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megastruct.data.batch import Batch, batch_from_rows
 from megastruct.data.manifest import Manifest, TokenFile, verify_files
+from megastruct.data.mixture import Mixture
 from megastruct.data.order import locate_rows
-from megastruct.data.reader import Reader, validation_samples
-from megastruct.data.text_data import too_few_held_out_rows
+from megastruct.data.reader import Reader, check_held_out_rows, describe_mixture, validation_samples
+from megastruct.data.token_files import TokenFiles
 from megastruct.data.tokenizer import Tokenizer
 from megastruct.errors import Problem, UserError
+from megastruct.parallel.seeds import derive_seed
 
-_SAMPLES_AHEAD = 1024  # rows are located for so many samples at once: the permutation's cost is per call
+# Rows are located, and fetched by the system, for so many samples of a rank ahead: the permutation's cost is per call.
+_SAMPLES_AHEAD = 1024
 
 
 class TokenRows:
@@ -27,10 +31,7 @@ class TokenRows:
         self._ends = np.cumsum([file.num_tokens for file in files], dtype=np.int64)  # [num_files]
         self._seq_length = seq_length
         self._vocab_size = vocab_size
-        try:
-            self._tokens = [np.memmap(path, dtype=dtype, mode="r") for path in self._paths]
-        except OSError as error:
-            raise UserError(Problem(str(error.filename or folder), f"cannot be read ({error.strerror})")) from None
+        self._files = TokenFiles(self._paths, dtype)
         self.num_tokens = int(self._ends[-1]) if len(files) else 0
         self.num_rows = max(0, self.num_tokens - 1) // seq_length
 
@@ -54,30 +55,59 @@ class TokenRows:
         filled = 0
         while filled < len(row):
             offset = start + filled - (int(self._ends[file - 1]) if file else 0)
-            piece = self._tokens[file][offset : offset + len(row) - filled]
-            row[filled : filled + len(piece)] = piece
-            filled += len(piece)
+            count = min(len(row) - filled, int(self._ends[file]) - start - filled)
+            row[filled : filled + count] = self._files.read(file, offset, count)
+            filled += count
             file += 1
+
+    def will_read(self, rows: np.ndarray) -> None:
+        """Have the system fetch `rows` (int64 [n]), which are read soon."""
+        starts = rows * self._seq_length
+        files = np.searchsorted(self._ends, starts, side="right")
+        offsets = starts - np.concatenate([[0], self._ends])[files]
+        for file, offset in zip(files.tolist(), offsets.tolist(), strict=True):
+            self._files.will_read(file, offset, self._seq_length + 1)
 
     def _refuse_id(self, row: int) -> None:
         positions = row * self._seq_length + np.arange(self._seq_length + 1)
         files = np.searchsorted(self._ends, positions, side="right")
         for position, file in zip(positions.tolist(), files.tolist(), strict=True):
-            token = int(self._tokens[file][position - (int(self._ends[file - 1]) if file else 0)])
+            token = int(self._files.read(file, position - (int(self._ends[file - 1]) if file else 0), 1)[0])
             if token >= self._vocab_size:
                 found = f"holds token id {token}, ids must be below model.vocab_size = {self._vocab_size}"
                 suggestion = "the file is damaged: make the folder again with tools/prepare_data.py"
                 raise UserError(Problem(str(self._paths[file]), found, suggestion))
 
 
+@dataclass(frozen=True)
+class TokenSource:
+    """One folder of token shards, checked, with the rows of its two splits."""
+
+    folder: Path
+    manifest: Manifest
+    train: TokenRows
+    validation: TokenRows
+
+    @classmethod
+    def open(cls, folder: Path, manifest: Manifest, seq_length: int, vocab_size: int) -> TokenSource:
+        """Raises UserError if the training tokens do not fill one row."""
+        files, dtype = manifest.splits, manifest.token_dtype
+        train = TokenRows(folder, files.train, dtype, seq_length, vocab_size)
+        if not train.num_rows:
+            found = f"{folder} has {train.num_tokens} training tokens, one row takes {seq_length + 1}"
+            raise UserError(Problem("data.path", found, "give more text, or lower training.seq_length"))
+        return cls(folder, manifest, train, TokenRows(folder, files.validation, dtype, seq_length, vocab_size))
+
+
 class TokenReader(Reader):
-    """Reads rows in the order of the seeded permutation of each epoch; see `Reader`."""
+    """Reads rows of each source in the order of the seeded permutation of each of its epochs; see `Reader`."""
 
     skipped_documents = 0  # prepare_data left them out and counted them in the manifest
 
     def __init__(
         self,
-        rows: TokenRows,
+        rows: Sequence[TokenRows],
+        mixture: Mixture,
         seed: int,
         global_batch_size: int,
         micro_batch_size: int,
@@ -87,72 +117,102 @@ class TokenReader(Reader):
     ) -> None:
         super().__init__(global_batch_size, micro_batch_size, dp_rank, dp_size, start_sample)
         self._rows = rows
+        self._mixture = mixture
         self._seed = seed
-        self._located: deque[np.ndarray] = deque()  # rows of the steps to come, [num_micro_batches, micro_batch] each
+        # (source, row) of the samples of the steps to come, [num_micro_batches, micro_batch, 2] each
+        self._located: deque[np.ndarray] = deque()
+        self._next_located_sample = start_sample
 
     def cursor(self) -> np.ndarray:
         """int64 [1, 1]: global samples consumed."""
         return np.array([[self.samples_consumed()]], dtype=np.int64)
 
     def _read(self, places: np.ndarray) -> np.ndarray:
-        return self._rows.read(places)
+        return read_places(self._rows, places)
 
     def _next_step(self) -> np.ndarray:
-        if not self._located:
-            num_steps = max(1, _SAMPLES_AHEAD * self._dp_size // self._global_batch_size)
-            first_samples = self._next_step_sample + self._global_batch_size * np.arange(num_steps)
+        num_steps = max(1, _SAMPLES_AHEAD * self._dp_size // self._global_batch_size)
+        if len(self._located) < num_steps:
+            first_samples = self._next_located_sample + self._global_batch_size * np.arange(num_steps)
+            self._next_located_sample += self._global_batch_size * num_steps
             samples = np.stack([self._deal(first) for first in first_samples.tolist()])
-            self._located.extend(locate_rows(samples, self._rows.num_rows, self._seed))
+            sources, indices = self._mixture.locate(samples)
+            places = np.stack([sources, indices], axis=-1)
+            for source, rows in enumerate(self._rows):
+                own = sources == source
+                places[own, 1] = locate_rows(indices[own], rows.num_rows, source_seed(self._seed, source))
+                rows.will_read(places[own, 1])
+            self._located.extend(places)
         return self._located.popleft()
 
 
+def source_seed(seed: int, source: int) -> int:
+    """The seed of the order inside of one source; the first one's is the run's."""
+    return derive_seed("data", "source", seed, source) if source else seed
+
+
+def read_places(rows: Sequence[TokenRows], places: np.ndarray) -> np.ndarray:
+    """Tokens at `places` (int64 [n, 2]: source, row) as int64 [n, seq_length + 1]."""
+    if len(rows) == 1:
+        return rows[0].read(places[:, 1])
+    parts = [
+        (own, rows[source].read(places[own, 1])) for source in range(len(rows)) if (own := places[:, 0] == source).any()
+    ]
+    tokens = np.empty((len(places), parts[0][1].shape[1]), dtype=np.int64)
+    for own, part in parts:
+        tokens[own] = part
+    return tokens
+
+
 class TokenData:
-    """A folder of token shards, checked and ready to be read.
+    """Folders of token shards, one or more, ready to be read."""
 
-    Raises:
-        UserError: the training tokens do not fill one row, or a file cannot be opened.
-    """
-
-    def __init__(
-        self, folder: Path, manifest: Manifest, tokenizer: Tokenizer, seq_length: int, vocab_size: int, seed: int
-    ) -> None:
+    def __init__(self, sources: Sequence[TokenSource], mixture: Mixture, tokenizer: Tokenizer, seed: int) -> None:
         self.tokenizer = tokenizer
-        self._folder = folder
-        self._manifest = manifest
+        self._sources = sources
+        self._mixture = mixture
         self._seed = seed
-        files, dtype = manifest.splits, manifest.token_dtype
-        self._train = TokenRows(folder, files.train, dtype, seq_length, vocab_size)
-        self._validation = TokenRows(folder, files.validation, dtype, seq_length, vocab_size)
-        if not self._train.num_rows:
-            found = f"{folder} has {self._train.num_tokens} training tokens, one row takes {seq_length + 1}"
-            raise UserError(Problem("data.path", found, "give more text, or lower training.seq_length"))
 
     cursor_shape = (1, 1)
 
     def skipped_documents(self, cursor: np.ndarray) -> int:
         """Broken documents that prepare_data passed over; `cursor` does not change it."""
-        return sum(self._manifest.skipped_documents.values())
+        return sum(sum(source.manifest.skipped_documents.values()) for source in self._sources)
 
     def describe(self) -> dict:
         """Plain values for the record of a run."""
-        manifest = self._manifest
+        parts = [
+            {
+                "num_shards": len(source.manifest.splits.train),
+                "num_bytes": sum(file.num_bytes for file in source.manifest.splits.train),
+                "num_train_tokens": source.train.num_tokens,
+                "num_validation_tokens": source.validation.num_tokens,
+                "samples_per_epoch": source.train.num_rows,
+            }
+            for source in self._sources
+        ]
+        settings = self._sources[0].manifest.settings
         return {
             "kind": "tokens",
-            "num_shards": len(manifest.splits.train),
-            "num_bytes": sum(file.num_bytes for file in manifest.splits.train),
+            **{key: sum(part[key] for part in parts) for key in parts[0]},
             "num_streams": 1,
-            "num_train_tokens": self._train.num_tokens,
-            "num_validation_tokens": self._validation.num_tokens,
-            "samples_per_epoch": self._train.num_rows,
-            "validation_fraction": manifest.settings.validation_fraction,
-            "text_column": manifest.settings.text_column,
+            "validation_fraction": settings.validation_fraction,
+            "text_column": settings.text_column,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "vocab_size": self.tokenizer.vocab_size,
+            **describe_mixture(self._mixture, parts),
         }
 
     def verify(self) -> None:
         """Read every file and compare it with the manifest's sha256; UserError names all that differ."""
-        verify_files(self._folder, self._manifest)
+        problems: list[Problem] = []
+        for source in self._sources:
+            try:
+                verify_files(source.folder, source.manifest)
+            except UserError as error:
+                problems += error.problems
+        if problems:
+            raise UserError(problems)
 
     def train_reader(
         self,
@@ -173,17 +233,21 @@ class TokenData:
                 raise ValueError(f"a cursor of token shards has the shape (1, 1), got {cursor.shape}")
             start_sample = int(cursor[0, 0])
         sizes = (global_batch_size, micro_batch_size, dp_rank, dp_size)
-        return TokenReader(self._train, self._seed, *sizes, start_sample)
+        rows = [source.train for source in self._sources]
+        return TokenReader(rows, self._mixture, self._seed, *sizes, start_sample)
 
     def validation_batches(self, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[Batch]:
         """This rank's part of the first `num_samples` rows of the packed held-out documents.
+
+        Of several sources each gives its share, in the order of training.
 
         Raises:
             UserError: there are fewer rows.
             ValueError: num_samples does not divide by micro_batch_size * dp_size.
         """
         own = validation_samples(num_samples, micro_batch_size, dp_rank, dp_size)
-        if self._validation.num_rows < num_samples:
-            fraction = self._manifest.settings.validation_fraction
-            raise too_few_held_out_rows(self._validation.num_rows, num_samples, fraction)
-        return [batch_from_rows(self._validation.read(part)) for part in own]
+        rows = [source.validation for source in self._sources]
+        fraction = self._sources[0].manifest.settings.validation_fraction
+        check_held_out_rows(self._mixture, [part.num_rows for part in rows], num_samples, fraction)
+        places = np.stack(self._mixture.locate(own), axis=-1)
+        return [batch_from_rows(read_places(rows, part)) for part in places]

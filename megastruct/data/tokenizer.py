@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,11 @@ import sentencepiece
 
 from megastruct.errors import Problem, UserError
 
+_PART_CHARACTERS = 1 << 16  # a longer text is encoded in parts: memory and time grow faster than its length
+_MAX_PART_CHARACTERS = 1 << 20  # also where there is no good place to cut
+_PARTS_AT_ONCE = 64
+_SPACE = "\u2581"  # as SentencePiece writes it
+_BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 _TRAIN_ONE = "a SentencePiece model file, for example a LLaMA tokenizer.model or what tools/train_tokenizer.py writes"
 
 
@@ -22,6 +28,7 @@ class Tokenizer:
         vocab_size: number of ids; all ids are in [0, vocab_size).
         eod_id: the end-of-document id (the model's `</s>`); it follows every document and never occurs inside one.
         fingerprint: sha256 of the file in hex.
+        processor: the SentencePiece library's object.
 
     Raises:
         UserError: the file is missing, is not a SentencePiece model, or defines no end-of-sentence id.
@@ -32,23 +39,34 @@ class Tokenizer:
         self.path = Path(path).absolute()
         self._where = where
         model = self._read()
-        self._processor = sentencepiece.SentencePieceProcessor()
+        self.processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor.LoadFromSerializedProto(model)
+            self.processor.LoadFromSerializedProto(model)
         except RuntimeError:
             raise self._error("is not a SentencePiece model") from None
-        self.vocab_size: int = self._processor.vocab_size()
-        self.eod_id: int = self._processor.eos_id()
+        self.vocab_size: int = self.processor.vocab_size()
+        self.eod_id: int = self.processor.eos_id()
         if self.eod_id < 0:
             raise self._error("has no end-of-sentence id (</s>), which marks the end of a document")
         self.fingerprint: str = hashlib.sha256(model).hexdigest()
+        self._after_cut = self._form_after_cut()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32 [num_tokens]; no begin- or end-of-document id is added."""
+        """Ids of each text, int32 [num_tokens]; no begin- or end-of-document id is added.
+
+        A very long text is cut between words, which changes no id if the model keeps words apart (as LLaMA's does);
+        where a million characters have no such place it is cut anywhere, which may add a space.
+        """
         if not texts:
             return []
-        # One thread: every process that encodes is one of many on its machine (data-parallel ranks, pool workers).
-        return self._processor.encode(list(texts), out_type="numpy", num_threads=1)
+        if max(map(len, texts)) <= _PART_CHARACTERS:
+            return self._encode(texts)
+        ids: list[np.ndarray] = []
+        for text in texts:
+            parts = list(self._parts(text))
+            batches = [parts[start : start + _PARTS_AT_ONCE] for start in range(0, len(parts), _PARTS_AT_ONCE)]
+            ids.append(np.concatenate([part for batch in batches for part in self._encode(batch)]))
+        return ids
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As `encode`, and every document ends with `eod_id`; int32 [num_tokens + 1]."""
@@ -56,10 +74,36 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids` [num_tokens]; ids of control tokens such as `eod_id` give no text."""
-        return self._processor.decode(np.asarray(ids).tolist())
+        return self.processor.decode(np.asarray(ids).tolist())
 
     def __reduce__(self):  # worker processes load the file themselves
         return (Tokenizer, (self.path, self._where))
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        # One thread: every process that encodes is one of many on its machine (data-parallel ranks, pool workers).
+        return self.processor.encode(list(texts), out_type="numpy", num_threads=1)
+
+    def _parts(self, text: str) -> Iterator[str]:
+        start, prefix = 0, ""
+        while len(text) - start > _PART_CHARACTERS:
+            last = start + _MAX_PART_CHARACTERS
+            words = self._after_cut is not None
+            place = _BETWEEN_WORDS.search(text, start + _PART_CHARACTERS, last) if words else None
+            if place is None and len(text) <= last:
+                break
+            yield prefix + text[start : place.start() if place else last]
+            start, prefix = (place.end(), self._after_cut or "") if place else (last, "")
+        yield prefix + text[start:]
+
+    def _form_after_cut(self) -> str | None:
+        """What replaces the space after which a text is cut, so that its ids stay the same; None: nothing does."""
+        processor = self.processor
+        pieces = (processor.id_to_piece(id_) for id_ in range(self.vocab_size))
+        if any(_SPACE in piece.lstrip(_SPACE) for piece in pieces):
+            return None  # a piece spans two words
+        whole = processor.encode("ab cd")
+        forms = [form for form in ("", " ") if processor.encode("ab") + processor.encode(form + "cd") == whole]
+        return forms[0] if forms else None
 
     def _read(self) -> bytes:
         if not self.path.is_file():

@@ -8,11 +8,13 @@ from typing import TypeVar
 from megastruct.config.checks import check_batch
 from megastruct.config.schema import Config
 from megastruct.data import open_data
+from megastruct.data.cache import FOLDER_NAME
 from megastruct.data.text_data import TextData
 from megastruct.data.token_data import TokenData
 from megastruct.errors import Problem, UserError
+from megastruct.models.steps import check_guided_steps
 from megastruct.parallel.topology import Topology
-from megastruct.training.run_folder import check_run_folder
+from megastruct.training.run_folder import check_run_folder, run_folder
 
 Data = TokenData | TextData
 T = TypeVar("T")
@@ -23,7 +25,7 @@ def preflight(config: Config, world_size: int) -> tuple[Topology, Data]:
 
     Raises UserError with all that is wrong.
     """
-    problems: list[Problem] = []
+    problems = list(check_guided_steps(config))
     topology = _collect(
         problems, lambda: Topology.of_world(world_size, config.parallel.pp, config.parallel.dp, config.parallel.tp)
     )
@@ -31,8 +33,9 @@ def preflight(config: Config, world_size: int) -> tuple[Topology, Data]:
         problems += check_batch(config, topology.dp_size)
     data = _collect(problems, lambda: _open(config))
     if data and topology and not problems:
-        _collect(problems, lambda: _check_held_out(config, data, topology))
         _collect(problems, lambda: check_run_folder(config, data.describe()))
+        if isinstance(data, TokenData) or not problems:  # of text much may have to be read for it
+            _collect(problems, lambda: _check_held_out(config, data, topology))
     if problems or topology is None or data is None:
         raise UserError(problems)
     return topology, data
@@ -49,7 +52,7 @@ def _collect(problems: list[Problem], function: Callable[[], T]) -> T | None:
 def _open(config: Config) -> Data:
     return open_data(
         config.data.kind,
-        config.data.path,
+        config.data.path if isinstance(config.data.path, str) else config.data.sources,
         config.data.tokenizer,
         seq_length=config.training.seq_length,
         vocab_size=config.model.vocab_size,
@@ -57,9 +60,12 @@ def _open(config: Config) -> Data:
         text_column=config.data.text_column,
         validation_fraction=config.data.validation_fraction,
         num_streams=config.data.num_streams,
+        num_workers=config.data.num_workers,
+        patience_seconds=config.data.patience_seconds,
+        cache_folder=run_folder(config) / FOLDER_NAME,
     )
 
 
 def _check_held_out(config: Config, data: Data, topology: Topology) -> None:
-    if isinstance(data, TokenData) and config.evaluation.num_samples:  # text would have to be read for it
+    if config.evaluation.num_samples:
         data.validation_batches(config.evaluation.num_samples, config.training.micro_batch_size, 0, topology.dp_size)

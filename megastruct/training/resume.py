@@ -22,7 +22,7 @@ from megastruct.models.steps import guided_steps
 from megastruct.parallel.shards import Box
 from megastruct.training.engine import Engine
 from megastruct.training.run_folder import checkpoints_folder, finished_steps
-from megastruct.training.state import Fragment, begin_restore, finish_restore, saved_fragments
+from megastruct.training.state import KINDS, Fragment, begin_restore, finish_restore, saved_fragments
 
 _SAVER = BackgroundSaver()  # of the process: a save outlives the engine that it came from
 
@@ -39,7 +39,8 @@ def start_save(
     Waits for the save before. Raises UserError on all ranks if that one could not be written.
     """
     guided = step < guided_steps(engine.config)
-    owned = {own.name: own for own in saved_fragments(engine) if guided or not is_guide(own.name)}
+    names = [name for name, _ in engine.named_parameters() if guided or not is_guide(name)]
+    owned = {own.name: own for own in saved_fragments(engine) if own.name in names}
     views = {f"{kind}.{name}": tensor for name, own in owned.items() for kind, tensor in own.tensors.items()}
     copies = _SAVER.host_copies(views)
     tensors = {
@@ -50,7 +51,8 @@ def start_save(
     config = engine.config
     state = {"step": step, "cursor": cursor.tolist(), "layout": config.parallel.model_dump(), **state}
     root, keep = checkpoints_folder(config), config.checkpoint.keep
-    _SAVER.start(lambda group: save_checkpoint(root, step, tensors, state, keep, group))
+    wanted = [f"{kind}.{name}" for name in names for kind in KINDS]
+    _SAVER.start(lambda group: save_checkpoint(root, step, tensors, state, keep, group, wanted))
 
 
 def finish_save() -> None:

@@ -84,16 +84,36 @@ def test_jsonl_files(tmp_path, tokenizer_path):
     assert "good" not in message and "the columns are: text, id" in message
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-def test_jsonl_that_is_cut_short_is_a_message_when_it_is_read(tmp_path, tokenizer_path, compressed):
+def test_a_jsonl_that_is_cut_short_loses_its_last_document(tmp_path, tokenizer_path):
+    content = "\n".join(json.dumps({"content": text}) for text in GOOD).encode()
+    (tmp_path / "a.jsonl").write_bytes(content[:-5])
+    documents = read(tmp_path / "a.jsonl")
+    assert [document.broken for document in documents] == [None] * (len(GOOD) - 1) + ["unparsable"]
+    reader = open_text(tmp_path, tokenizer_path).train_reader(1, 1, 0, 1)
+    while reader.cursor()[0, 0] < 2:
+        next(reader)
+    assert reader.skipped_documents == 2
+
+
+def test_a_gzip_that_is_cut_short_is_a_message_when_it_is_read(tmp_path, tokenizer_path):
     rng = np.random.default_rng(0)
     texts = ["".join(chr(97 + c) for c in rng.integers(0, 26, 200)) for _ in range(500)]
     content = "\n".join(json.dumps({"content": text}) for text in texts).encode()
-    name = "a.jsonl.gz" if compressed else "a.jsonl"
-    (tmp_path / name).write_bytes(gzip.compress(content)[:-2000] if compressed else content[:-100])
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content)[:-2000])
     reader = open_text(tmp_path, tokenizer_path).train_reader(1, 1, 0, 1)
     message = message_of(lambda: [next(reader) for _ in range(20_000)])
-    assert name in message and ("cut short" in message if compressed else "line 500 is not JSON" in message)
+    assert "a.jsonl.gz" in message and "cut short" in message
+
+
+def test_a_shard_that_changes_is_a_message_when_it_is_opened(tmp_path, tokenizer_path):
+    write_parquet(tmp_path / "a.parquet", GOOD)
+    data = open_text(tmp_path, tokenizer_path)
+    write_parquet(tmp_path / "a.parquet", GOOD[1:])
+    message = message_of(next, data.train_reader(1, 1, 0, 1))
+    assert "a.parquet" in message and "changed" in message
+    (tmp_path / "a.parquet").unlink()
+    message = message_of(next, data.train_reader(1, 1, 0, 1))
+    assert "a.parquet" in message and "gone" in message
 
 
 @pytest.mark.parametrize("name", ["nothing/here", "no*thing", "a/b/c", "file.txt"])
@@ -152,15 +172,28 @@ def test_broken_documents_in_jsonl_are_skipped_one_by_one(tmp_path, compressed):
         b'{"content": 3}\r',
         b'{"content": "\\ud800"}',
         b'{"content": ""}',
+        b'["content"]',
+        b'{"content": "cut',
         '{"content": "é\\u2028\u2028"}'.encode(),
     ]
     path = tmp_path / ("a.jsonl.gz" if compressed else "a.jsonl")
     content = b"\n".join(lines)
     path.write_bytes(gzip.compress(content) if compressed else content)
-    reasons = [None, "undecodable", "null", "null", "not_a_string", "undecodable", "empty", None]
+    reasons = [
+        None,
+        "undecodable",
+        "null",
+        "null",
+        "not_a_string",
+        "undecodable",
+        "empty",
+        "unparsable",
+        "unparsable",
+        None,
+    ]
     documents = read(path)
     assert [document.broken for document in documents] == reasons
-    assert [document.index for document in documents] == [0, 1, 2, 4, 5, 6, 7, 8]  # lines; the blank one is none
+    assert [document.index for document in documents] == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10]  # lines; the blank one is none
     assert documents[-1].text == "é\u2028\u2028"
     assert read(path, start=5) == documents[4:]
 
@@ -179,7 +212,7 @@ def test_reading_from_the_middle(text_folder, start):
 def test_memory_does_not_grow_with_the_row_group(tmp_path):
     """The first documents of one large row group are there before the rest of it was read."""
     write_parquet(tmp_path / "a.parquet", ["word " * 2000] * 5000, row_group_size=10**9)
-    shard = TextShard(str(tmp_path / "a.parquet"), "a.parquet", 1)
+    shard = TextShard(str(tmp_path / "a.parquet"), "a.parquet", (tmp_path / "a.parquet").stat().st_size)
     before = pa.total_allocated_bytes()
     documents = read_documents(shard, "content")
     next(documents)

@@ -1,5 +1,6 @@
 """prepare_data: the same bytes for any number of workers and after any kill."""
 
+import gzip
 import json
 import os
 import shutil
@@ -56,7 +57,7 @@ def test_tokens_equal_the_reference(token_folder, text_folder, tokenizer_path):
             tokens.count(manifest.settings.tokenizer.eod_id),
         )
         assert all(file.num_tokens <= 1000 for file in getattr(manifest.splits, split))
-    broken = {"empty": 2 * NUM_SHARDS, "not_a_string": 0, "null": NUM_SHARDS, "undecodable": 0}
+    broken = {"empty": 2 * NUM_SHARDS, "not_a_string": 0, "null": NUM_SHARDS, "undecodable": 0, "unparsable": 0}
     assert manifest.skipped_documents == broken
 
 
@@ -161,12 +162,13 @@ def test_bad_shards_are_all_named_and_the_others_kept(text_folder, tokenizer_pat
     lines = tmp_path / "lines"
     lines.mkdir()
     (lines / "a.jsonl").write_text('{"content": "good"}\n' * 5)
-    (lines / "b.jsonl").write_text('{"content": "good"}\n' * 5 + "{")
-    (lines / "c.jsonl").write_text('{"content": "good"}\n' * 5 + "]")
-    error = refused(arguments_for(lines, tmp_path / "out2", tokenizer_path), capsys)
-    assert "b.jsonl" in error and "c.jsonl" in error and "line 6" in error
+    content = gzip.compress(b"".join(b'{"content": "good %d"}\n' % i for i in range(5000)))
     for name in "bc":
-        (lines / f"{name}.jsonl").write_text('{"content": "good"}\n' * 5 + "{}")
+        (lines / f"{name}.jsonl.gz").write_bytes(content[:-100])
+    error = refused(arguments_for(lines, tmp_path / "out2", tokenizer_path), capsys)
+    assert "b.jsonl.gz" in error and "c.jsonl.gz" in error and "a.jsonl" not in error
+    for name in "bc":
+        (lines / f"{name}.jsonl.gz").write_bytes(content)
     error = refused(arguments_for(lines, tmp_path / "out2", tokenizer_path), capsys)
     assert "--input" in error  # the shards are not those that the run was started with
 

@@ -123,28 +123,32 @@ def test_cursor_inside_a_step_is_refused(opened):
     reader.cursor()
 
 
+def stop_reading_ahead(reader):
+    stream = reader._streams[0, 0]
+    stream._chunks = stream._chunks.chunks
+
+
 def test_resume_reads_only_the_shard_under_the_cursor(text_folder, tokenizer_path, monkeypatch):
     from megastruct.data import text_stream
     from megastruct.data.tokenizer import Tokenizer
 
     data = open_tiny("text", text_folder, tokenizer_path, num_streams=1)
     reader = data.train_reader(4, 4, 0, 1)
-    reader._streams[0]._read_ahead = None  # so that nothing is read in the background when reading is watched
+    stop_reading_ahead(reader)  # so that nothing is read in the background when reading is watched
     num_steps = 0
     while (cursor := reader.cursor())[0, 1] < 3 or cursor[0, 2] < 10:  # shards and documents lie behind
         next(reader)
         num_steps += 1
 
     opened, encoded = [], []
-    read_documents, encode = text_stream.read_documents, Tokenizer.encode_documents
-    monkeypatch.setattr(text_stream, "read_documents", lambda *args: opened.append(args) or read_documents(*args))
+    read_patiently, encode = text_stream.read_patiently, Tokenizer.encode_documents
+    monkeypatch.setattr(text_stream, "read_patiently", lambda *args: opened.append(args) or read_patiently(*args))
     monkeypatch.setattr(
         Tokenizer, "encode_documents", lambda self, texts: encoded.append(len(texts)) or encode(self, texts)
     )
     reader = data.train_reader(4, 4, 0, 1, cursor, 4 * num_steps)
-    stream = reader._streams[0]
-    stream._read_ahead = None
-    stream.next_row()
+    stop_reading_ahead(reader)
+    next(reader)
     assert len(opened) == 1 and opened[0][2] == cursor[0, 2]
     assert sum(encoded) <= 64
 

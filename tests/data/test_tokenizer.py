@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from megastruct.data import Tokenizer
+from megastruct.data import tokenizer as tokenizer_module
 from tiny_data import train_model
 from tools.train_tokenizer import TRAINING_OPTIONS
 
@@ -35,6 +36,27 @@ def test_encoding_does_not_depend_on_the_batch(tokenizer):
     for text, ids in zip(TEXTS, together, strict=True):
         np.testing.assert_array_equal(tokenizer.encode([text])[0], ids)
     assert tokenizer.encode([]) == []
+
+
+def test_long_texts_are_cut_where_it_changes_nothing(tokenizer, monkeypatch):
+    """Parts of 20 characters give the ids of the whole; where there is no space they are cut at 50."""
+    text = "river stone  light\n42 garden. winter a b é letter, x market silver engine paper 1 2 3 café river " * 30
+    whole, run = tokenizer.encode([text, "w" * 170])
+    monkeypatch.setattr(tokenizer_module, "_PART_CHARACTERS", 20)
+    monkeypatch.setattr(tokenizer_module, "_MAX_PART_CHARACTERS", 50)
+    assert len(list(tokenizer._parts(text))) > 40
+    ids, cut_run, short = tokenizer.encode([text, "w" * 170, "river"])
+    np.testing.assert_array_equal(ids, whole)
+    np.testing.assert_array_equal(short, tokenizer.encode(["river"])[0])
+    assert [len(part) for part in tokenizer._parts("w" * 170)] == [50, 50, 50, 20]
+    assert tokenizer.decode(cut_run).replace(" ", "") == tokenizer.decode(run) == "w" * 170
+
+
+def test_a_model_whose_pieces_span_words_is_not_cut_between_them(tmp_path, monkeypatch):
+    path = train_model(tmp_path / "spans.model", split_by_whitespace=False, vocab_size=400)
+    tokenizer = Tokenizer(path)
+    monkeypatch.setattr(tokenizer_module, "_PART_CHARACTERS", 20)
+    assert len(list(tokenizer._parts("river stone light " * 30))) == 1
 
 
 def test_pickled_tokenizer_is_the_same(tokenizer):

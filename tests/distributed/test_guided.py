@@ -131,12 +131,13 @@ WIDE = {"model": {"hidden_size": 128, "ffn_hidden_size": 512}, "training": {"num
 
 @pytest.mark.parametrize(("topology", "zero"), [(ALONE, 0), (ALONE, 1), (ALONE, 2), (ALONE, 3), (Topology(2, 2), 1)])
 def test_the_end_frees_the_guides(tmp_path: Path, topology: Topology, zero: int) -> None:
-    """At least the fp32 weight and gradient everywhere, and master and moments where ZeRO put them."""
+    """The weight, and what ZeRO has put on this rank of the fp32 master (in ZeRO 0 the weight itself) and moments."""
     config = guided_config(topology, zero, run={"folder": str(tmp_path)}, **WIDE)
-    for guides, before, after, report in run_ranks(topology.world_size, memory_of_the_end, config, topology):
-        assert guides >= 2 * 128 * 512
-        bytes_per_guide = 4 + 8 / topology.dp_size  # a moment pair, cut over the replicas, and the weight
-        assert before - after >= bytes_per_guide * guides
+    ranks = run_ranks(topology.world_size, memory_of_the_end, config, topology)
+    assert any(guides >= 2 * 128 * 512 for guides, *_ in ranks)
+    for guides, before, after, report in ranks:
+        bytes_per_guide = 4 + (12 if zero else 8) / topology.dp_size
+        assert before - after >= bytes_per_guide * guides - 4096  # a stage of dense blocks has no guides
         assert report["step"] == 2 and len(report["ranks"]) == topology.world_size
         assert all(rank["before_bytes"] > 0 and rank["after_bytes"] > 0 for rank in report["ranks"])
 

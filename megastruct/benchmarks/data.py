@@ -1,0 +1,180 @@
+"""How fast text becomes tokens and tokens become batches, beside the bare libraries, on the same text in one process.
+
+Preparation is counted in CPU seconds (of all threads), which other work on the machine disturbs less, and which is
+what many workers on many cores cost; readers in wall time. Ways to the same end take turns, and the best of some
+rounds counts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megastruct.data import Tokenizer, open_data
+from megastruct.data.documents import read_documents
+from megastruct.data.prepare import prepare
+from megastruct.data.source import find_shards
+
+SEQ_LENGTH = 2048
+GLOBAL_BATCH_SIZE = 32
+MICRO_BATCH_SIZE = 8
+READER_SECONDS = 4.0
+
+
+class Row(NamedTuple):
+    """One way: how many tokens it made, and how fast; `note` says what was not measured."""
+
+    name: str
+    num_tokens: int
+    tokens_per_second: float
+    note: str = ""
+
+
+class Measured(NamedTuple):
+    """`preparing`: per CPU second of one core; `reading`: per second of wall time in the process that trains."""
+
+    num_documents: int
+    num_characters: int
+    preparing: list[Row]
+    reading: list[Row]
+
+
+def measure(input_path: str, tokenizer_path: str, text_column: str, max_characters: int, rounds: int) -> Measured:
+    """Measure on the first documents of `input_path`, up to `max_characters`.
+
+    Raises:
+        UserError: the text or the tokenizer cannot be read.
+    """
+    tokenizer = Tokenizer(tokenizer_path, where="--tokenizer")
+    texts = _texts(input_path, text_column, max_characters)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "text").mkdir()
+        for part in range(4):  # some shards, so that there are some streams to read
+            table = pa.table({"content": texts[part::4]})
+            pq.write_table(table, folder / "text" / f"{part}.parquet", compression="zstd")
+        preparing = _measure_preparing(folder, tokenizer, texts, rounds)
+        return Measured(len(texts), sum(map(len, texts)), preparing, _measure_reading(folder, tokenizer))
+
+
+def _texts(input_path: str, text_column: str, max_characters: int) -> list[str]:
+    texts: list[str] = []
+    num_characters = 0
+    for shard in find_shards(input_path, "--input"):
+        for documents in read_documents(shard, text_column):
+            texts += [document.text for document in documents if not document.broken]
+            num_characters += sum(len(document.text) for document in documents)
+            if num_characters >= max_characters:
+                return texts
+    return texts
+
+
+def _measure_preparing(folder: Path, tokenizer: Tokenizer, texts: list[str], rounds: int) -> list[Row]:
+    outputs = iter(range(1000))
+
+    def bare() -> int:
+        return sum(map(len, tokenizer.processor.encode(texts, out_type="numpy", num_threads=1)))
+
+    def prepared() -> int:
+        output = folder / f"tokens-{next(outputs)}"
+        manifest = prepare(str(folder / "text"), output, str(tokenizer.path), report=lambda _: None)
+        return manifest.totals.train.num_tokens + manifest.totals.validation.num_tokens
+
+    ways: dict[str, Callable[[], int]] = {"SentencePiece, encode alone": bare, "tools/prepare_data.py": prepared}
+    fast = "datasets.map, Hugging Face fast tokenizer"
+    if importlib.util.find_spec("tokenizers"):
+        ways[fast] = _mapped(folder, tokenizer, texts)
+    best: dict[str, Row] = {}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            start = time.process_time()
+            num_tokens = way()
+            row = Row(name, num_tokens, num_tokens / (time.process_time() - start))
+            best[name] = max(best.get(name, row), row, key=lambda row: row.tokens_per_second)
+    rows = list(best.values())
+    return rows if fast in best else [*rows, Row(fast, 0, 0.0, "not measured: the package tokenizers is not installed")]
+
+
+def _mapped(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> Callable[[], int]:
+    """Tokenising by `datasets.map` into its cache file, with one process and one thread."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import datasets
+
+    datasets.disable_progress_bars()
+    fast = fast_tokenizer(tokenizer)
+    dataset = datasets.Dataset.from_dict({"content": texts})
+    numbers = iter(range(1000))
+
+    def encode(batch: dict) -> dict:
+        return {"ids": [encoding.ids for encoding in fast.encode_batch_fast(batch["content"])]}
+
+    def run() -> int:
+        cache = str(folder / f"mapped-{next(numbers)}.arrow")
+        mapped = dataset.map(encode, batched=True, remove_columns=["content"], cache_file_name=cache)
+        return sum(len(column.flatten()) for column in mapped.data.column("ids").chunks)
+
+    return run
+
+
+def fast_tokenizer(tokenizer: Tokenizer):
+    """A `tokenizers.Tokenizer` with the pieces and merges of a SentencePiece BPE model.
+
+    It splits at spaces before it merges, as fast tokenizers do where they can; where several spaces follow each other
+    its ids differ from SentencePiece's.
+    """
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import models, pre_tokenizers
+
+    processor = tokenizer.processor
+    pieces = [processor.id_to_piece(id_) for id_ in range(tokenizer.vocab_size)]
+    vocabulary = {piece: id_ for id_, piece in enumerate(pieces)}
+    merges = []
+    for id_, piece in enumerate(pieces):
+        if processor.is_byte(id_) or processor.is_control(id_) or processor.is_unknown(id_):
+            continue
+        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [pair for pair in halves if pair[0] in vocabulary and pair[1] in vocabulary]
+        known.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+        merges += [(-processor.get_score(id_), pair) for pair in known]
+    merges.sort(key=lambda merge: merge[0])
+    unknown = pieces[processor.unk_id()]
+    model = models.BPE(vocabulary, [pair for _, pair in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    fast = FastTokenizer(model)
+    fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    return fast
+
+
+def _measure_reading(folder: Path, tokenizer: Tokenizer) -> list[Row]:
+    def speed(name: str, kind: str, path: Path, num_workers: int = 0) -> Row:
+        data = open_data(
+            kind,
+            str(path),
+            str(tokenizer.path),
+            seq_length=SEQ_LENGTH,
+            vocab_size=tokenizer.vocab_size,
+            seed=0,
+            num_workers=num_workers,
+        )
+        reader = data.train_reader(GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE, 0, 1)
+        for _ in islice(reader, GLOBAL_BATCH_SIZE // MICRO_BATCH_SIZE):  # workers start, files are opened
+            pass
+        start, num_tokens = time.perf_counter(), 0
+        while time.perf_counter() - start < READER_SECONDS:
+            num_tokens += next(reader).ids.numel()
+        return Row(name, num_tokens, num_tokens / (time.perf_counter() - start))
+
+    return [
+        speed("token shards", "tokens", folder / "tokens-0"),
+        speed("text shards, data.num_workers=0", "text", folder / "text"),
+        speed("text shards, data.num_workers=1", "text", folder / "text", 1),
+        speed("text shards, data.num_workers=2", "text", folder / "text", 2),
+    ]

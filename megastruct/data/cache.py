@@ -1,0 +1,64 @@
+"""What was found by reading much of the data, kept in a folder of the run so that it is read once.
+
+The ranks of a machine ask for it at the same time: one looks, the others wait for it. Without a folder, or where it
+cannot be written, each looks itself. A value's name holds all that it depends on, so that no value is ever stale.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER_NAME = "data_cache"
+
+
+def key_of(*parts: Any) -> str:
+    """A short name for plain values."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def cached_array(folder: Path | None, name: str, find: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array `name` of the cache, or else what `find` returns, which is kept.
+
+    The folder is made if the one above it exists. What `find` raises is not kept.
+    """
+    with _locked(folder) as usable:
+        if folder is None or not usable:
+            return find()
+        path = folder / f"{name}.npy"
+        with contextlib.suppress(OSError, ValueError, EOFError):  # missing, or damaged: found anew
+            return np.load(path, allow_pickle=False)
+        array = find()
+        aside = path.with_name(f".{path.name}.writing")
+        with contextlib.suppress(OSError):
+            with aside.open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+        return array
+
+
+@contextlib.contextmanager
+def _locked(folder: Path | None) -> Iterator[bool]:
+    """Whether the folder can be used; if so, no other process uses it meanwhile."""
+    with contextlib.ExitStack() as stack:
+        try:
+            if folder is None:
+                raise FileNotFoundError
+            folder.mkdir(exist_ok=True)
+            lock = stack.enter_context((folder / ".lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            usable = False
+        else:
+            usable = True
+        yield usable

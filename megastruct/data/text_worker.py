@@ -1,0 +1,86 @@
+"""The process that tokenises the streams of a training rank ahead of it.
+
+It is started by text_workers.py and speaks with it over a socket that it inherits:
+
+    in:   first the sources and the streams with the places where they begin, then one stream name per wanted chunk
+    out:  Reading (a shard was opened, or failed and will be tried again), Chunk, Failed
+
+It does what is wanted, in the order in which it was wanted, and nothing else: how far it may be ahead, the parent says.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+from megastruct.data.text_stream import Placed, StreamCursor, TextSource, tokenised_documents
+from megastruct.errors import UserError
+
+StreamName = tuple[int, int]  # source, stream of that source
+
+
+class Reading(NamedTuple):
+    stream: StreamName
+    uri: str
+    failure: str  # "" if there is none
+
+
+class Chunk(NamedTuple):
+    stream: StreamName
+    documents: list[Placed]
+
+
+class Failed(NamedTuple):
+    stream: StreamName | None  # None: all
+    error: UserError
+
+
+def serve(connection: Connection, sources: Sequence[TextSource], starts: dict[StreamName, StreamCursor]) -> None:
+    """Answer one wish after the other until the other side is gone."""
+
+    def watcher(name: StreamName):
+        return lambda uri, failure: connection.send(Reading(name, uri, failure))
+
+    streams = {
+        name: tokenised_documents(sources[name[0]], name[1], start, watcher(name)) for name, start in starts.items()
+    }
+    wanted: deque[StreamName] = deque()
+    while True:
+        while not wanted or connection.poll():
+            wanted.append(connection.recv())
+        name = wanted.popleft()
+        try:
+            connection.send(Chunk(name, next(streams[name])))
+        except UserError as error:
+            connection.send(Failed(name, error))
+
+
+def main(descriptor: int) -> None:
+    """The whole life of the process; `descriptor`: of the socket."""
+    # Ctrl-C reaches all processes of a terminal, other signals all of a job: the trainer finishes its step, with data.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    connection = Connection(descriptor)
+    try:
+        try:
+            sources, starts = connection.recv()
+        except UserError as error:  # the tokenizer's file is read again here
+            connection.send(Failed(None, error))
+            return
+        serve(connection, sources, starts)
+    except (EOFError, ConnectionError):
+        pass  # the trainer has ended
+
+
+def _end_with_parent(parent: int) -> None:
+    """A source that hangs must not keep the process of a trainer that was killed."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)

@@ -1,0 +1,253 @@
+"""Text that is tokenised ahead: the same samples with any number of processes, and what happens when a source fails."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec import AbstractFileSystem
+
+from megastruct.data import Tokenizer, merge_cursors
+from megastruct.data.patience import read_patiently
+from megastruct.data.source import TextShard
+from megastruct.data.text_stream import START, TextSource
+from megastruct.data.text_workers import CHUNKS_AHEAD, open_chunks
+from megastruct.errors import UserError
+from test_readers import make_readers, open_tiny, run_step
+from tiny_data import make_texts, write_parquet
+
+ROOT = Path(__file__).parents[2]
+
+
+class Owner:
+    """Something for chunks to live as long as."""
+
+
+def source_of(shards, tokenizer_path, patience_seconds=60.0) -> TextSource:
+    return TextSource(shards, Tokenizer(tokenizer_path), "content", 0.0, 0, 1, patience_seconds)
+
+
+def shard_at(path) -> TextShard:
+    return TextShard(str(path), path.name, path.stat().st_size)
+
+
+def wait_for(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def worker_of(chunks):
+    return next(iter(chunks.values()))._worker
+
+
+@pytest.mark.parametrize("before, after", [(0, 2), (2, 0), (1, 3)])
+def test_order_goes_on_with_another_number_of_workers_and_another_layout(text_folder, tokenizer_path, before, after):
+    def readers_of(num_workers, dp_size, micro_batch_size, **options):
+        data = open_tiny("text", text_folder, tokenizer_path, num_workers=num_workers)
+        return make_readers(data, dp_size, micro_batch_size, **options)
+
+    plain = readers_of(0, 1, 12)
+    expected = [sample for _ in range(16) for sample in run_step(plain, 1, 12)]
+    readers = readers_of(before, 2, 3)
+    got = [sample for _ in range(7) for sample in run_step(readers, 2, 3)]
+    cursor = merge_cursors([reader.cursor() for reader in readers])
+    readers = readers_of(after, 1, 4, cursor=cursor, start_sample=7 * 12)
+    got += [sample for _ in range(9) for sample in run_step(readers, 1, 4)]
+    assert got == expected
+    np.testing.assert_array_equal(merge_cursors([reader.cursor() for reader in readers]), plain[0].cursor())
+
+
+def test_a_worker_is_ahead_by_so_many_chunks_and_no_more(tmp_path, tokenizer_path):
+    write_parquet(tmp_path / "a.parquet", [text for text in make_texts(0) if text] * 20)
+    owner = Owner()
+    chunks = open_chunks(owner, [source_of([shard_at(tmp_path / "a.parquet")], tokenizer_path)], {(0, 0): START}, 1)
+    worker, stream = worker_of(chunks), chunks[0, 0]
+    for _ in range(5):  # taken slowly: full again after each, and never fuller
+        wait_for(lambda: worker.queues[0, 0].qsize() == CHUNKS_AHEAD)
+        time.sleep(0.1)
+        assert worker.queues[0, 0].qsize() == CHUNKS_AHEAD
+        next(stream)
+    maps = Path(f"/proc/{worker.process.pid}/maps")
+    if maps.exists():
+        assert "libtorch" not in maps.read_text() and "sentencepiece" in maps.read_text()
+    del owner
+    assert worker.process.poll() is not None  # it ended with its owner
+
+
+def test_a_worker_that_is_killed_is_a_message(text_folder, tokenizer_path):
+    reader = open_tiny("text", text_folder, tokenizer_path, num_workers=1).train_reader(4, 4, 0, 1)
+    next(reader)
+    worker = next(iter(reader._streams.values()))._chunks._worker
+    worker.process.send_signal(signal.SIGKILL)
+    with pytest.raises(UserError, match=r"data\.num_workers: .*signal 9"):
+        for _ in range(10_000):
+            next(reader)
+    with pytest.raises(UserError, match="signal 9"):
+        next(reader)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
+def test_workers_end_with_a_trainer_that_is_killed(text_folder, tokenizer_path):
+    script = (
+        "import sys, time; from megastruct.data import open_data\n"
+        "data = open_data('text', sys.argv[1], sys.argv[2], seq_length=8, vocab_size=512, seed=0, num_workers=2)\n"
+        "reader = data.train_reader(4, 4, 0, 1); next(reader)\n"
+        "print(*{s._chunks._worker.process.pid for s in reader._streams.values()}, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(text_folder), str(tokenizer_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    workers = [int(pid) for pid in trainer.stdout.readline().split()]
+    assert len(workers) == 2 and all(Path(f"/proc/{pid}").exists() for pid in workers)
+    trainer.kill()
+    trainer.wait()
+    wait_for(lambda: not any(is_running(pid) for pid in workers))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_shard_is_the_same_message_as_without_workers(tmp_path, tokenizer_path, num_workers):
+    rng = np.random.default_rng(0)
+    path = write_parquet(tmp_path / "a.parquet", ["".join(map(chr, rng.integers(97, 123, 200))) for _ in range(500)])
+    content = bytearray(path.read_bytes())
+    content[4 : len(content) // 3] = bytes(len(content) // 3 - 4)
+    path.write_bytes(content)
+    owner = Owner()
+    chunks = open_chunks(owner, [source_of([shard_at(path)], tokenizer_path)], {(0, 0): START}, num_workers)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"a\.parquet: .*damaged"):
+        for _ in range(100):
+            next(chunks[0, 0])
+    assert time.monotonic() - start < 20  # damage does not pass, so nobody waits for it
+
+
+# Sources that fail ------------------------------------------------------------------------------------------------
+
+
+class Breaking(io.BytesIO):
+    """A connection that is reset after some bytes."""
+
+    def __init__(self, content: bytes, num_bytes: int) -> None:
+        super().__init__(content)
+        self.num_bytes = num_bytes
+
+    def readline(self, *arguments):
+        self._break()
+        return super().readline(*arguments)
+
+    def __next__(self):
+        self._break()
+        return super().__next__()
+
+    def read(self, *arguments):
+        self._break()
+        return super().read(*arguments)
+
+    def _break(self):
+        if self.tell() >= self.num_bytes:
+            raise ConnectionResetError("the connection was reset")
+
+
+class FlakyFiles(AbstractFileSystem):
+    """A remote file system: it refuses the first opening, and the connection of the second is reset half-way."""
+
+    protocol = "flaky"
+    content = b""
+    opened: ClassVar[list] = []
+
+    def _open(self, path, mode="rb", **options):
+        self.opened.append(path)
+        if len(self.opened) == 1:
+            raise ConnectionError("no route to the source")
+        size = len(self.content)
+        return Breaking(self.content, size // 2 if len(self.opened) == 2 else size + 1)
+
+
+def test_a_source_that_fails_for_a_while_is_tried_again_where_it_was(capsys):
+    fsspec.register_implementation("flaky", FlakyFiles, clobber=True)
+    texts = [f"text {i} " * 20 for i in range(300)]
+    lines = "".join(f'{{"content": "{text}"}}\n' for text in texts).encode()
+    FlakyFiles.content = lines
+    shard = TextShard("flaky:///a.jsonl", "a.jsonl", len(lines))
+    seen = []
+    reading = read_patiently(shard, "content", 10, 30.0, lambda uri, failure: seen.append((uri, failure)))
+    documents = [document.text for batch in reading for document in batch]
+    assert documents == texts[10:]
+    assert len(FlakyFiles.opened) == 3
+    assert seen == [
+        (shard.uri, ""),
+        (shard.uri, "ConnectionError: no route to the source"),
+        (shard.uri, "ConnectionResetError: the connection was reset"),
+    ]
+    assert capsys.readouterr().err.count("trying again") == 2
+
+
+def test_a_folder_that_comes_back_is_waited_for_and_reading_goes_on_where_it_was(tmp_path, tokenizer_path, capsys):
+    """As when a network folder is mounted again: the shards behind the first are out of reach for a second."""
+    (tmp_path / "text").mkdir()
+    for shard in range(2):
+        write_parquet(tmp_path / "text" / f"{shard}.parquet", [f"shard {shard} text {i}" for i in range(100)])
+    shard = shard_at(tmp_path / "text" / "1.parquet")
+    reading = read_patiently(shard, "content", patience_seconds=30.0)
+    first = next(reading)
+    (tmp_path / "text").rename(tmp_path / "away")
+    back = threading.Timer(1.2, (tmp_path / "away").rename, [tmp_path / "text"])
+    back.start()
+    texts = [document.text for batch in [first, *reading] for document in batch]
+    again = [document.text for batch in read_patiently(shard, "content", patience_seconds=30.0) for document in batch]
+    back.join()
+    assert texts == again == [f"shard 1 text {i}" for i in range(100)]
+    assert "1.parquet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_source_that_stays_away_is_named_when_patience_ends(tmp_path, tokenizer_path, num_workers, capfd):
+    (tmp_path / "text").mkdir()
+    shard = shard_at(write_parquet(tmp_path / "text" / "a.parquet", ["x"]))
+    (tmp_path / "text").rename(tmp_path / "away")
+    owner = Owner()
+    chunks = open_chunks(owner, [source_of([shard], tokenizer_path, 1.0)], {(0, 0): START}, num_workers)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"a\.parquet: gave no document for 1 s .*No such file") as caught:
+        next(chunks[0, 0])
+    assert "data.patience_seconds" in str(caught.value)
+    assert 0.9 < time.monotonic() - start < 15
+    assert "trying again" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_source_that_hangs_is_named_when_patience_ends(tmp_path, tokenizer_path, num_workers):
+    """A pipe that nobody writes to: opening it neither succeeds nor fails."""
+    os.mkfifo(tmp_path / "a.jsonl")
+    owner = Owner()
+    source = source_of([shard_at(tmp_path / "a.jsonl")], tokenizer_path, 2.0)
+    chunks = open_chunks(owner, [source], {(0, 0): START}, num_workers)
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"a\.jsonl: gave no document for 2 s .*does not answer"):
+        next(chunks[0, 0])
+    assert 2 < time.monotonic() - start < 20
+    if not num_workers:
+        (tmp_path / "a.jsonl").open("w").close()  # lets the thread go
+
+
+def test_a_file_that_was_removed_is_said_at_once(tmp_path):
+    shard = shard_at(write_parquet(tmp_path / "a.parquet", ["x"]))
+    (tmp_path / "a.parquet").unlink()
+    with pytest.raises(UserError, match="gone"):
+        next(read_patiently(shard, "content"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from forked import Forked, train_forked
-from processes import Started, last_step, losses
+from processes import Corpus, Started, last_step, losses
 
 # Long enough to be met in the middle, and saved only where it stops.
 RUN = ("parallel.pp=2", "training.num_steps=200", "checkpoint.interval_steps=0", "evaluation.num_samples=0")
@@ -60,10 +60,12 @@ def test_stopped_and_resumed_is_the_undisturbed_run(config: Path, tmp_path: Path
 
 
 @pytest.mark.soak
-def test_all_processes_are_signalled_at_once(config: Path, tmp_path: Path) -> None:
-    """A node that shuts down, a Slurm job without its own signal, Ctrl-C: the launchers must not end the ranks."""
+def test_all_processes_are_signalled_at_once(config: Path, tmp_path: Path, corpus: Corpus) -> None:
+    """A node that shuts down, a Slurm job without its own signal, Ctrl-C: neither the launchers nor the processes that
+    tokenise must end the ranks."""
     run = tmp_path / "runs" / "test"
-    started = Started(run, config, *RUN)
+    text = ("data.kind=text", f"data.path={corpus.text}", f"data.tokenizer={corpus.tokenizer}", "data.num_workers=1")
+    started = Started(run, config, *RUN, *text, "training.num_steps=2000")
     started.wait_for_step(2)
     started.signal_all(signal.SIGTERM)
     code, stderr = started.end()

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from megastruct.data.words import Words, is_word_by_word, keeps_words_apart
 from megastruct.errors import Problem, UserError
 
 _PART_CHARACTERS = 1 << 16  # a longer text is encoded in parts: memory and time grow faster than its length
 _MAX_PART_CHARACTERS = 1 << 20  # also where there is no good place to cut
-_PARTS_AT_ONCE = 64
-_SPACE = "\u2581"  # as SentencePiece writes it
+_TEXTS_AT_ONCE = 64
 _BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 _TRAIN_ONE = "a SentencePiece model file, for example a LLaMA tokenizer.model or what tools/train_tokenizer.py writes"
 
@@ -50,6 +50,7 @@ class Tokenizer:
             raise self._error("has no end-of-sentence id (</s>), which marks the end of a document")
         self.fingerprint: str = hashlib.sha256(model).hexdigest()
         self._after_cut = self._form_after_cut()
+        self._words = Words(self.processor) if is_word_by_word(self.processor) else None
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32 [num_tokens]; no begin- or end-of-document id is added.
@@ -59,13 +60,13 @@ class Tokenizer:
         """
         if not texts:
             return []
-        if max(map(len, texts)) <= _PART_CHARACTERS:
-            return self._encode(texts)
         ids: list[np.ndarray] = []
-        for text in texts:
-            parts = list(self._parts(text))
-            batches = [parts[start : start + _PARTS_AT_ONCE] for start in range(0, len(parts), _PARTS_AT_ONCE)]
-            ids.append(np.concatenate([part for batch in batches for part in self._encode(batch)]))
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            batch = texts[start : start + _TEXTS_AT_ONCE]
+            if max(map(len, batch)) <= _PART_CHARACTERS:
+                ids += self._encode(batch)
+            else:
+                ids += map(self._encode_parts, batch)
         return ids
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -79,7 +80,13 @@ class Tokenizer:
     def __reduce__(self):  # worker processes load the file themselves
         return (Tokenizer, (self.path, self._where))
 
+    def _encode_parts(self, text: str) -> np.ndarray:
+        parts = self._parts(text)
+        return np.concatenate([self._encode([part])[0] for part in parts])
+
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._words is not None:
+            return [self._words.encode(text) for text in texts]
         # One thread: every process that encodes is one of many on its machine (data-parallel ranks, pool workers).
         return self.processor.encode(list(texts), out_type="numpy", num_threads=1)
 
@@ -98,9 +105,8 @@ class Tokenizer:
     def _form_after_cut(self) -> str | None:
         """What replaces the space after which a text is cut, so that its ids stay the same; None: nothing does."""
         processor = self.processor
-        pieces = (processor.id_to_piece(id_) for id_ in range(self.vocab_size))
-        if any(_SPACE in piece.lstrip(_SPACE) for piece in pieces):
-            return None  # a piece spans two words
+        if not keeps_words_apart(processor):
+            return None
         whole = processor.encode("ab cd")
         forms = [form for form in ("", " ") if processor.encode("ab") + processor.encode(form + "cd") == whole]
         return forms[0] if forms else None

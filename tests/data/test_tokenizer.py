@@ -5,10 +5,13 @@ import pickle
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from megastruct.data import Tokenizer
 from megastruct.data import tokenizer as tokenizer_module
-from tiny_data import train_model
+from megastruct.data import words as words_module
+from tiny_data import WORDS, train_model
 from tools.train_tokenizer import TRAINING_OPTIONS
 
 TEXTS = ["river stone light", "  two  spaces\nand a new line\t", "é 日本語 🙂", "</s> 1234 <s>", "\x00"]
@@ -50,6 +53,40 @@ def test_long_texts_are_cut_where_it_changes_nothing(tokenizer, monkeypatch):
     np.testing.assert_array_equal(short, tokenizer.encode(["river"])[0])
     assert [len(part) for part in tokenizer._parts("w" * 170)] == [50, 50, 50, 20]
     assert tokenizer.decode(cut_run).replace(" ", "") == tokenizer.decode(run) == "w" * 170
+
+
+ALPHABET = "ab iver stone\n\t.,</s>é日\u2581\u0308\u00a042-_\x00🙂"
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(ALPHABET, max_size=60) | st.lists(st.sampled_from([*WORDS, "", "\n", "<s>", "e\u0301"])).map(" ".join))
+def test_words_one_by_one_give_the_ids_of_the_whole(tokenizer, text):
+    assert tokenizer._words is not None
+    for _ in range(2):  # the second time from memory
+        assert tokenizer.encode([text])[0].tolist() == tokenizer.processor.encode(text)
+
+
+def test_the_memory_for_words_is_bounded(tokenizer, monkeypatch):
+    monkeypatch.setattr(words_module, "_MAX_WORDS", 20)
+    text = " ".join(f"w{i}" for i in range(200))
+    assert tokenizer.encode([text])[0].tolist() == tokenizer.processor.encode(text)
+    assert 0 < len(tokenizer._words) <= 20
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "unigram", "vocab_size": 290},
+        {"add_dummy_prefix": False},
+        {"split_by_whitespace": False, "vocab_size": 400},
+    ],
+)
+def test_other_models_are_encoded_as_a_whole(tmp_path, options):
+    """Of them the ids of a word may depend on its neighbours, or on whether it is the first."""
+    tokenizer = Tokenizer(train_model(tmp_path / "x.model", **options))
+    assert tokenizer._words is None
+    for text in TEXTS:
+        assert tokenizer.encode([text])[0].tolist() == tokenizer.processor.encode(text)
 
 
 def test_a_model_whose_pieces_span_words_is_not_cut_between_them(tmp_path, monkeypatch):

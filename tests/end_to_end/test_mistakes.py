@@ -73,6 +73,10 @@ def test_text_mistakes(config: Path, tmp_path: Path, corpus: Corpus, capsys: Any
     assert "data.path" in message(capsys, config, *text, f"data.path={tmp_path}/none-*.parquet")
     found = message(capsys, config, *text, f"data.path={corpus.text}", "data.text_column=txet")
     assert "data.text_column" in found and "content" in found
+    found = message(capsys, config, *text, f"data.path={corpus.text}", "evaluation.num_samples=8000")
+    assert "evaluation.num_samples: 8000 rows are wanted" in found
+    found = message(capsys, config, *text, f"data.path=[{{path: {corpus.text}, weight: 1}}, {{path: none, weight: 2}}]")
+    assert "data.path.1" in found and "none" in found
 
     import pyarrow
     import pyarrow.parquet

@@ -49,9 +49,17 @@ def test_every_layout_trains_as_one_process_does(tmp_path: Path, alone: Any, top
     assert furthest(run(tmp_path, topology, zero), alone["rows"]) <= BOUNDS["fp32"]
 
 
-@pytest.mark.parametrize(("topology", "zero"), [(Topology(2, 2), 1), (Topology(1, 2), 3)], ids=str)
-@pytest.mark.parametrize("skip", ["coin", "none"])
-def test_every_way_to_skip(tmp_path: Path, alone: Any, topology: Topology, zero: int, skip: str) -> None:
+@pytest.mark.parametrize(
+    ("skip", "topology", "zero"),
+    [
+        ("coin", Topology(2, 2), 1),
+        ("none", Topology(1, 2), 3),
+        pytest.param("coin", Topology(1, 2), 3, marks=pytest.mark.soak),
+        pytest.param("none", Topology(2, 2), 1, marks=pytest.mark.soak),
+    ],
+    ids=str,
+)
+def test_every_way_to_skip(tmp_path: Path, alone: Any, skip: str, topology: Topology, zero: int) -> None:
     assert furthest(run(tmp_path, topology, zero, guided={"skip": skip}), alone[skip]) <= BOUNDS["fp32"]
 
 
@@ -86,8 +94,20 @@ def test_the_guide_matters(tmp_path: Path, alone: Any) -> None:
 NO_CLIPPING = {"optimizer": {"gradient_clipping": 0.0}}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("topology", "zero"), [(ALONE, 1), *LAYOUTS[:6]], ids=str)
+# (layout, ZeRO, precision) of every run; the other pairs are soak tests
+ALWAYS = {(ALONE, 1, "fp32"), (Topology(2, 2), 1, "fp32"), (Topology(1, 2), 2, "fp32"), (Topology(1, 2), 3, "fp32")}
+ALWAYS |= {(Topology(2, 2), 1, "bf16"), (Topology(1, 2), 3, "bf16")}
+
+
+@pytest.mark.parametrize(
+    ("topology", "zero", "precision"),
+    [
+        pytest.param(*case, zero, precision, marks=() if (*case, zero, precision) in ALWAYS else pytest.mark.soak)
+        for *case, zero in [(ALONE, 1), *LAYOUTS[:6]]
+        for precision in ("fp32", "bf16")
+    ],
+    ids=str,
+)
 def test_after_the_border_the_run_is_that_of_a_guide_that_is_never_evaluated(
     tmp_path: Path, topology: Topology, zero: int, precision: str
 ) -> None:
@@ -100,8 +120,15 @@ def test_after_the_border_the_run_is_that_of_a_guide_that_is_never_evaluated(
     assert all(abs(a - b) <= 1e-6 * b for (_, a), (_, b) in zip(left, kept, strict=True))
 
 
-@pytest.mark.parametrize("last", [9, 10, 11])
-@pytest.mark.parametrize(("topology", "zero"), [(Topology(2, 2), 1), (Topology(1, 2), 2), (Topology(1, 2), 3)], ids=str)
+@pytest.mark.parametrize(
+    ("topology", "zero", "last"),
+    [
+        pytest.param(topology, zero, last, marks=() if last == 10 or zero == 1 else pytest.mark.soak)
+        for topology, zero in [(Topology(2, 2), 1), (Topology(1, 2), 2), (Topology(1, 2), 3)]
+        for last in (9, 10, 11)
+    ],
+    ids=str,
+)
 def test_resume_around_the_border(tmp_path: Path, topology: Topology, zero: int, last: int) -> None:
     undisturbed = run(tmp_path / "whole", topology, zero)
     config = guided_config(topology, zero, run={"folder": str(tmp_path)})
@@ -110,7 +137,7 @@ def test_resume_around_the_border(tmp_path: Path, topology: Topology, zero: int,
     assert first + rest == undisturbed
 
 
-@pytest.mark.parametrize("last", [18, 20, 23, 25, 27])
+@pytest.mark.parametrize("last", [pytest.param(last, marks=pytest.mark.soak) for last in (18, 25, 27)] + [20, 23])
 def test_resume_around_and_inside_the_repeated_part(tmp_path: Path, last: int) -> None:
     flop = {"guided": {"schedule": "fixedflop", "fraction": 0.4}}  # 8 guided steps, 20 base steps, 28 in all
     undisturbed = run(tmp_path / "whole", ALONE, **flop)

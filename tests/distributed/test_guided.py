@@ -11,6 +11,7 @@ import torch
 
 from configs import tiny_config
 from guided import first_losses, guided_config, interrupted_run, memory_of_the_end, whole_run
+from marks import always, soak
 from megastruct.checkpoint.store import checkpoint_folder, load_tensors
 from megastruct.config.load import dump_config
 from megastruct.errors import UserError
@@ -54,8 +55,8 @@ def test_every_layout_trains_as_one_process_does(tmp_path: Path, alone: Any, top
     [
         ("coin", Topology(2, 2), 1),
         ("none", Topology(1, 2), 3),
-        pytest.param("coin", Topology(1, 2), 3, marks=pytest.mark.soak),
-        pytest.param("none", Topology(2, 2), 1, marks=pytest.mark.soak),
+        soak("coin", Topology(1, 2), 3),
+        soak("none", Topology(2, 2), 1),
     ],
     ids=str,
 )
@@ -78,7 +79,7 @@ def test_at_the_start_alpha_changes_nothing(topology: Topology, zero: int, struc
     assert some == pytest.approx(without, abs=1e-6) and all_of_it == pytest.approx(without, abs=1e-6)
 
 
-@pytest.mark.parametrize("topology", [Topology(2, 2), Topology(1, 1, 2)], ids=str)
+@pytest.mark.parametrize("topology", [Topology(2, 2), soak(Topology(1, 1, 2))], ids=str)
 def test_bf16(tmp_path: Path, topology: Topology) -> None:
     low = {"training": {"precision": "bf16"}}
     assert furthest(run(tmp_path, topology, **low), run(tmp_path, ALONE, **low)) <= BOUNDS["bf16"]
@@ -94,20 +95,12 @@ def test_the_guide_matters(tmp_path: Path, alone: Any) -> None:
 NO_CLIPPING = {"optimizer": {"gradient_clipping": 0.0}}
 
 
-# (layout, ZeRO, precision) of every run; the other pairs are soak tests
-ALWAYS = {(ALONE, 1, "fp32"), (Topology(2, 2), 1, "fp32"), (Topology(1, 2), 2, "fp32"), (Topology(1, 2), 3, "fp32")}
-ALWAYS |= {(Topology(2, 2), 1, "bf16"), (Topology(1, 2), 3, "bf16")}
+AFTER = [(*layout, precision) for layout in [(ALONE, 1), *LAYOUTS[:6]] for precision in ("fp32", "bf16")]
+ALWAYS = [(ALONE, 1, "fp32"), (Topology(2, 2), 1, "fp32"), (Topology(1, 2), 2, "fp32"), (Topology(1, 2), 3, "fp32")]
+ALWAYS += [(Topology(2, 2), 1, "bf16"), (Topology(1, 2), 3, "bf16")]
 
 
-@pytest.mark.parametrize(
-    ("topology", "zero", "precision"),
-    [
-        pytest.param(*case, zero, precision, marks=() if (*case, zero, precision) in ALWAYS else pytest.mark.soak)
-        for *case, zero in [(ALONE, 1), *LAYOUTS[:6]]
-        for precision in ("fp32", "bf16")
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("topology", "zero", "precision"), always(AFTER, ALWAYS), ids=str)
 def test_after_the_border_the_run_is_that_of_a_guide_that_is_never_evaluated(
     tmp_path: Path, topology: Topology, zero: int, precision: str
 ) -> None:
@@ -120,16 +113,18 @@ def test_after_the_border_the_run_is_that_of_a_guide_that_is_never_evaluated(
     assert all(abs(a - b) <= 1e-6 * b for (_, a), (_, b) in zip(left, kept, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("topology", "zero", "last"),
-    [
-        pytest.param(topology, zero, last, marks=() if last == 10 or zero == 1 else pytest.mark.soak)
-        for topology, zero in [(Topology(2, 2), 1), (Topology(1, 2), 2), (Topology(1, 2), 3)]
-        for last in (9, 10, 11)
-    ],
-    ids=str,
-)
-def test_resume_around_the_border(tmp_path: Path, topology: Topology, zero: int, last: int) -> None:
+@pytest.mark.parametrize("last", [9, 10, 11])
+def test_resume_around_the_border_of_pipelines(tmp_path: Path, last: int) -> None:
+    interrupted_is_undisturbed(tmp_path, Topology(2, 2), 1, last)
+
+
+@pytest.mark.parametrize("last", always([9, 10, 11], [10]))
+@pytest.mark.parametrize("zero", [2, 3])
+def test_resume_around_the_border(tmp_path: Path, zero: int, last: int) -> None:
+    interrupted_is_undisturbed(tmp_path, Topology(1, 2), zero, last)
+
+
+def interrupted_is_undisturbed(tmp_path: Path, topology: Topology, zero: int, last: int) -> None:
     undisturbed = run(tmp_path / "whole", topology, zero)
     config = guided_config(topology, zero, run={"folder": str(tmp_path)})
     first = run_ranks(topology.world_size, interrupted_run, config, topology, last)[0]
@@ -137,7 +132,7 @@ def test_resume_around_the_border(tmp_path: Path, topology: Topology, zero: int,
     assert first + rest == undisturbed
 
 
-@pytest.mark.parametrize("last", [pytest.param(last, marks=pytest.mark.soak) for last in (18, 25, 27)] + [20, 23])
+@pytest.mark.parametrize("last", always([18, 20, 23, 25, 27], [20, 23]))
 def test_resume_around_and_inside_the_repeated_part(tmp_path: Path, last: int) -> None:
     flop = {"guided": {"schedule": "fixedflop", "fraction": 0.4}}  # 8 guided steps, 20 base steps, 28 in all
     undisturbed = run(tmp_path / "whole", ALONE, **flop)

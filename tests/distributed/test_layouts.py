@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from configs import tiny_config
+from marks import always, soak
 from megastruct.config.schema import Config
 from megastruct.parallel.topology import Topology
 from ranks import run_ranks
@@ -51,13 +52,16 @@ def test_fp32(one_process: Any, pp: int, dp: int, zero: int) -> None:
     compare(results, one_process["fp32"], *BOUNDS["fp32"])
 
 
-@pytest.mark.parametrize(("pp", "dp", "zero"), [layout for layout in PIPELINES + PLAIN if layout[2] > 0])
+@pytest.mark.parametrize(
+    ("pp", "dp", "zero"),
+    always([layout for layout in PIPELINES + PLAIN if layout[2] > 0], [(4, 1, 1), (2, 2, 1), (1, 2, 2), (1, 2, 3)]),
+)
 def test_bf16(one_process: Any, pp: int, dp: int, zero: int) -> None:
     results = run_ranks(pp * dp, losses, config_for("bf16", pp, zero), Topology(pp, dp))
     compare(results, one_process["bf16"], *BOUNDS["bf16"])
 
 
-@pytest.mark.parametrize(("pp", "dp"), [(2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize(("pp", "dp"), [(2, 1), soak(4, 1), soak(2, 2)])
 def test_bf16_without_tying_and_clipping_is_tight(pp: int, dp: int) -> None:
     plain = {"model": {"tie_embeddings": False}, "optimizer": {"gradient_clipping": 0.0}}
     alone = run_ranks(1, losses, config_for("bf16", 1, 1, **plain), Topology(1, 1))[0]

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from configs import tiny_config
+from marks import always, soak
 from megastruct.checkpoint.reading import SafeFileSystemReader
 from megastruct.checkpoint.store import latest_checkpoint, load_tensors, save_checkpoint
 from megastruct.config.load import dump_config
@@ -42,7 +43,10 @@ LAYOUTS = [("fp32", 1, 1, 0), ("fp32", 2, 2, 0), ("fp32", 2, 2, 1), ("bf16", 1, 
 LAYOUTS += [("fp32", 1, 2, 2), ("bf16", 1, 2, 2), ("fp32", 1, 2, 3), ("bf16", 1, 2, 3)]
 
 
-@pytest.mark.parametrize(("precision", "pp", "dp", "zero"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("precision", "pp", "dp", "zero"),
+    always(LAYOUTS, [("fp32", 2, 2, 0), ("fp32", 2, 2, 1), ("bf16", 2, 2, 1), ("fp32", 1, 2, 2), ("bf16", 1, 2, 3)]),
+)
 def test_same_layout_is_bit_equal(tmp_path: Path, precision: str, pp: int, dp: int, zero: int) -> None:
     config, topology = config_for(tmp_path, precision, pp, zero), Topology(pp, dp)
     undisturbed = run_ranks(pp * dp, save_half_way, config, topology, tmp_path)[0]
@@ -124,7 +128,12 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [(before, after) for before, afters in CHANGES for after in afters], ids=str
+    ("before", "after"),
+    always(
+        [(before, after) for before, afters in CHANGES for after in afters],
+        [(before, after) for before, afters in CHANGES for after in afters[:2]],
+    ),
+    ids=str,
 )
 def test_another_layout_has_the_same_state_and_goes_on(
     saved_by: Any, tmp_path: Path, before: Layout, after: Layout
@@ -146,7 +155,7 @@ def test_another_layout_has_the_same_state_and_goes_on(
     assert all(bool(first[name].any()) for name in first if name.startswith("exp_avg_sq")), "nothing was trained"
 
 
-@pytest.mark.parametrize("layout", [Layout(1, 2, 2, 3, "bf16"), Layout(2, 2, 2, 1)], ids=str)
+@pytest.mark.parametrize("layout", [soak(Layout(1, 2, 2, 3, "bf16")), Layout(2, 2, 2, 1)], ids=str)
 def test_the_same_layout_with_tensor_parallelism_is_bit_equal(tmp_path: Path, layout: Layout) -> None:
     config, topology = layout.config(tmp_path), layout.topology
     undisturbed = run_ranks(topology.world_size, save_half_way, config, topology, tmp_path)[0]

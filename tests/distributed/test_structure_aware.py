@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from marks import soak
 from megastruct.config.schema import Config
 from megastruct.parallel.topology import Topology
 from megastruct.training.engine import build_engine
@@ -36,14 +37,14 @@ def losses_and_groups(config: Config, topology: Topology) -> tuple[list[tuple[fl
 @pytest.mark.parametrize(
     ("topology", "zero", "precision"),
     [
-        (Topology(1, 1, 2), 1, "fp32"),
+        soak(Topology(1, 1, 2), 1, "fp32"),
         (Topology(2, 1, 2), 1, "fp32"),
-        (Topology(4, 1), 1, "fp32"),
+        soak(Topology(4, 1), 1, "fp32"),
         (Topology(4, 1), 0, "fp32"),
-        (Topology(1, 2, 2), 2, "fp32"),
+        soak(Topology(1, 2, 2), 2, "fp32"),
         (Topology(1, 2, 2), 3, "fp32"),
         (Topology(2, 1, 2), 1, "bf16"),
-        (Topology(1, 2), 3, "bf16"),
+        soak(Topology(1, 2), 3, "bf16"),
     ],
     ids=str,
 )
@@ -84,8 +85,8 @@ def test_every_structure_over_tensor_parallel_ranks(structure: str) -> None:
     [
         (Topology(4, 1), 1, Topology(4, 1), 1),
         (Topology(2, 1, 2), 1, Topology(1, 2), 3),
-        (Topology(1, 2), 2, Topology(1, 1, 2), 1),
-        (Topology(1, 2), 3, Topology(2, 1), 0),
+        soak(Topology(1, 2), 2, Topology(1, 1, 2), 1),
+        soak(Topology(1, 2), 3, Topology(2, 1), 0),
     ],
     ids=str,
 )

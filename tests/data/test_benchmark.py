@@ -54,7 +54,7 @@ def test_token_shards_are_read_at_five_million_tokens_a_second(tmp_path, tokeniz
 
 @pytest.mark.soak
 def test_preparation_costs_little_beside_the_tokenizer(tmp_path):
-    """At least three quarters of the speed of SentencePiece alone, in CPU seconds, on a million characters of unseen text.
+    """At least three quarters of the speed of SentencePiece alone, in CPU seconds, on a million unseen characters.
 
     That is little for the memory of words to show: tools/benchmark.py measures on a corpus of the user's.
     """

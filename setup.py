@@ -21,5 +21,17 @@ setup(
         "psutil>=5.9",
         "tqdm>=4.66",
     ],
-    extras_require={"test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-tqdm"]},
+    extras_require={
+        "plot": ["matplotlib>=3.8"],
+        "test": [
+            "megastruct[plot]",
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
+    },
 )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 EXIT_CODE_USER_ERROR = 2
+EXIT_CODE_START_AGAIN = 75  # EX_TEMPFAIL: stopped because it was asked to, saved; the same command goes on
 
 
 @dataclass(frozen=True)

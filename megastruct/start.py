@@ -17,6 +17,7 @@ from megastruct.config import Config, load_config
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.launch.deepspeed import LaunchOptions, deepspeed_command, hostfile_slots, run_launcher
 from megastruct.launch.environment import cores_of_this_process, free_port
+from megastruct.launch.signals import STOP_FILE
 from megastruct.models.steps import total_steps
 from megastruct.training.preflight import preflight
 from megastruct.training.run_folder import finished_steps, run_folder
@@ -28,14 +29,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(args.config, args.overrides)
         options, world_size = _launch_options(config, args)
         preflight(config, world_size)
+        command = deepspeed_command(options, [args.config, *args.overrides])
     folder = run_folder(config)
     if finished_steps(config) >= total_steps(config):
         print(f"{folder} is finished: {total_steps(config)} steps are done.")
     else:
         if finished_steps(config):
             print(f"{folder}: resuming after step {finished_steps(config)}.")
-        command = deepspeed_command(options, [args.config, *args.overrides])
-        status = run_launcher(command, _environment(config, options.num_gpus))
+        stop_file = folder / STOP_FILE if options.by_ssh else None
+        status = run_launcher(command, _environment(config, options.num_gpus), stop_file)
         if status:
             raise SystemExit(status)
     if not args.node_rank:

@@ -18,15 +18,19 @@ import torch.distributed as dist
 
 from megastruct.config import Config, load_config
 from megastruct.data import Batch
-from megastruct.errors import Problem, UserError, user_errors_exit
+from megastruct.errors import EXIT_CODE_START_AGAIN, user_errors_exit
+from megastruct.launch.deepspeed import decoded
 from megastruct.launch.distributed import choose_device, join, leave
 from megastruct.launch.environment import current_process
+from megastruct.launch.signals import STOP_FILE, StopRequest
+from megastruct.launch.watchdog import Watch
 from megastruct.metrics.devices import peak_memory_bytes, peak_tflops
 from megastruct.metrics.throughput import Throughput
 from megastruct.metrics.writers import Metrics, MetricWriter, Progress
 from megastruct.models.cost import training_flops_per_token
 from megastruct.models.steps import data_step, guided_steps, total_steps
 from megastruct.parallel.topology import Topology
+from megastruct.training.divergence import Divergence
 from megastruct.training.engine import Engine, build_engine
 from megastruct.training.guided_phase import end_guided_phase, guide_distances
 from megastruct.training.preflight import Data, preflight
@@ -36,20 +40,26 @@ from megastruct.training.resume import (
     finish_save,
     gather_cursor,
     resume,
+    save,
     start_save,
 )
-from megastruct.training.run_folder import finished_steps, lock_run_folder, run_folder, write_run_folder
+from megastruct.training.run_folder import finished_steps, lock_run_folder, run_folder, step_of, write_run_folder
 from megastruct.training.schedules import alpha, learning_rate
 
 
 class Run:
     """One run on one rank, from its newest checkpoint to its last step."""
 
-    def __init__(self, config: Config, topology: Topology, data: Data, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, topology: Topology, data: Data, device: torch.device, stop: StopRequest, watch: Watch
+    ) -> None:
         self.config, self.topology, self.data, self.device = config, topology, data, device
+        self.stop, self.watch = stop, watch
         checkpoint = find_checkpoint(config)
-        self.engine: Engine = build_engine(config, topology, device, finished_steps(config) if checkpoint else 0)
-        self.step, cursor = resume(self.engine, checkpoint)
+        first_step, eod_id = finished_steps(config) if checkpoint else 0, data.tokenizer.eod_id
+        self.engine: Engine = build_engine(config, topology, device, first_step, eod_id)
+        self.step, cursor, state = resume(self.engine, checkpoint)
+        self.divergence = Divergence(config, state)
         self.reader = self._open_reader(cursor if data_step(config, self.step) else None)
         self.validation = self._validation_batches()
         self.throughput = Throughput(
@@ -60,32 +70,43 @@ class Run:
         self.writer: MetricWriter | None = None
         if dist.get_rank() == 0:
             self.lock = lock_run_folder(config)
+            stop.watch(run_folder(config) / STOP_FILE)
             texts = write_run_folder(config, data.describe(), data.tokenizer.path)
             self.writer = MetricWriter(run_folder(config), self.step, texts)
         self.progress = Progress(
             total_steps(config), self.step, enabled=dist.get_rank() == 0 and config.logging.progress_bar
         )
 
-    def train(self) -> None:
-        total = total_steps(self.config)
-        while self.step < total:
+    def train(self) -> bool:
+        """To the last step, or until it is asked to stop: whether it is finished."""
+        total, stopping = total_steps(self.config), False
+        while self.step < total and not stopping:
             if self.engine.guidance and self.step >= guided_steps(self.config):
-                self.engine = end_guided_phase(self.engine, self.step, self._cursor(), {"tokens": self.tokens})
+                self.engine = end_guided_phase(self.engine, self.step, self._cursor(), self._state())
             if self.step == self.config.training.base_steps:  # the guided steps' data, once more
+                self.divergence.skipped_data_steps = 0
                 self.reader = self._open_reader(None)
+            self.watch.arrived(self.step)
+            self.stop.ask(self.device)
             loss = self._train_step()
+            stopping = self.stop.agreed()
+            if self.divergence.note(self.step, loss, self.engine.gradient_norm()) and self._went_back(loss):
+                continue
             last = self.step == total
             metrics = self._metrics(loss) if last or self.step % self.config.logging.interval_steps == 0 else {}
             if _due(self.step, self.config.evaluation.interval_steps, last):
                 metrics |= self._validate()
             if self.writer and metrics:
                 self.writer.write(self.step, metrics)
-            if _due(self.step, self.config.checkpoint.interval_steps, last):
-                start_save(self.engine, self.step, self._cursor(), {"tokens": self.tokens})
+            if _due(self.step, self.config.checkpoint.interval_steps, last or stopping):
+                start_save(self.engine, self.step, self._cursor(), self._state())
         finish_save()
         self.progress.close()
         if self.writer:
             self.writer.close()
+            if self.step < total:
+                self.stop.say(self.step, run_folder(self.config))
+        return self.step == total
 
     @property
     def tokens(self) -> int:
@@ -98,18 +119,27 @@ class Run:
             self.engine.set_alpha(alpha(self.config, self.step), self.step)
             loss = self.engine.train_batch(self._timed(self.reader) if self.reader else None)
         self.step += 1
-        self._refuse_divergence(loss)
         self.progress.update(loss, self.config.training.tokens_per_step / (time.perf_counter() - start))
         return loss
 
-    def _refuse_divergence(self, loss: float) -> None:
-        """End the run before weights that are lost take the place of a good checkpoint."""
-        norm = self.engine.gradient_norm()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            found = f"the loss is {loss} and the gradient norm {norm} at step {self.step}"
-            saved = f"step {finished_steps(self.config)} is saved in {run_folder(self.config)}"
-            suggestion = f"a lower optimizer.learning_rate or a longer warm-up, as another run ({saved})"
-            raise UserError(Problem("training", found, suggestion))
+    def _went_back(self, loss: float) -> bool:
+        """After a spike: to the newest checkpoint, and on with the data after the spike; false if there is no way."""
+        cursor, checkpoint, spike = self._cursor(), find_checkpoint(self.config), self.step
+        if checkpoint is None:
+            return False
+        to, base = step_of(checkpoint), self.config.training.base_steps
+        if to < base < spike or (to < guided_steps(self.config) and not self.engine.guidance):
+            return False  # before the data's second reading, or before the guides left
+        self.step, _, state = resume(self.engine, checkpoint)
+        self.divergence = self.divergence.went_back(spike, self.step, state)
+        save(self.engine, self.step, cursor, self._state())  # a restart must not read the skipped data, either
+        if self.writer:
+            self.writer.go_back(self.step)
+            self.progress.say(
+                f"step {spike}: the loss is {loss:.4f}, a spike; on from step {self.step} with later data"
+            )
+        self.progress.go_back(self.step)
+        return True
 
     def _metrics(self, loss: float) -> Metrics:
         memory = torch.tensor(peak_memory_bytes(self.device), device=self.device)
@@ -123,6 +153,8 @@ class Run:
             "learning_rate": learning_rate(self.config, self.step - 1),
             "grad_norm": self.engine.gradient_norm(),
             "tokens": self.tokens,
+            "skipped_steps": self.divergence.skipped_steps,
+            "skipped_data_steps": self.divergence.skipped_data_steps,
             "memory_bytes": int(memory),
             "skipped_documents": self.data.skipped_documents(self._cursor()),
             **self.throughput.read(training_flops_per_token(self.config, share)),
@@ -155,7 +187,8 @@ class Run:
             self.topology.dp_rank(dist.get_rank()),
             self.topology.dp_size,
             cursor,
-            start_sample=data_step(self.config, self.step) * training.global_batch_size,
+            start_sample=(data_step(self.config, self.step) + self.divergence.skipped_data_steps)
+            * training.global_batch_size,
         )
 
     def _validation_batches(self) -> list[Batch]:
@@ -171,6 +204,10 @@ class Run:
     def _cursor(self) -> Any:
         """Where the whole run stands in the data. Collective."""
         return gather_cursor(self.engine, self.reader.cursor() if self.reader else None, self.data.cursor_shape)
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors and the place in the data."""
+        return {"tokens": self.tokens, **self.divergence.state}
 
     def _timed(self, reader: Iterator[Batch]) -> Iterator[Batch]:
         while True:
@@ -192,19 +229,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="YAML file, for example configs/run/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args(argv)
-    process = current_process()
+    args = parser.parse_args(decoded(sys.argv[1:] if argv is None else argv))
+    process, stop, finished = current_process(), StopRequest(), True
     with user_errors_exit(print_message=process.local_rank == 0):  # the same on all ranks of a node
         config = load_config(args.config, args.overrides)
         topology, data = preflight(config, process.world_size)
     with user_errors_exit(rank=process.rank):
         device = choose_device(config.hardware.device, process)
-        join(device)
-        if agreed_finished_steps(config) < total_steps(config):
-            Run(config, topology, data, device).train()
-        elif process.rank == 0:
-            print(f"{run_folder(config)} is finished: {total_steps(config)} steps are done.", file=sys.stderr)
+        limits = config.reliability
+        join(device, limits.collective_seconds)
+        with Watch(process, limits.silence_seconds, limits.collective_seconds) as watch:
+            if agreed_finished_steps(config) < total_steps(config):
+                finished = Run(config, topology, data, device, stop, watch).train()
+            elif process.rank == 0:
+                print(f"{run_folder(config)} is finished: {total_steps(config)} steps are done.", file=sys.stderr)
         leave()
+    if not finished:
+        raise SystemExit(EXIT_CODE_START_AGAIN)
 
 
 if __name__ == "__main__":

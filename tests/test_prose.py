@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import subprocess
@@ -22,6 +23,12 @@ def shell_lines(page: Path) -> list[str]:
     return [line for line in lines if line]
 
 
+@functools.cache
+def help_of(tool: str) -> str:
+    command = [sys.executable, ROOT / tool, "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_paths_exist(page: Path) -> None:
     text = page.read_text()
@@ -40,8 +47,7 @@ def test_commands_have_files_and_options(page: Path) -> None:
                 assert (ROOT / word).exists(), line
         tool = next((word for word in words if word.startswith("tools/")), None)
         if tool:
-            shown = subprocess.run([sys.executable, ROOT / tool, "--help"], capture_output=True, text=True, check=True)
-            missing = [word for word in words if word.startswith("--") and word not in shown.stdout]
+            missing = [word for word in words if word.startswith("--") and word not in help_of(tool)]
             assert not missing, line
 
 

@@ -44,6 +44,7 @@ def report(plan: dict[str, Any]) -> str:
                 ),
                 ("structure", " ".join(f"{k} {v}" for k, v in plan["ffn"].items() if k != "share")),
                 ("tokens", _count(plan["tokens"])),
+                ("steps", _steps(**plan["steps"])),
                 ("training FLOPs", f"{plan['training_flops']:.3g}"),
                 ("of the forward", ", ".join(f"{_words(k)} {v:.1%}" for k, v in plan["flops_share"].items())),
                 ("guided fraction", f"{plan['guided_fraction']:.3f} (FLOP-matched self-guided run)"),
@@ -108,6 +109,10 @@ def _table(rows: Iterable[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _steps(total: int, guided: int) -> str:
+    return f"{total:,}" if not guided else f"the first {guided:,} of {total:,} guided"
 
 
 def _count(number: int) -> str:

@@ -16,7 +16,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megastruct.checkpoint.agreement import together
+from megastruct.checkpoint.agreement import gather, together
 from megastruct.checkpoint.checksums import MANIFEST_FILE, Checksum, ChecksumWriter, checksum_of, manifest_text
 from megastruct.checkpoint.reading import SafeFileSystemReader, TensorLoadPlanner
 from megastruct.checkpoint.sharded import global_shape
@@ -56,18 +56,27 @@ def latest_checkpoint(root: Path) -> Path | None:
 
 
 def save_checkpoint(
-    root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int, group: Any = None
+    root: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int,
+    group: Any = None,
+    wanted: Sequence[str] = (),
 ) -> Path:
     """Write a checkpoint from all ranks, then remove all but the newest `keep`. Collective over `group`, the world.
 
     `tensors`: this rank's CPU tensors by global name, a `ShardedTensor` where it holds a part; what several ranks hold
     is written once.
     `state`: plain values for state.json, taken from rank 0.
-    Raises UserError on all ranks if a file cannot be written; what was complete before still is.
+    `wanted`: names that must be held by some rank: what nobody holds would be missed at the next resume only.
+    Raises RuntimeError on all ranks if nobody does, before anything is written, and UserError on all ranks if a file
+    cannot be written; what was complete before still is.
     """
     final = checkpoint_folder(root, step)
     aside = root / f".{final.name}.writing"
     writer = ChecksumWriter(aside)
+    _refuse_missing(tensors, wanted, group)
     try:
         _on_first_rank(lambda: _make_room(root, aside), final, group)
         with _disk_errors(final, on_all_ranks=True):  # DCP hands the failure of one rank to all
@@ -79,6 +88,14 @@ def save_checkpoint(
             shutil.rmtree(aside, ignore_errors=True)  # it may be what fills the disk
         raise
     return final
+
+
+def _refuse_missing(tensors: dict[str, Tensor], wanted: Sequence[str], group: Any) -> None:
+    ranks = gather((list(tensors), list(wanted)), group)
+    held = {name for own, _ in ranks for name in own}
+    missing = sorted({name for _, names in ranks for name in names} - held)
+    if missing:
+        raise RuntimeError(f"no rank holds {len(missing)} tensors of the checkpoint, among them {missing[0]}")
 
 
 def load_state(folder: Path) -> dict[str, Any]:

@@ -147,6 +147,16 @@ def check_guided(config: Config) -> Iterator[Problem]:
         yield Problem("guided.levels", found, f"guided.levels={_nearest_divisor(own, guided.levels)}")
 
 
+def check_spikes(config: Config) -> Iterator[Problem]:
+    factor = config.reliability.spike_factor
+    if factor and factor <= 1:
+        found = f"{factor:g}: a loss above its median would be a spike"
+        yield Problem("reliability.spike_factor", found, "reliability.spike_factor=2, or 0 for off")
+    if factor and not config.checkpoint.interval_steps:
+        found = "0 with reliability.spike_factor: there would be nothing to go back to"
+        yield Problem("checkpoint.interval_steps", found, "checkpoint.interval_steps=500")
+
+
 CHECKS: tuple[Check, ...] = (
     check_attention,
     check_ffn,
@@ -155,6 +165,7 @@ CHECKS: tuple[Check, ...] = (
     check_parallel,
     check_tensor_parallel,
     check_guided,
+    check_spikes,
 )
 
 

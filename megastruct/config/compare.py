@@ -5,7 +5,7 @@ from __future__ import annotations
 from megastruct.config.schema import Config
 
 # Where and how fast it runs, how often it looks and saves: none of it changes what is trained.
-FREE_SECTIONS = ("parallel", "evaluation", "logging", "checkpoint", "hardware")
+FREE_SECTIONS = ("parallel", "evaluation", "logging", "checkpoint", "hardware", "reliability")
 FREE_KEYS = (
     "training.micro_batch_size",
     "training.activation_checkpointing",

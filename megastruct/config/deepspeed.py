@@ -37,7 +37,7 @@ def deepspeed_config(config: Config, dp_size: int, num_parameters: int) -> dict[
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
     if training.precision == "bf16":
-        values["bf16"] = {"enabled": True, "check_grad_overflow": False}  # the loop stops at it; DeepSpeed would skip
+        values["bf16"] = {"enabled": True, "check_grad_overflow": True}  # else ZeRO 2 makes a step that is not finite
         values["data_types"] = {"grad_accum_dtype": "fp32"}
         values["communication_data_type"] = "fp32"
     return values

@@ -164,6 +164,9 @@ class TrainingConfig(Section):
     num_steps: Size | None = Field(None, description="either num_steps or num_tokens")
     num_tokens: Size | None = None
     precision: Literal["fp32", "bf16"] = "bf16"
+    document_attention: Literal["crossed", "separate"] = Field(
+        "crossed", description="separate: a token sees only earlier ones of its own document in the row"
+    )
     activation_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile every block and the loss")
 
@@ -217,6 +220,21 @@ class CheckpointConfig(Section):
     keep: Size = Field(2, description="complete checkpoints kept")
 
 
+class ReliabilityConfig(Section):
+    """When a run ends by itself: a rank that is gone, stopped or late is named. See docs/reliability.md."""
+
+    silence_seconds: Annotated[float, Field(gt=0)] = Field(60.0, description="a rank without a sign of life is lost")
+    collective_seconds: Annotated[float, Field(gt=0)] = Field(
+        1800.0, description="the longest that ranks wait for each other: for the slowest save, compilation or disk"
+    )
+    max_skipped_steps: Count = Field(0, description="steps with a loss or gradient that is not finite; one more ends")
+    spike_factor: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="a loss above this x the median goes back to the newest checkpoint, skipping data; 0 = off"
+    )
+    spike_window_steps: Size = Field(50, description="the last steps, of which the median is taken")
+    max_spikes: Count = Field(3, description="times that a run goes back; one more ends it")
+
+
 class HardwareConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(None, description="per device, for MFU")
@@ -238,3 +256,4 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     hardware: HardwareConfig = HardwareConfig()
+    reliability: ReliabilityConfig = ReliabilityConfig()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,6 +20,11 @@ from types import FrameType
 import psutil
 
 from megastruct.errors import Problem, UserError
+from megastruct.launch.signals import STOP_SIGNALS, blocked
+
+ENCODED = "base64:"
+RANK_MODULE = "megastruct.train"
+REPEAT_SECONDS = 1.0  # one request may arrive as several signals
 
 
 @dataclass(frozen=True)
@@ -28,13 +38,29 @@ class LaunchOptions:
     master_addr: str | None = None
     master_port: int | None = None
 
+    @property
+    def by_ssh(self) -> bool:
+        """One command starts all nodes."""
+        return self.hostfile is not None and self.node_rank is None
+
 
 def deepspeed_command(options: LaunchOptions, arguments: Sequence[str]) -> list[str]:
     """The argv that starts the ranks of `megastruct.train` with `arguments`.
 
     With a node rank, every node runs its own launcher and none needs ssh; otherwise deepspeed reaches the hosts of
-    the hostfile by pdsh or ssh.
+    the hostfile by pdsh and ssh, whose shells must find nothing to expand: Raises UserError for a folder, Python or
+    address in which they would.
     """
+    if options.by_ssh:
+        arguments = [encoded(arguments)]
+        for where, word in (
+            ("folder", os.getcwd()),
+            ("Python", sys.executable),
+            ("--master-addr", options.master_addr),
+        ):
+            if word is not None and shlex.quote(word) != word:
+                found = f"{word!r} would be changed by the shells between the nodes"
+                raise UserError(Problem(where, found, "a path without spaces and quotes, or --node-rank on each node"))
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]  # what the `deepspeed` script runs, in this Python
     if options.hostfile is None:
         # A machine-wide hostfile must not turn a local start into another one.
@@ -51,7 +77,19 @@ def deepspeed_command(options: LaunchOptions, arguments: Sequence[str]) -> list[
         command += ["--master_addr", options.master_addr]
     if options.master_port is not None:
         command += ["--master_port", str(options.master_port)]
-    return [*command, "--log_level", "error", "--no_local_rank", "--module", "megastruct.train", *arguments]
+    return [*command, "--log_level", "error", "--no_local_rank", "--module", RANK_MODULE, *arguments]
+
+
+def encoded(arguments: Sequence[str]) -> str:
+    """One word in which no shell finds anything to expand or to split; `decoded` gives the arguments back."""
+    return ENCODED + base64.urlsafe_b64encode(json.dumps(list(arguments)).encode()).decode()
+
+
+def decoded(arguments: Sequence[str]) -> list[str]:
+    """What `encoded` was given; other arguments as they are."""
+    if len(arguments) == 1 and arguments[0].startswith(ENCODED):
+        return json.loads(base64.urlsafe_b64decode(arguments[0].removeprefix(ENCODED)))
+    return list(arguments)
 
 
 def hostfile_slots(path: Path, num_nodes: int | None, node_rank: int | None) -> list[int]:
@@ -65,7 +103,7 @@ def hostfile_slots(path: Path, num_nodes: int | None, node_rank: int | None) -> 
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        match = re.fullmatch(r"\s*\S+\s+slots=(\d+)\s*", line)
+        match = re.fullmatch(r"\s*[A-Za-z0-9][A-Za-z0-9._:-]*\s+slots=(\d+)\s*", line)
         if not match or int(match[1]) < 1:
             raise UserError(Problem(f"{path}:{number}", f"{line.strip()!r} is no host", "node1 slots=8"))
         slots.append(int(match[1]))
@@ -76,29 +114,43 @@ def hostfile_slots(path: Path, num_nodes: int | None, node_rank: int | None) -> 
     return slots
 
 
-def run_launcher(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Run to the end and return its exit code. SIGTERM and SIGINT end the launcher and all ranks.
+def run_launcher(command: Sequence[str], environment: dict[str, str], stop_file: Path | None = None) -> int:
+    """Run to the end and return its exit code.
 
-    The launcher's own front end would die of the signal alone and leave the ranks running.
+    The first SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 goes to the ranks, which finish their step, save and end; the
+    launchers do not see it. `stop_file` says it to ranks on machines that the launcher reached by ssh. A later SIGTERM
+    or SIGINT ends all processes of this machine at once.
     """
-    process = subprocess.Popen(command, env=environment)
-    stopped = False
+    with blocked():
+        process = subprocess.Popen(command, env=environment)
+    asked = 0.0
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal stopped
-        stopped = True
-        for child in psutil.Process().children(recursive=True):
-            child.terminate()
+        nonlocal asked
+        if asked and time.monotonic() - asked > REPEAT_SECONDS and number in (signal.SIGTERM, signal.SIGINT):
+            _signal_children(signal.SIGKILL, ranks_only=False)
+        elif not asked:
+            asked = time.monotonic()
+            name = signal.Signals(number).name
+            print(f"{name}: the ranks finish their step and save; again to end at once", file=sys.stderr, flush=True)
+            _signal_children(number, ranks_only=True)
+            if stop_file is not None:
+                stop_file.touch()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         status = process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if stopped:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
     return status if status >= 0 else 128 - status
+
+
+def _signal_children(number: int, ranks_only: bool) -> None:
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if not ranks_only or child.cmdline()[1:4] == ["-u", "-m", RANK_MODULE]:
+                child.send_signal(number)
 
 
 def _local_devices(processes: int) -> list[str]:

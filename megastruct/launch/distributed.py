@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
+import socket
 import warnings
 from datetime import timedelta
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.distributed import distributed_c10d
 
 from megastruct.errors import Problem, UserError
 from megastruct.launch.environment import Process
@@ -37,14 +41,21 @@ def choose_device(wanted: str, process: Process) -> torch.device:
     return device
 
 
-def join(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Initialise torch.distributed (nccl on GPUs, gloo on CPUs) and hand it to DeepSpeed."""
+def join(device: torch.device, collective_seconds: float = 1800.0) -> None:
+    """Initialise torch.distributed (nccl on GPUs, gloo on CPUs) and hand it to DeepSpeed.
+
+    `collective_seconds`: after which a collective of any group gives up.
+    """
+    timeout = timedelta(seconds=collective_seconds)
+    # What groups have that are made without one, as DeepSpeed makes them.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed broadcasts inside backward hooks; nothing is differentiated through it.
     warnings.filterwarnings("ignore", message="c10d::.* an autograd kernel was not registered")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     # On CPU this op is compiled at start (30 s) and leaves 66 MiB in /dev/shm per rank and run; training never uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _choose_network()
     cuda = device.type == "cuda"
     backend = "nccl" if cuda else "gloo"
     store = None
@@ -52,15 +63,39 @@ def join(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> No
         store = dist.TCPStore(os.environ["MASTER_ADDR"], 0, 1, is_master=True)
         os.environ["MASTER_PORT"] = str(store.port)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(
-        backend,
-        timeout=timeout,
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        device_id=device if cuda else None,  # else NCCL guesses the device at every barrier, and warns
-    )
+    try:
+        dist.init_process_group(
+            backend,
+            timeout=timeout,
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            device_id=device if cuda else None,  # else NCCL guesses the device at every barrier, and warns
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        found = f"rank {rank} did not meet all {world_size} processes at {address}: {str(error).splitlines()[0]}"
+        suggestion = 'start all nodes; see docs/many_machines.md, "When it hangs"'
+        raise UserError(Problem("--master-addr, --master-port", found, suggestion)) from None
     deepspeed.init_distributed(backend, verbose=False)
+
+
+def _choose_network() -> None:
+    """Tell gloo the interface towards rank 0, unless GLOO_SOCKET_IFNAME does.
+
+    By itself gloo takes the address that the machine's own name resolves to, often 127.0.0.1.
+    """
+    host = os.environ["MASTER_ADDR"]
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return  # the meeting at this address will say what is wrong
+    names = [name for name, entries in psutil.net_if_addrs().items() if own in {entry.address for entry in entries}]
+    if names and not ipaddress.ip_address(own).is_loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
 
 
 def leave() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ TENSORBOARD_TAGS: dict[str, str] = {
     "learning_rate": "train/learning_rate",
     "grad_norm": "train/grad_norm",
     "tokens": "train/tokens",
+    "skipped_steps": "train/skipped_steps",
+    "skipped_data_steps": "train/skipped_data_steps",
     "skipped_documents": "data/skipped_documents",
     "data_wait_seconds": "data/wait_seconds",
     "step_time_seconds": "speed/step_time_seconds",
@@ -42,21 +45,33 @@ class MetricWriter:
 
     def __init__(self, folder: Path, resume_step: int, texts: dict[str, str]) -> None:
         """`texts`: title -> YAML or JSON, shown on TensorBoard's text page."""
-        self.path = folder / "metrics.jsonl"
-        _truncate(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+        self.path, self._folder = folder / "metrics.jsonl", folder
+        self._open(resume_step)
         for title, text in texts.items():
             self._board.add_text(title, "```\n" + text + "\n```", resume_step)
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """`metrics` by key or prefix of the tags above; None stands for unknown and stays out of TensorBoard."""
+        """`metrics` by key or prefix of the tags above; None stands for unknown and stays out of TensorBoard.
+
+        So does a number that is not finite, for which JSON has no word.
+        """
+        metrics = {key: None if value is None or not math.isfinite(value) else value for key, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         for key, value in metrics.items():
             if value is not None:
                 self._board.add_scalar(_tag(key), value, step)
         self._board.flush()
+
+    def go_back(self, step: int) -> None:
+        """Drop the records after `step`, whose steps are trained again."""
+        self.close()
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        _truncate(self.path, step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
 
     def close(self) -> None:
         self._file.close()
@@ -81,6 +96,10 @@ class Progress:
     def update(self, loss: float, tokens_per_second: float) -> None:
         self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
         self._bar.update()
+
+    def go_back(self, step: int) -> None:
+        self._bar.n = step
+        self._bar.refresh()
 
     def say(self, text: str) -> None:
         tqdm.write(text, file=sys.stderr)

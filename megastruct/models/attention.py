@@ -47,8 +47,11 @@ class Attention(nn.Module):
         self.out = row(num_heads * head_dim, hidden_size)
         self.rotary = Rotary(head_dim, rope_base)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [s/tp, b, h] -> [s/tp, b, h]"""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [s/tp, b, h] -> [s/tp, b, h]
+
+        `mask` [b, 1, s, s] is added to the scores (see `document_mask`); without it, tokens see all earlier ones.
+        """
         x = gather_sequence(x, self.tp)  # [s, b, h]
         s, b, _ = x.shape
         cos, sin = self.rotary.tables(s, x.device)
@@ -58,5 +61,11 @@ class Attention(nn.Module):
         if self.kv_of_query is not None:
             k, v = k[:, :, self.kv_of_query], v[:, :, self.kv_of_query]  # [s, b, heads/tp, dh]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [b, heads/tp, s, dh]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        if mask is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        else:
+            # Copies for every query head: of PyTorch's kernels for GPUs, the one that takes a mask and groups together
+            # keeps all scores.
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) if self.grouped else t for t in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.permute(2, 0, 1, 3).reshape(s, b, -1))  # [s, b, a/tp] -> [s/tp, b, h]

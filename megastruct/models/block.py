@@ -21,14 +21,18 @@ class Block(nn.Module):
         self.mlp = mlp
         self.recompute = recompute
 
-    def forward(self, x: Tensor, choices: BlockChoices = NOT_EVALUATED) -> Tensor:
-        """x [s/tp, b, h] -> [s/tp, b, h]; `choices`: what the guides of the FFN do, if it has them."""
+    def forward(self, x: Tensor, choices: BlockChoices = NOT_EVALUATED, mask: Tensor | None = None) -> Tensor:
+        """x [s/tp, b, h] -> [s/tp, b, h]
+
+        `choices`: what the guides of the FFN do, if it has them. `mask` [b, 1, s, s]: of the attention, if documents
+        are separate.
+        """
         if self.recompute and self.training:
             # Nothing random happens inside (choices are made before), so no generator state has to be kept for the
             # second forward.
-            return checkpoint(self._forward, x, choices, use_reentrant=False, preserve_rng_state=False)
-        return self._forward(x, choices)
+            return checkpoint(self._forward, x, choices, mask, use_reentrant=False, preserve_rng_state=False)
+        return self._forward(x, choices, mask)
 
-    def _forward(self, x: Tensor, choices: BlockChoices) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
+    def _forward(self, x: Tensor, choices: BlockChoices, mask: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), mask)
         return x + self.mlp(self.mlp_norm(x), choices)

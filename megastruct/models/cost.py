@@ -1,7 +1,7 @@
 """Parameters and FLOPs of a model, from its config alone. Source: arXiv 2406.16450, section 4 (table 1 agrees).
 
 FLOPs count every multiply-add as two, matrix products only; attention scores count the full sequence (the causal
-half is not taken off), and the backward costs two forwards.
+half is not taken off, nor what lies in other documents), and the backward costs two forwards.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class LayerCost:
     replicated_parameters: int = 0
     flops: Mapping[str, int] = field(default_factory=dict)
     ffn_weights: int = 0
+    guide_weights: int = 0  # of the guides that a self-guided run has beside them (none in dense blocks); in no other
 
     @property
     def forward_flops(self) -> int:
@@ -82,8 +83,7 @@ def dense_equivalent(config: Config) -> Config:
 
 def guide_weights(config: Config) -> int:
     """Entries of the dense matrices that guide the structured linears (none in dense blocks)."""
-    blocks = [index for index in range(config.model.num_layers) if config.ffn.of_block(index).structure != "dense"]
-    return len(blocks) * _ffn_weights(config, FFNConfig())
+    return sum(layer.guide_weights for layer in layer_costs(config))
 
 
 def guided_fraction(config: Config, dense: Config | None = None) -> float:
@@ -113,7 +113,8 @@ def _block_cost(config: Config, index: int, norm: int) -> LayerCost:
     d, a, with_bias = model.hidden_size, model.attention_width, int(model.bias)
     kv = model.kv_heads * model.attention_head_dim
     attention = 2 * a * d + 2 * kv * d
-    linears = ffn_linears(config, config.ffn.of_block(index))
+    ffn = config.ffn.of_block(index)
+    linears = ffn_linears(config, ffn)
     ffn_weights = sum(linear.weights for linear in linears)
     biases = with_bias * ((a + 2 * kv + d) + (model.fc1_out_features + d))
     parameters = attention + ffn_weights + biases + 2 * norm
@@ -128,9 +129,5 @@ def _block_cost(config: Config, index: int, norm: int) -> LayerCost:
         replicated,
         {"attention_projections": 2 * attention, "attention_scores": 2 * scores, "ffn": 2 * ffn_weights},
         ffn_weights,
+        0 if ffn.structure == "dense" else sum(linear.weights for linear in ffn_linears(config, FFNConfig())),
     )
-
-
-def _ffn_weights(config: Config, ffn: FFNConfig) -> int:
-    """Weight entries of both linears of one block."""
-    return sum(linear.weights for linear in ffn_linears(config, ffn))

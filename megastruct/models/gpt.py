@@ -18,6 +18,7 @@ from megastruct.config.schema import Config, ModelConfig
 from megastruct.layers import LinearBuilder
 from megastruct.models.attention import Attention
 from megastruct.models.block import Block
+from megastruct.models.documents import document_ids, document_mask
 from megastruct.models.guidance import NOT_EVALUATED, Guidance
 from megastruct.models.mlp import MLP
 from megastruct.parallel.groups import TensorGroup
@@ -66,13 +67,20 @@ def named_layers(config: Config, tp: TensorGroup, guided: bool = False) -> list[
 class GPT(nn.Module):
     """The whole decoder, without a pipeline: ids int64 [b, s] -> logits [s, b, v/tp].
 
-    `guidance`: says what the guides do; without it the model has none.
+    `guidance`: says what the guides do; without it the model has none. `eod_id`: the token that ends a document, if
+    attention shall stay inside of documents; without it a row is one.
     """
 
-    def __init__(self, config: Config, tp: TensorGroup = ALONE, guidance: Guidance | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        tp: TensorGroup = ALONE,
+        guidance: Guidance | None = None,
+        eod_id: int | None = None,
+    ) -> None:
         super().__init__()
         layers = named_layers(config, tp, guided=guidance is not None)
-        self.guidance = guidance
+        self.guidance, self.eod_id = guidance, eod_id
         self.layer_names = [layer.name for layer in layers]
         self.blocks = nn.ModuleDict()
         for layer in layers:
@@ -82,10 +90,16 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         choices = iter(self.guidance.choices() if self.guidance else [NOT_EVALUATED] * len(self.blocks))
-        x = ids
+        documents = None if self.eod_id is None else document_ids(ids, self.eod_id)
+        x, mask = ids, None
         for name in self.layer_names:
             layer = self.get_submodule(name)
-            x = layer(x, next(choices)) if isinstance(layer, Block) else layer(x)
+            if isinstance(layer, Block):
+                if documents is not None and mask is None:
+                    mask = document_mask(documents, x.dtype)
+                x = layer(x, next(choices), mask)
+            else:
+                x = layer(x)
         return self.get_submodule(EMBEDDING).project(x) if self.tied else x
 
 
@@ -102,9 +116,11 @@ def init_weights(layer: nn.Module, layer_name: str, seed: int) -> None:
         init_weights(child, f"{layer_name}.{name}", seed)
 
 
-def build_gpt(config: Config, tp: TensorGroup = ALONE, guidance: Guidance | None = None) -> GPT:
+def build_gpt(
+    config: Config, tp: TensorGroup = ALONE, guidance: Guidance | None = None, eod_id: int | None = None
+) -> GPT:
     """The decoder in float32, with (this rank's part of) the weights of the run's seed."""
-    model = GPT(config, tp, guidance)
+    model = GPT(config, tp, guidance, eod_id)
     for name in model.layer_names:
         init_weights(model.get_submodule(name), name, config.run.seed)
     return model

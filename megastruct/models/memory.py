@@ -15,7 +15,7 @@ from megastruct.models.stages import Stage
 from megastruct.parallel.sizes import words_per_rank
 
 LIVE_VALUES = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
-PARTS = ("weights", "gradients", "optimizer", "communication", "activations", "logits")
+PARTS = ("weights", "gradients", "optimizer", "communication", "activations", "logits", "guides")
 
 
 def value_bytes(config: Config) -> int:
@@ -32,6 +32,7 @@ def memory_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, int]:
         "communication": communication_bytes(config, parameters),
         "activations": activation_bytes(config, stage, dp_size),
         "logits": logit_bytes(config) if stage.has_head else 0,
+        "guides": guide_bytes(config, stage, dp_size) if config.guided.schedule != "off" else 0,
     }
 
 
@@ -64,18 +65,46 @@ def communication_bytes(config: Config, parameters: int) -> int:
 def activation_bytes(config: Config, stage: Stage, dp_size: int) -> int:
     """What the backward needs, for all micro-batches that are under way at once: p - i of them on stage i of p.
 
-    With activation checkpointing only the inputs of the blocks, and one whole block while it runs again.
+    With activation checkpointing only the inputs of the blocks, and one whole block while it runs again. Where
+    attention stays inside of documents, also the mask [b, 1, s, s] that all blocks of the stage share.
     """
     training, tp = config.training, config.parallel.tp
-    tokens = training.micro_batch_size * training.seq_length
-    micro_batches = training.global_batch_size // (training.micro_batch_size * dp_size)
-    in_flight = min(config.parallel.pp - stage.index, micro_batches)
+    tokens, in_flight = _tokens_and_micro_batches(config, stage, dp_size)
     blocks = [block_activation_bytes(config, config.ffn.of_block(index)) for index in stage.blocks]
-    final_norm = norm_activation_bytes(config) if any(layer.name == "final_norm" for layer in stage.layers) else 0
+    others = norm_activation_bytes(config) if any(layer.name == "final_norm" for layer in stage.layers) else 0
+    if training.document_attention == "separate" and blocks:
+        others += value_bytes(config) * training.seq_length
     if not training.activation_checkpointing:
-        return tokens * in_flight * (sum(blocks) + final_norm)
-    kept = _share(value_bytes(config) * config.model.hidden_size, tp) * len(blocks) + final_norm
+        return tokens * in_flight * (sum(blocks) + others)
+    kept = _share(value_bytes(config) * config.model.hidden_size, tp) * len(blocks) + others
     return tokens * (in_flight * kept + max(blocks, default=0))
+
+
+def guide_bytes(config: Config, stage: Stage, dp_size: int) -> int:
+    """What the guides of self-guided training add to all the other parts together; free when their phase ends."""
+    own = stage.parameters_per_device
+    with_guides = own + stage.guide_weights // config.parallel.tp
+    divided = (weight_bytes, gradient_bytes, optimizer_bytes)
+    state = sum(part(config, with_guides, dp_size) - part(config, own, dp_size) for part in divided)
+    state += communication_bytes(config, with_guides) - communication_bytes(config, own)
+    tokens, in_flight = _tokens_and_micro_batches(config, stage, dp_size)
+    guided_blocks = sum(layer.guide_weights > 0 for layer in stage.layers)
+    at_once = min(guided_blocks, 1) if config.training.activation_checkpointing else in_flight * guided_blocks
+    return state + tokens * at_once * guide_activation_bytes(config)
+
+
+def guide_activation_bytes(config: Config) -> int:
+    """Per token of the sequence, what the guides of one block save for the backward, at most.
+
+    Where a guide sees all tokens its inputs are those of the structured linear, but that over tensor-parallel ranks the
+    gathered input of fc1 is its own. Rows are copied: the largest share of them that is not the whole.
+    """
+    e, tp, guided = value_bytes(config), config.parallel.tp, config.guided
+    gathered = e * config.model.hidden_size
+    if guided.skip != "rows" or guided.levels == 1:
+        return gathered if tp > 1 else 0
+    copied = gathered + _share(e * config.model.ffn_hidden_size, tp)
+    return copied * (guided.levels - 1) // guided.levels
 
 
 def block_activation_bytes(config: Config, ffn: FFNConfig) -> int:
@@ -92,8 +121,9 @@ def block_activation_bytes(config: Config, ffn: FFNConfig) -> int:
     model, e, tp = config.model, value_bytes(config), config.parallel.tp
     fc1, fc2 = ffn_linears(config, ffn)
     f, heads, norm_output = model.ffn_hidden_size, model.num_attention_heads, e * model.hidden_size
-    # With fewer key/value heads than ranks, every query head of a rank has its own copy of them.
-    kv_heads = heads if model.kv_heads % tp else model.kv_heads
+    # With fewer key/value heads than ranks, or with a mask, every query head of a rank has its own copy of them.
+    copied = model.kv_heads % tp or config.training.document_attention == "separate"
+    kv_heads = heads if copied else model.kv_heads
     attention = 2 * e * (heads + kv_heads) * model.attention_head_dim + 4 * heads
     activated = 2 * f if model.activation == "swiglu" else f
     divided = 2 * _norm_input_bytes(config) + attention + e * (model.fc1_out_features + activated + fc2.inner_width)
@@ -126,6 +156,13 @@ def logit_bytes(config: Config) -> int:
     if tp > 1:
         return values * (e + (12 if e == 2 else 8))
     return values * (2 * e if training.compile else e + 12)
+
+
+def _tokens_and_micro_batches(config: Config, stage: Stage, dp_size: int) -> tuple[int, int]:
+    """(tokens of a micro-batch, micro-batches that are under way at once on the stage)"""
+    training = config.training
+    micro_batches = training.global_batch_size // (training.micro_batch_size * dp_size)
+    return training.micro_batch_size * training.seq_length, min(config.parallel.pp - stage.index, micro_batches)
 
 
 def _share(parameters: int, ranks: int) -> int:

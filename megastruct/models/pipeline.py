@@ -1,6 +1,8 @@
 """The same layers as a DeepSpeed pipeline, one stage per rank of the pipe axis.
 
 What crosses a stage border is one tensor, the activations [s/tp, b, h]; every tensor-parallel rank sends its own part.
+Where attention stays inside of documents, a second one goes with it and gets no gradient: the documents int32 [b, s],
+whole on every rank, which the first stage makes of the ids. So no stage between the first and the last reads data.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from torch import Tensor, nn
 from megastruct.config.schema import Config
 from megastruct.models.block import Block
 from megastruct.models.cost import layer_costs
+from megastruct.models.documents import document_ids, document_mask
 from megastruct.models.gpt import EMBEDDING, HEAD, NamedLayer, init_weights, named_layers
-from megastruct.models.guidance import Guidance
+from megastruct.models.guidance import NOT_EVALUATED, Guidance
 from megastruct.models.mlp import MLP
 from megastruct.models.stages import balanced_stages
 from megastruct.parallel.groups import TensorGroup
@@ -37,7 +40,9 @@ class GPTPipeline(PipelineModule):
         tp: TensorGroup,
         loss_fn: Callable[[Tensor, Tensor], Tensor],
         guidance: Guidance | None = None,
+        eod_id: int | None = None,
     ) -> None:
+        """`guidance` and `eod_id` as in `GPT`."""
         layers = named_layers(config, tp, guided=guidance is not None)
         self.layer_names = [layer.name for layer in layers]
         self.stage_costs = [layer.forward_flops for layer in layer_costs(config)]
@@ -50,17 +55,24 @@ class GPTPipeline(PipelineModule):
                 loss_fn=loss_fn,
                 partition_method="balanced",
             )
-        self.guidance = guidance
+        self.guidance, self.eod_id = guidance, eod_id
 
-    def forward(self, x: Tensor) -> Tensor:
-        """One micro-batch through the stage: ids [b, s] or activations in, activations or logits out."""
+    def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        """One micro-batch through the stage: ids [b, s] or what crosses a border in, the same or logits out."""
         choices = self.guidance.choices() if self.guidance else None
+        documents, mask = None, None
+        if isinstance(x, tuple):
+            x, documents = x
+        elif self.eod_id is not None:
+            documents = document_ids(x, self.eod_id)
         for layer, name in zip(self.forward_funcs, self.layer_names[self._local_start :], strict=False):
-            if choices and isinstance(layer, Block):
-                x = layer(x, choices[int(name.removeprefix("blocks."))])
+            if isinstance(layer, Block):
+                if documents is not None and mask is None:
+                    mask = document_mask(documents, x.dtype)
+                x = layer(x, choices[int(name.removeprefix("blocks."))] if choices else NOT_EVALUATED, mask)
             else:
                 x = layer(x)
-        return x
+        return x if documents is None or self.stage_id == self.num_stages - 1 else (x, documents)
 
     def drop_guides(self) -> None:
         self.guidance = None

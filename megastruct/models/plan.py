@@ -19,10 +19,10 @@ from megastruct.models.cost import (
     forward_flops_per_token,
     guided_fraction,
     total_parameters,
-    training_flops_per_token,
 )
 from megastruct.models.memory import memory_bytes
 from megastruct.models.stages import Stage, pipeline_stages
+from megastruct.models.steps import guided_steps, total_steps, total_tokens, total_training_flops
 from megastruct.models.traffic import linear_bytes_per_token, micro_batches_per_step, traffic_bytes
 from megastruct.parallel.sizes import nearest_multiple
 from megastruct.parallel.topology import Topology
@@ -50,17 +50,18 @@ def make_plan(config: Config, num_devices: int | None = None, dense: Config | No
         raise UserError(problems)
     stages = pipeline_stages(config)
     described = [_stage(config, stage, topology.dp_size) for stage in stages]
-    forward, tokens = forward_flops_per_token(config), total_tokens(config)
+    forward = forward_flops_per_token(config)
     return {
         "name": config.run.name,
         "parameters": total_parameters(config),
         "ffn_parameters": ffn_parameters(config),
         "ffn": {"structure": config.ffn.structure, **config.ffn.sizes, "share": ffn_share(config, config.ffn)},
-        "tokens": tokens,
+        "tokens": total_tokens(config),
         "forward_flops_per_token": forward,
-        "training_flops": training_flops_per_token(config) * tokens,
+        "training_flops": total_training_flops(config),
         "flops_share": {part: flops / forward for part, flops in forward_flops_by_part(config).items()},
         "guided_fraction": guided_fraction(config, dense),
+        "steps": {"total": total_steps(config), "guided": guided_steps(config)},
         "layout": {"devices": num_devices, "pp": topology.pp_size, "dp": topology.dp_size, "tp": topology.tp_size},
         "micro_batches_per_step": micro_batches_per_step(config, topology.dp_size),
         "ffn_linear_bytes_per_token": linear_bytes_per_token(config, config.ffn),
@@ -69,10 +70,6 @@ def make_plan(config: Config, num_devices: int | None = None, dense: Config | No
         "stages": described,
         "warnings": list(warnings(config, stages, topology.dp_size)),
     }
-
-
-def total_tokens(config: Config) -> int:
-    return config.training.num_tokens or config.training.base_steps * config.training.tokens_per_step
 
 
 def ffn_share(config: Config, ffn: FFNConfig) -> float:

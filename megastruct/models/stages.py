@@ -29,6 +29,11 @@ class Stage:
         return sum(layer.replicated_parameters for layer in self.layers)
 
     @property
+    def guide_weights(self) -> int:
+        """Of the guides that a self-guided run has beside its parameters; its devices share them."""
+        return sum(layer.guide_weights for layer in self.layers)
+
+    @property
     def blocks(self) -> list[int]:
         """The indices of its blocks."""
         names = (layer.name for layer in self.layers if layer.name.startswith("blocks."))

@@ -8,17 +8,25 @@ Letters: P parameters of a device, D replicas, m micro-batches per step, e bytes
 from __future__ import annotations
 
 from megastruct.config.schema import Config, FFNConfig
-from megastruct.models.cost import ffn_linears
+from megastruct.models.cost import ffn_linears, mean_guide_share
 from megastruct.models.memory import value_bytes
 from megastruct.models.stages import Stage
 from megastruct.parallel.sizes import words_per_rank
 
 
 def traffic_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, dict[str, int]]:
-    """Bytes that each device of a stage sends per step: {kind of parallelism: {purpose: bytes}}."""
+    """Bytes that each device of a stage sends per step: {kind of parallelism: {purpose: bytes}}.
+
+    "guides" is what self-guided training adds in the mean of its guided steps.
+    """
+    own, dp_guides = stage.parameters_per_device, 0
+    if config.guided.schedule != "off":
+        with_guides = own + stage.guide_weights // config.parallel.tp
+        with_and_without = (sum(data_parallel_bytes(config, n, dp_size).values()) for n in (with_guides, own))
+        dp_guides = next(with_and_without) - next(with_and_without)
     return {
         "tensor_parallel": tensor_parallel_bytes(config, stage, dp_size),
-        "data_parallel": data_parallel_bytes(config, stage.parameters_per_device, dp_size),
+        "data_parallel": {**data_parallel_bytes(config, own, dp_size), "guides": dp_guides},
         "pipeline": pipeline_bytes(config, stage, dp_size),
     }
 
@@ -29,6 +37,8 @@ def tensor_parallel_bytes(config: Config, stage: Stage, dp_size: int) -> dict[st
     attention: its input is gathered, its output reduce-scattered, d values per token each. ffn: what `LinearMap` says.
     vocabulary: the embedding's output is reduce-scattered, the head's input gathered, d each; the loss reduces three
     fp32 per token in the forward. The backward of all but the loss sends as much as the forward.
+    guides: those that self-guided training has beside structured linears, as dense ones, for the mean share of tokens,
+    and the all-reduce of a second gradient of fc2's bias, which both branches add.
     replicated_gradients: an all-reduce of the gradients of what every rank holds.
     With activation checkpointing the blocks' forward is sent again, but for the reduce-scatter of a dense fc2: the
     second forward ends where nothing more is needed.
@@ -36,19 +46,24 @@ def tensor_parallel_bytes(config: Config, stage: Stage, dp_size: int) -> dict[st
     training, tp, e = config.training, config.parallel.tp, value_bytes(config)
     micro_batches = micro_batches_per_step(config, dp_size)
     passes = 3 if training.activation_checkpointing else 2
-    d, ffn = config.model.hidden_size, 0
+    d, ffn, guides, guided_blocks = config.model.hidden_size, 0, 0.0, 0
+    share = mean_guide_share(config) if config.guided.schedule != "off" else 0.0
     for index in stage.blocks:
-        # A guide that reads the whole dense input would be two more maps here.
+        dense = config.ffn.of_block(index).structure == "dense"
         fc1, fc2 = (linear.exchange(tp)[1] for linear in ffn_linears(config, config.ffn.of_block(index)))
-        ffn += passes * fc1 + (2 if config.ffn.of_block(index).structure == "dense" else passes) * fc2
+        ffn += passes * fc1 + (2 if dense else passes) * fc2
+        guides += 0.0 if dense else share * passes * 2 * d
+        guided_blocks += not dense and share > 0.0
     values_per_token = {
         "attention": passes * 2 * d * len(stage.blocks),
         "ffn": ffn,
+        "guides": round(guides),
         "vocabulary": 2 * d * (stage.has_embedding + stage.has_head),
     }
     tokens = training.micro_batch_size * training.seq_length
     sent = {purpose: e * tokens * values for purpose, values in values_per_token.items()}
     sent["vocabulary"] += 2 * 4 * 3 * tokens * stage.has_head
+    sent["guides"] += 2 * e * d * config.model.bias * guided_blocks
     sent["replicated_gradients"] = 2 * e * stage.replicated_parameters
     return {purpose: micro_batches * num_bytes * (tp - 1) // tp for purpose, num_bytes in sent.items()}
 
@@ -80,17 +95,19 @@ def data_parallel_bytes(config: Config, parameters: int, dp_size: int) -> dict[s
 
 
 def pipeline_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, int]:
-    """Per micro-batch one tensor of activations [s/tp, b, h] forward over each border, and its gradient back.
+    """Per micro-batch one tensor of activations [s/tp, b, h] forward over each border, and its gradient back. Where
+    attention stays inside of documents, the documents int32 [b, s] go forward, too.
 
     A tied head on another stage than the embedding sums its gradient with the embedding's: an all-reduce of two.
     """
     training, model, stages, tp = config.training, config.model, config.parallel.pp, config.parallel.tp
     border = training.micro_batch_size * training.seq_length // tp * model.hidden_size * value_bytes(config)
-    border *= micro_batches_per_step(config, dp_size)
+    documents = 4 * training.micro_batch_size * training.seq_length if training.document_attention == "separate" else 0
+    border, documents = (micro_batches_per_step(config, dp_size) * sent for sent in (border, documents))
     words = words_per_rank(model.vocab_size, tp)
     outer = stages > 1 and stage.index in (0, stages - 1)
     return {
-        "activations": border if stage.index < stages - 1 else 0,
+        "activations": border + documents if stage.index < stages - 1 else 0,
         "gradients": border if stage.index > 0 else 0,
         "tied_embedding": 4 * words * model.hidden_size if outer and model.tie_embeddings else 0,
     }

@@ -140,6 +140,11 @@ class Engine:
         self.deepspeed.module_forward_pre_hook.remove()  # destroy() leaves them on the module
         self.deepspeed.module_forward_post_hook.remove()
         self.deepspeed.destroy()
+        # Hooks of old outputs still hold both; what they held must go now. And the engine must not find its optimizer
+        # when it is collected at last: its destructor would destroy it once more, and unlink the parameters that the
+        # next engine's optimizer has linked by then.
+        for emptied in (self.zero_optimizer, self.deepspeed):
+            emptied.__dict__.clear()
         del self.deepspeed, self.clipper
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -155,10 +160,12 @@ class PipelineEngine(Engine):
     """ZeRO 0 and 1, any number of stages."""
 
     @classmethod
-    def build(cls, config: Config, topology: Topology, device: torch.device, guided: bool) -> PipelineEngine:
+    def build(
+        cls, config: Config, topology: Topology, device: torch.device, guided: bool, eod_id: int | None
+    ) -> PipelineEngine:
         tp = make_tensor_group(topology)
         guidance = make_guidance(config, topology, device) if guided else None
-        module = GPTPipeline(config, topology, tp, make_loss(config, tp), guidance)
+        module = GPTPipeline(config, topology, tp, make_loss(config, tp), guidance, eod_id)
         return cls(module, config, topology, tp, device)
 
     def without_guides(self) -> PipelineEngine:
@@ -182,16 +189,24 @@ class PlainEngine(Engine):
     """ZeRO 2 and 3, one stage."""
 
     @classmethod
-    def build(cls, config: Config, topology: Topology, device: torch.device, guided: bool) -> PlainEngine:
+    def build(
+        cls, config: Config, topology: Topology, device: torch.device, guided: bool, eod_id: int | None
+    ) -> PlainEngine:
         tp = make_tensor_group(topology)
         guidance = make_guidance(config, topology, device) if guided else None
         mpu = PipelineParallelGrid(topology=deepspeed_topology(topology))
-        return cls(build_gpt(config, tp, guidance), config, topology, tp, device, mpu)
+        return cls(build_gpt(config, tp, guidance, eod_id), config, topology, tp, device, mpu)
 
     def without_guides(self) -> PlainEngine:
+        parameters: list[Any] = list(self.module.parameters())
+        eod_id = self.module.eod_id
         self._close()
+        for parameter in parameters:  # what ZeRO 3 hangs on them outlives the module
+            for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
+                tensor.data = tensor.new_empty(0)
         # A new module: ZeRO 3 has cut the old one's parameters, and tied them to its optimizer.
-        return PlainEngine(GPT(self.config, self.tp), self.config, self.topology, self.tp, self.device, self.mpu)
+        module = GPT(self.config, self.tp, eod_id=eod_id)
+        return PlainEngine(module, self.config, self.topology, self.tp, self.device, self.mpu)
 
     @cached_property
     def loss(self) -> Callable[[Tensor, Tensor], Tensor]:
@@ -225,13 +240,20 @@ class PlainEngine(Engine):
         return float(value / self.topology.world_size)
 
 
-def build_engine(config: Config, topology: Topology, device: torch.device, step: int = 0) -> Engine:
+def build_engine(
+    config: Config, topology: Topology, device: torch.device, step: int = 0, eod_id: int | None = None
+) -> Engine:
     """The engine for a config that `config/checks.py` accepted, after `step` finished steps, with the first weights.
 
-    The model has guides if the step is a guided one. torch.distributed is initialised.
+    The model has guides if the step is a guided one. torch.distributed is initialised. `eod_id`: the tokenizer's.
+    Raises ValueError without it, if attention shall stay inside of documents.
     """
+    separate = config.training.document_attention == "separate"
+    if separate and eod_id is None:
+        raise ValueError("training.document_attention = separate needs the end-of-document id")
     kind = PlainEngine if config.parallel.zero_stage >= 2 else PipelineEngine
-    return kind.build(config, topology, device, guided=step < guided_steps(config))
+    guided = step < guided_steps(config)
+    return kind.build(config, topology, device, guided, eod_id if separate else None)
 
 
 def make_guidance(config: Config, topology: Topology, device: torch.device) -> Guidance:

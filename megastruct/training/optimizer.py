@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -88,6 +89,8 @@ def sum_norms_over_stages(zero: Any, model_group: Any) -> None:
 class GradientClipper:
     """Global-norm clipping of plain (unpartitioned) gradients over the ranks of one replica; keeps the last norm.
 
+    A step whose norm is not finite is skipped, as ZeRO skips it.
+
     Hooked before the optimizer's step where ZeRO is off: there DeepSpeed clips by a norm that misses the unmarked
     parameters of all stages but the first (`clip_grad_norm_` in deepspeed/runtime/utils.py).
     """
@@ -114,7 +117,10 @@ class GradientClipper:
         total = torch.stack(squares).double().sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
         dist.all_reduce(total, group=self.model_group)
         self.norm = float(total.sqrt())
-        if self.max_norm and self.norm > self.max_norm:
+        if not math.isfinite(self.norm):
+            for p in self.parameters:
+                p.grad = None  # AdamW passes over the parameter: weight, moments and their step stay as they are
+        elif self.max_norm and self.norm > self.max_norm:
             for p in self.parameters:
                 if p.grad is not None:
                     p.grad.mul_(self.max_norm / (self.norm + 1e-6))

@@ -12,6 +12,7 @@ from megastruct.data.cache import FOLDER_NAME
 from megastruct.data.text_data import TextData
 from megastruct.data.token_data import TokenData
 from megastruct.errors import Problem, UserError
+from megastruct.models.steps import check_guided_steps
 from megastruct.parallel.topology import Topology
 from megastruct.training.run_folder import check_run_folder, run_folder
 
@@ -24,7 +25,7 @@ def preflight(config: Config, world_size: int) -> tuple[Topology, Data]:
 
     Raises UserError with all that is wrong.
     """
-    problems: list[Problem] = []
+    problems = list(check_guided_steps(config))
     topology = _collect(
         problems, lambda: Topology.of_world(world_size, config.parallel.pp, config.parallel.dp, config.parallel.tp)
     )

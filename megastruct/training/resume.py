@@ -22,7 +22,7 @@ from megastruct.models.steps import guided_steps
 from megastruct.parallel.shards import Box
 from megastruct.training.engine import Engine
 from megastruct.training.run_folder import checkpoints_folder, finished_steps
-from megastruct.training.state import Fragment, begin_restore, finish_restore, saved_fragments
+from megastruct.training.state import KINDS, Fragment, begin_restore, finish_restore, saved_fragments
 
 _SAVER = BackgroundSaver()  # of the process: a save outlives the engine that it came from
 
@@ -39,7 +39,8 @@ def start_save(
     Waits for the save before. Raises UserError on all ranks if that one could not be written.
     """
     guided = step < guided_steps(engine.config)
-    owned = {own.name: own for own in saved_fragments(engine) if guided or not is_guide(own.name)}
+    names = [name for name, _ in engine.named_parameters() if guided or not is_guide(name)]
+    owned = {own.name: own for own in saved_fragments(engine) if own.name in names}
     views = {f"{kind}.{name}": tensor for name, own in owned.items() for kind, tensor in own.tensors.items()}
     copies = _SAVER.host_copies(views)
     tensors = {
@@ -50,7 +51,8 @@ def start_save(
     config = engine.config
     state = {"step": step, "cursor": cursor.tolist(), "layout": config.parallel.model_dump(), **state}
     root, keep = checkpoints_folder(config), config.checkpoint.keep
-    _SAVER.start(lambda group: save_checkpoint(root, step, tensors, state, keep, group))
+    wanted = [f"{kind}.{name}" for name in names for kind in KINDS]
+    _SAVER.start(lambda group: save_checkpoint(root, step, tensors, state, keep, group, wanted))
 
 
 def finish_save() -> None:
@@ -77,22 +79,22 @@ def find_checkpoint(config: Config) -> Path | None:
     return folder
 
 
-def resume(engine: Engine, folder: Path | None) -> tuple[int, np.ndarray | None]:
-    """Load a checkpoint into the engine: (steps done, cursor); (0, None) without a folder. Collective.
+def resume(engine: Engine, folder: Path | None) -> tuple[int, np.ndarray | None, dict[str, Any]]:
+    """Load a checkpoint into the engine: (steps done, cursor, state); (0, None, {}) without a folder. Collective.
 
     What the engine has no parameter for may be stored, too. Raises UserError on all ranks if it does not fit the model.
     """
     if folder is None:
-        return 0, None
+        return 0, None, {}
     state = together(lambda: load_state(folder))
     tensors = {
         f"{kind}.{name}": _global(engine, fragment, tensor)
-        for name, fragment in begin_restore(engine, state["step"]).items()
+        for name, fragment in begin_restore(engine, state["step"], state.get("skipped_steps", 0)).items()
         for kind, tensor in fragment.tensors.items()
     }
     together(lambda: load_tensors(folder, tensors))
     finish_restore(engine)
-    return state["step"], np.array(state["cursor"], dtype=np.int64)
+    return state["step"], np.array(state["cursor"], dtype=np.int64), state
 
 
 def _global(engine: Engine, fragment: Fragment, tensor: Tensor) -> Tensor:

@@ -35,7 +35,11 @@ def checkpoints_folder(config: Config) -> Path:
 def finished_steps(config: Config) -> int:
     """Steps of the newest complete checkpoint of which no file is cut off, 0 if there is none."""
     latest = newest_of_right_size(checkpoints_folder(config))
-    return int(latest.name.removeprefix("step_")) if latest else 0
+    return step_of(latest) if latest else 0
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def check_run_folder(config: Config, data: dict[str, Any]) -> None:

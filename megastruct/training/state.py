@@ -67,9 +67,12 @@ def saved_fragments(engine: Engine) -> Iterator[Fragment]:
         yield fragment
 
 
-def begin_restore(engine: Engine, step: int) -> dict[str, Fragment]:
-    """The fragments of an engine after `step` optimizer steps, to be filled; then `finish_restore`."""
-    _start_adam(engine, step, _adam_tensors(engine))
+def begin_restore(engine: Engine, step: int, skipped_steps: int = 0) -> dict[str, Fragment]:
+    """The fragments of an engine after `step` steps, to be filled; then `finish_restore`.
+
+    `skipped_steps`: those of them of which the optimizer made no step.
+    """
+    _start_adam(engine, step - skipped_steps, _adam_tensors(engine))
     engine.deepspeed.global_steps = step
     engine.deepspeed.global_samples = step * engine.config.training.global_batch_size
     engine.deepspeed.micro_steps = step * engine.deepspeed.gradient_accumulation_steps()
@@ -82,6 +85,7 @@ def finish_restore(engine: Engine) -> None:
     if engine.config.parallel.zero_stage in (1, 2):
         zero.update_lp_params()
     elif engine.config.parallel.zero_stage == 3:
+        zero._partition_all_parameters()  # an engine that has trained keeps small ones gathered, as they were
         for index, masters in enumerate(zero.fp32_partitioned_groups_flat):
             zero.fp16_partitioned_groups_flat[index].data.copy_(masters.data)
             zero._unflatten_partitioned_parameters(index)

@@ -96,9 +96,17 @@ def test_cross_field_problems_beside_unknown_keys() -> None:
         (["ffn.structure=blockshuffle", "ffn.rank=null"], "ffn.nblocks", "ffn.nblocks=4"),
         (["ffn.structure=blockshuffle", "ffn.nblocks=4"], "ffn.rank", "no ffn.rank"),
         (["ffn.structure=blockshuffle", "ffn.rank=null", "ffn.nblocks=48"], "ffn.nblocks", "ffn.nblocks=32"),
+        (["reliability.spike_factor=0.5"], "reliability.spike_factor", "reliability.spike_factor=2"),
+        (
+            ["reliability.spike_factor=2.0", "checkpoint.interval_steps=0"],
+            "checkpoint.interval_steps",
+            "checkpoint.interval_steps=500",
+        ),
         (["nonsense"], "nonsense", "section.key=value"),
         (["parallel.zero_stage=4"], "parallel.zero_stage", "less than or equal to 3"),
         (["run.name=../elsewhere"], "run.name", "match pattern"),
+        (["training.document_attention=none"], "training.document_attention", "'crossed' or 'separate'"),
+        (["training.document_atention=separate"], "training.document_atention", "training.document_attention"),
     ],
 )
 def test_impossible_values_name_the_key_and_a_way_out(overrides: list[str], where: str, suggestion: str) -> None:
@@ -170,3 +178,5 @@ def test_what_may_change_when_a_run_goes_on() -> None:
     assert changes_of_the_run(base, moved) == []
     other = load_config(QUICKSTART, ["optimizer.learning_rate=1e-4", "run.seed=5"])
     assert {path for path, _, _ in changes_of_the_run(base, other)} == {"optimizer.learning_rate", "run.seed"}
+    separate = load_config(QUICKSTART, ["training.document_attention=separate"])
+    assert changes_of_the_run(base, separate) == [("training.document_attention", "crossed", "separate")]

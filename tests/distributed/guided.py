@@ -59,8 +59,15 @@ def whole_run(config: Config, topology: Topology, keep_guides: bool = False) -> 
     """All steps, from the newest checkpoint on if there is one."""
     checkpoint = find_checkpoint(config)
     engine = build_engine(config, topology, CPU, finished_steps(config))
-    step, _ = resume(engine, checkpoint)
+    step, _, _ = resume(engine, checkpoint)
     return steps(engine, step, total_steps(config), keep_guides)[1]
+
+
+def first_losses(config: Config, topology: Topology) -> list[float]:
+    """Before any training, the loss at several alphas."""
+    engine = build_engine(config, topology, CPU)
+    held_out = [next(batches(config, topology))]
+    return [engine.evaluate(held_out, 1, alpha) for alpha in (0.0, 0.3, 1.0)]
 
 
 def interrupted_run(config: Config, topology: Topology, last: int) -> Results:
@@ -84,6 +91,8 @@ def memory_of_the_end(config: Config, topology: Topology) -> tuple[int, int, int
     border = guided_steps(config)
     run: list[Engine] = [steps(build_engine(config, topology, CPU), 0, border)[0]]  # as the loop holds it
     guides = sum(getattr(p, "ds_numel", p.numel()) for name, p in run[0].named_parameters() if is_guide(name))
+    # Saved before it is measured: the copies in host memory, which are kept for the next save, are in both numbers.
+    save(run[0], border, np.array([[border]]), {})
     before = live_bytes()
     run[0] = end_guided_phase(run[0], border, np.array([[border]]), {})
     after = live_bytes()

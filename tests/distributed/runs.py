@@ -76,7 +76,7 @@ def resume_half_way(config: Config, topology: Topology) -> list[tuple[float, flo
     from megastruct.training.resume import find_checkpoint, resume
 
     engine = build_engine(config, topology, CPU)
-    step, cursor = resume(engine, find_checkpoint(engine.config))
+    step, cursor, _ = resume(engine, find_checkpoint(engine.config))
     assert cursor is not None and cursor.tolist() == [[step]]
     return train_steps(engine, step, config.training.base_steps)
 
@@ -86,7 +86,7 @@ def resume_and_save_again(config: Config, topology: Topology) -> list[tuple[floa
     from megastruct.training.resume import find_checkpoint, resume, save
 
     engine = build_engine(config, topology, CPU)
-    step, cursor = resume(engine, find_checkpoint(engine.config))
+    step, cursor, _ = resume(engine, find_checkpoint(engine.config))
     assert cursor is not None
     save(engine, step + 1, cursor, {})
     return train_steps(engine, step, config.training.base_steps)
@@ -97,5 +97,5 @@ def evaluate_resumed(config: Config, topology: Topology) -> float:
     from megastruct.training.resume import find_checkpoint, resume
 
     engine = build_engine(config, topology, CPU)
-    step, _ = resume(engine, find_checkpoint(engine.config))
+    step, _, _ = resume(engine, find_checkpoint(engine.config))
     return engine.evaluate([next(batches(config, topology, first_step=step))], 1)

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from configs import tiny_config
 from megastruct.checkpoint.reading import SafeFileSystemReader
-from megastruct.checkpoint.store import latest_checkpoint, load_tensors
+from megastruct.checkpoint.store import latest_checkpoint, load_tensors, save_checkpoint
 from megastruct.config.load import dump_config
 from megastruct.config.schema import Config
 from megastruct.errors import UserError
@@ -175,28 +176,43 @@ def test_a_checkpoint_of_another_model_is_refused(saved: tuple[Path, list[Any]])
         load_tensors(latest, {"master.blocks.9.mlp.fc1.u": torch.empty(1)})
 
 
-def save_some(config: Config, topology: Topology) -> str:
-    """Save all parameters but those of one block; the error of loading that into the whole model."""
-    engine = build_engine(config, topology, CPU)
-    save(engine, 3, np.array([[3]]), {}, wanted=lambda name: not name.startswith("blocks.3."))
+def load_into_a_deeper_model(config: Config, topology: Topology) -> str:
+    """Save a model without the last block; the error of loading that into the whole one."""
+    shallow = Config.model_validate({**config.model_dump(), "model": {**config.model.model_dump(), "num_layers": 3}})
+    save(build_engine(shallow, topology, CPU), 3, np.array([[3]]), {})
     try:
-        resume(engine, find_checkpoint(engine.config))
+        resume(build_engine(config, topology, CPU), find_checkpoint(config))
     except UserError as error:
         return str(error) if error.on_all_ranks else ""
     return ""
 
 
-def test_some_parameters_are_saved(tmp_path: Path) -> None:
-    """What the engine wants and the checkpoint has not is an error on all ranks, also on those that own none of it."""
-    errors = run_ranks(2, save_some, config_for(tmp_path, "fp32", 2, 1), Topology(2, 1))
+def test_a_checkpoint_with_less_than_the_model_is_refused_on_all_ranks(tmp_path: Path) -> None:
+    """Also on those that own nothing of what is missing."""
+    errors = run_ranks(2, load_into_a_deeper_model, config_for(tmp_path, "fp32", 2, 1), Topology(2, 1))
     assert errors[0] == errors[1] and "master.blocks.3." in errors[0] and "missing" in errors[0]
     names = set(stored(tmp_path / "tiny" / "checkpoints" / "step_00000003"))
-    wanted = {
-        f"{kind}.{name}"
-        for kind in KINDS
-        for name, _ in build_gpt(config_for(tmp_path, "fp32", 1, 1)).named_parameters()
-    }
+    model = build_gpt(config_for(tmp_path, "fp32", 1, 1))
+    wanted = {f"{kind}.{name}" for kind in KINDS for name, _ in model.named_parameters()}
     assert names == {name for name in wanted if ".blocks.3." not in name}
+
+
+def save_without_a_tensor(folder: Path) -> str:
+    rank = dist.get_rank()
+    wanted = ["held_0", "held_1", f"no_{rank}"]
+    try:
+        save_checkpoint(folder, 1, {f"held_{rank}": torch.ones(2)}, {}, keep=1, wanted=wanted)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_checkpoint_that_would_miss_a_tensor_is_not_written(tmp_path: Path) -> None:
+    assert (
+        run_ranks(2, save_without_a_tensor, tmp_path)
+        == ["no rank holds 2 tensors of the checkpoint, among them no_0"] * 2
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_incomplete_folders_are_not_seen(saved: tuple[Path, list[Any]]) -> None:

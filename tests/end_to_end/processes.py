@@ -6,10 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,39 +39,56 @@ def start(*arguments: Any, module: str = "megastruct.start") -> subprocess.Compl
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
 
 
+class Started:
+    """A run in a process group of its own."""
+
+    def __init__(
+        self, run: Path, *arguments: Any, below: Sequence[str] = (), extra: Mapping[str, str] | None = None
+    ) -> None:
+        """`below`: a command that runs it; `extra`: more of an environment."""
+        self.run, self.checkpoints = run, run / "checkpoints"
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as this object
+        self.process = subprocess.Popen(
+            [*below, sys.executable, "-m", "megastruct.start", *map(str, arguments)],
+            cwd=ROOT,
+            env={**environment(), **(extra or {})},
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=self._stderr,
+        )
+
+    def signal_all(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    def rank(self, rank: int) -> psutil.Process:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return next(child for child in children if child.environ().get("RANK") == str(rank))
+
+    def wait_for(self, condition: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + 240
+        while not condition():
+            assert self.process.poll() is None, f"the run ended before it could be stopped\n{self.stderr()}"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_for(lambda: last_step(self.run) >= step)
+
+    def end(self) -> tuple[int, str]:
+        """Wait for the end: (exit code, stderr)."""
+        return self.process.wait(timeout=120), self.stderr()
+
+    def stderr(self) -> str:
+        self._stderr.seek(0)
+        return self._stderr.read()
+
+
 def start_and_kill(run: Path, step: int, *arguments: Any) -> None:
     """Run until `step` is in the metrics, then kill -9 every process at once."""
-    command = [sys.executable, "-m", "megastruct.start", *map(str, arguments)]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    _wait_for_step(process, run, step)
-    os.killpg(process.pid, 9)
-    process.wait()
-
-
-def start_and_terminate(run: Path, step: int, *arguments: Any) -> tuple[int, str]:
-    """Run until `step` is in the metrics, then SIGTERM the starting process alone: (exit code, stderr)."""
-    command = [sys.executable, "-m", "megastruct.start", *map(str, arguments)]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, **pipes)
-    _wait_for_step(process, run, step)
-    process.terminate()
-    _, stderr = process.communicate(timeout=120)
-    return process.returncode, stderr
-
-
-def _wait_for_step(process: subprocess.Popen[Any], run: Path, step: int) -> None:
-    deadline = time.monotonic() + 240
-    while last_step(run) < step:
-        assert process.poll() is None, "the run ended before it could be stopped"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    started = Started(run, *arguments)
+    started.wait_for_step(step)
+    started.signal_all(9)
+    started.process.wait()
 
 
 def last_step(run: Path) -> int:

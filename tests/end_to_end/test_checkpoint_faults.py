@@ -7,47 +7,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
-from processes import ROOT, environment, losses, start
+from processes import ROOT, Started, environment, losses, start
 
 # A checkpoint of 20 MB: long enough on its way to be met there.
 LARGER = ("model.hidden_size=256", "model.ffn_hidden_size=1024", "ffn.structure=dense", "ffn.rank=null")
 TWO_RANKS = (*LARGER, "parallel.dp=2")
 
 
-class Started:
-    """A run in a process group of its own."""
-
-    def __init__(self, run: Path, *arguments: Any) -> None:
-        self.checkpoints = run / "checkpoints"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "megastruct.start", *map(str, arguments)],
-            cwd=ROOT,
-            env=environment(),
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-
-    def signal_all(self, number: int) -> None:
-        os.killpg(self.process.pid, number)
-
-    def rank(self, rank: int) -> psutil.Process:
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return next(child for child in children if child.environ().get("RANK") == str(rank))
-
-    def wait_for(self, condition: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + 240
-        while not condition():
-            assert self.process.poll() is None, "the run ended before it could be stopped"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+class Saving(Started):
+    """A run that is met while it saves."""
 
     def stop_in_a_save(self) -> Path:
         """Stop all processes when a save is on its way that needs every rank to go on, after one is complete."""
@@ -82,14 +55,14 @@ def test_killed_while_saving(config: Path, tmp_path: Path) -> None:
     assert start(*arguments, "run.name=undisturbed").returncode == 0
     run = tmp_path / "runs" / "killed"
 
-    one = Started(run, *arguments, "run.name=killed")
+    one = Saving(run, *arguments, "run.name=killed")
     torn, before = one.stop_in_a_save(), complete(run)
     one.rank(1).kill()
     one.signal_all(signal.SIGCONT)
     assert one.process.wait(timeout=120) != 0
     assert complete(run) == before and torn.name.split(".")[1] not in before
 
-    every = Started(run, *arguments, "run.name=killed")
+    every = Saving(run, *arguments, "run.name=killed")
     every.wait_for(lambda: not torn.exists())  # the next save has removed what the first one left
     torn, before = every.stop_in_a_save(), complete(run)
     every.signal_all(signal.SIGKILL)
@@ -106,7 +79,7 @@ def test_killed_while_saving(config: Path, tmp_path: Path) -> None:
 def test_a_file_that_may_not_be_written(config: Path, tmp_path: Path) -> None:
     """The limit on file sizes stands for a full disk or a quota: the write is refused half-way."""
     run = tmp_path / "runs" / "test"
-    first = Started(run, config, *TWO_RANKS)
+    first = Saving(run, config, *TWO_RANKS)
     first.wait_for(lambda: complete(run))
     first.signal_all(signal.SIGKILL)
     first.process.wait()

@@ -130,6 +130,12 @@ def test_hostfiles(config: Path, tmp_path: Path, capsys: Any) -> None:
     hosts.write_text("node1 slots=2\n# spare\nnode2 slots=1\n")
     assert "names 2 hosts" in message(capsys, config, "--hostfile", hosts, "--node-rank", 2, "--master-addr", "x")
     assert "--master-addr" in message(capsys, config, "--hostfile", hosts, "--node-rank", 1)
+    hosts.write_text("-oProxyCommand=touch slots=2\n")  # ssh would take it for an option
+    assert f"{hosts}:1" in message(capsys, config, "--hostfile", hosts)
+    hosts.write_text("node1 slots=1\nnode2 slots=1\n")
+    found = message(capsys, config, "--hostfile", hosts, "--master-addr", "$(hostname)")
+    assert "--master-addr: '$(hostname)' would be changed by the shells" in found
+    hosts.write_text("node1 slots=2\n# spare\nnode2 slots=1\n")
     # all checks of a local start, for the processes of all nodes
     assert "micro_batch_size 2 x dp 3" in message(capsys, config, "--hostfile", hosts)
     assert "data.path" in message(capsys, config, "--hostfile", hosts, "data.path=nowhere")

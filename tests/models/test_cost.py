@@ -19,6 +19,7 @@ from megastruct.models.cost import (
     training_flops_per_token,
 )
 from megastruct.models.gpt import ALONE, build_gpt, named_layers
+from megastruct.models.steps import check_guided_steps, guided_steps, total_tokens, total_training_flops
 
 RUNS = Path(__file__).resolve().parents[2] / "configs" / "run"
 
@@ -104,6 +105,22 @@ def test_guided_fraction_of_wide_models(size: str, published: float) -> None:
     assert guided_fraction(wide, gqa) == pytest.approx(published, abs=0.01)
 
 
+@pytest.mark.parametrize(("structure", "size"), [(k, s) for k, sizes in GOLDEN_GUIDED.items() for s in sizes])
+def test_guided_runs_cost_what_the_dense_one_does(structure: str, size: str) -> None:
+    """To what rounding to whole steps leaves."""
+    guided, dense = (load_config(RUNS / f"{size}_{name}.yaml") for name in (f"{structure}_32_guided", "dense"))
+    assert total_training_flops(guided) == pytest.approx(total_training_flops(dense), rel=3e-4)
+    base = dense.training.num_tokens
+    assert base and total_tokens(guided) == pytest.approx(base * (1 + GOLDEN_GUIDED[structure][size]), rel=1e-3)
+
+
+@pytest.mark.parametrize(("size", "guided"), [("m", 0.40), ("l", 0.395)])
+def test_wide_guided_runs(size: str, guided: float) -> None:
+    wide, gqa = (load_config(RUNS / f"{size}_{name}.yaml") for name in ("wide_lowrank_63_guided", "gqa"))
+    assert guided_steps(wide) == round(guided * gqa.training.base_steps)
+    assert total_training_flops(wide) == pytest.approx(total_training_flops(gqa), rel=0.01)
+
+
 @pytest.mark.parametrize("size", ["s", "m", "l", "xl"])
 @pytest.mark.parametrize(("share", "ratio"), [(63, 0.625), (32, 0.3125)])
 def test_configs_have_the_share_in_their_name(size: str, share: int, ratio: float) -> None:
@@ -157,3 +174,27 @@ def test_flops_as_counted_by_torch(variant: str) -> None:
     scores = sum(flops for name, flops in counter.get_flop_counts()["Global"].items() if "bmm" in str(name))
     if config.ffn.structure != "blockshuffle" and config.ffn.structure != "blockdense":  # whose products are bmm, too
         assert scores == forward_flops_by_part(config)["attention_scores"] * tokens
+
+
+def test_flops_of_a_guided_run_by_hand() -> None:
+    """20 steps of 128 tokens, 10 of them guided and read again; three blocks with guides of 2 x 16 x 48 weights."""
+    config = tiny_config(guided={"schedule": "fixedflop", "fraction": 0.5, "levels": 2})
+    plain, guides = 3 * forward_flops_per_token(config), 3 * 2 * 3 * 2 * 16 * 48
+    assert total_tokens(config) == 128 * 30
+    assert total_training_flops(config) == pytest.approx(128 * (30 * plain + 10 * guides / 2))
+    always = tiny_config(guided={"schedule": "fixedstep", "skip": "none"})
+    assert total_training_flops(always) == pytest.approx(128 * (20 * plain + 10 * guides))
+
+
+@pytest.mark.parametrize(
+    ("sections", "found"),
+    [
+        ({"ffn": {"rank": 16}, "guided": {"schedule": "fixedflop", "levels": 2}}, "costs as much as the dense one"),
+        ({"guided": {"schedule": "fixedstep", "fraction": 0.01, "levels": 2}}, "no guided step of training's 20"),
+        ({"guided": {"schedule": "fixedflop", "levels": 2}}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_guided_run_needs_a_guided_step(sections: dict[str, dict[str, object]], found: str) -> None:
+    problems = list(check_guided_steps(tiny_config(**sections)))
+    assert [found in problem.found for problem in problems] == ([True] if found else [])

@@ -17,8 +17,15 @@ from megastruct.config import load_config
 from megastruct.config.schema import Config
 from megastruct.errors import UserError
 from megastruct.models.gpt import build_gpt
+from megastruct.models.guidance import Guidance
 from megastruct.models.loss import cross_entropy
-from megastruct.models.memory import block_activation_bytes, memory_bytes, norm_activation_bytes, optimizer_bytes
+from megastruct.models.memory import (
+    block_activation_bytes,
+    guide_activation_bytes,
+    memory_bytes,
+    norm_activation_bytes,
+    optimizer_bytes,
+)
 from megastruct.models.plan import ffn_share, make_plan, suggest
 from megastruct.models.stages import pipeline_stages
 from megastruct.models.traffic import data_parallel_bytes, pipeline_bytes
@@ -97,6 +104,36 @@ def test_activations_of_a_block_as_autograd_saves_them(ffn: str, model: str, pre
     x = torch.randn(8, 2, 16, dtype=dtype, requires_grad=True)  # [s, b, h]; made anew: it is an activation, too
     expected = 8 * 2 * block_activation_bytes(config, config.ffn.of_block(1))
     assert saved_bytes(lambda: block(x + 0), list(block.parameters())) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("ffn", ["lowrank", "blockdense", "blockshuffle"])
+@pytest.mark.parametrize(("skip", "alpha"), [("rows", 0.75), ("none", 0.75)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_of_guides_as_autograd_saves_them(ffn: str, skip: str, alpha: float, precision: str) -> None:
+    sections = {"ffn": FFNS[ffn], "training": {"precision": precision}, "model": {"hidden_size": 64}}
+    config = tiny_config(**sections, guided={"schedule": "fixedstep", "levels": 4, "skip": skip})
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    guidance = Guidance(config, 1, 0, 1)
+    guidance.start_step(0, alpha)
+    block = build_gpt(config, guidance=guidance).to(dtype).blocks.get_submodule("1")
+    choices = guidance.choices()[1]
+    x = torch.randn(8, 2, 64, dtype=dtype, requires_grad=True)
+    with_guides = saved_bytes(lambda: block(x + 0, choices), list(block.parameters()))
+    expected = 8 * 2 * (block_activation_bytes(config, config.ffn.of_block(1)) + guide_activation_bytes(config))
+    assert with_guides == pytest.approx(expected, rel=0.06)  # the rows' indices are not counted
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_what_guides_hold(zero_stage: int) -> None:
+    """Four replicas, three guided blocks: weights, gradients, optimizer and buckets of 2 x 16 x 48 each."""
+    guided = {"schedule": "fixedstep", "levels": 2, "skip": "none"}
+    config = tiny_config(guided=guided, parallel={"zero_stage": zero_stage})
+    [stage] = pipeline_stages(config)
+    memory, weights = memory_bytes(config, stage, dp_size=4), 3 * 2 * 16 * 48
+    bytes_per_weight = {0: 4 + 4 + 8 + 4, 1: 4 + 4 + 3 + 4, 2: 4 + 1 + 3 + 4, 3: 1 + 1 + 3 + 8}[zero_stage]
+    assert memory["guides"] == weights * bytes_per_weight
+    off = memory_bytes(tiny_config(parallel={"zero_stage": zero_stage}), stage, dp_size=4)
+    assert {**memory, "guides": 0} == off
 
 
 def test_activations_of_a_stage() -> None:
@@ -222,6 +259,12 @@ def test_tool(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "743.6 M" in text and "1.29e+20" in text and "ffn.structure=lowrank ffn.rank=512" in text
     assert max(len(line) for line in text.splitlines()) < 160
+    main([str(RUNS / "xl_lowrank_32_guided.yaml"), "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert float(f"{plan['training_flops']:.2e}") == 2.10e20 and plan["steps"] == {"total": 69627, "guided": 20990}
+    assert plan["memory_bytes"]["guides"] > plan["memory_bytes"]["weights"]
+    main([str(RUNS / "xl_lowrank_32_guided.yaml")])
+    assert "the first 20,990 of 69,627 guided" in capsys.readouterr().out
     main([str(RUNS / "m_wide_lowrank_63.yaml"), "--json", "--dense", str(RUNS / "m_gqa.yaml")])
     assert json.loads(capsys.readouterr().out)["guided_fraction"] == pytest.approx(0.40, abs=0.01)
     with pytest.raises(SystemExit) as stopped:

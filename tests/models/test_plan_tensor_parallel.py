@@ -13,6 +13,7 @@ from configs import tiny_config
 from megastruct.config.deepspeed import bucket_values
 from megastruct.config.schema import Config
 from megastruct.models.gpt import GPT, build_gpt
+from megastruct.models.guidance import Guidance
 from megastruct.models.loss import make_loss
 from megastruct.models.memory import block_activation_bytes, memory_bytes
 from megastruct.models.stages import pipeline_stages
@@ -84,7 +85,10 @@ def sent_by_a_micro_batch(configs: list[Config]) -> list[dict[str, int]]:
     """Bytes by operation of one forward and backward of the whole model."""
     tp, results = world(), []
     for config in configs:
-        model = build_gpt(config, tp)
+        guidance = Guidance(config, tp.size, 0, 1) if config.guided.schedule != "off" else None
+        model = build_gpt(config, tp, guidance)
+        if guidance:
+            guidance.start_step(0, 0.5)
         if config.training.precision == "bf16":
             model.bfloat16()
         ids = torch.randint(config.model.vocab_size, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -115,6 +119,21 @@ def test_bytes_sent_by_the_whole_model(tp: int) -> None:
             assert ("all_to_all" in sent) == with_blocks, case
 
 
+@pytest.mark.parametrize("skip", ["rows", "none"])
+def test_bytes_sent_with_guides(skip: str) -> None:
+    """Half of the rows in every guided forward, which is the mean; or all."""
+    cases = [(ffn, checkpointing) for ffn in sorted(set(FFNS) - {"dense"}) for checkpointing in (False, True)]
+    guided = {"guided": {"schedule": "fixedstep", "skip": skip, "levels": 2}}
+    configs = [
+        Config.model_validate({**config_for(2, ffn, activation_checkpointing=c).model_dump(), **guided})
+        for ffn, c in cases
+    ]
+    for results in run_ranks(2, sent_by_a_micro_batch, configs):
+        for case, config, sent in zip(cases, configs, results, strict=True):
+            planned = tensor_parallel_bytes(config, pipeline_stages(config)[0], dp_size=1)
+            assert planned["guides"] > 0 and sum(sent.values()) == sum(planned.values()), case
+
+
 def test_bytes_by_purpose() -> None:
     """By hand: 4 blocks, the first one dense, 16 tokens, 8 micro-batches, 2 ranks, bf16; d = 16, R = 8, f = 48."""
     config = config_for(2, precision="bf16", global_batch_size=16)
@@ -124,6 +143,7 @@ def test_bytes_by_purpose() -> None:
     assert tensor_parallel_bytes(config, stage, dp_size=1) == {
         "attention": passes * 4 * 2 * 16,
         "ffn": passes * (2 * 16 + 3 * 2 * 8),
+        "guides": 0,
         "vocabulary": passes * 2 * 16 + 8 * 3 * 4 * 16,
         "replicated_gradients": 8 * 2 * replicated,
     }

@@ -1,0 +1,162 @@
+"""A run as a Slurm job, through submitit: one task per node starts the ranks of its node; preemption requeues it.
+
+submitit pickles the job into its own folder and loads it on the nodes: the folder is made for its owner alone.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.helpers import DelayedSubmission
+
+from megastruct.errors import EXIT_CODE_START_AGAIN, Problem, UserError
+
+FIRST_PORT, NUM_PORTS = 20_000, 10_000  # a job's number picks one, so that all of its nodes have the same
+SIGNAL_SECONDS = 2.0  # between the signal's arrival at the ranks and at the task above them
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What is asked of Slurm. `gpus_per_node`: also the processes; `slurm`: more of sbatch's options, by name."""
+
+    nodes: int
+    gpus_per_node: int
+    minutes: int
+    name: str
+    folder: Path
+    uses_gpus: bool
+    cpus_per_task: int | None = None
+    signal_seconds: int = 120
+    max_timeouts: int = 1000
+    slurm: dict[str, Any] | None = None
+
+
+class TrainingJob:
+    """What runs on every node of a job. Called and asked for its checkpoint by submitit."""
+
+    def __init__(self, arguments: list[str], nodes: int, processes_per_node: int) -> None:
+        """`arguments`: config and overrides, as for `megastruct.start`."""
+        self.arguments, self.nodes, self.processes = arguments, nodes, processes_per_node
+        self.process: Any = None
+        self.code: int | None = None
+
+    def __call__(self) -> str:
+        """Train, and return when the run is finished or was stopped by a user. Raises RuntimeError if it failed."""
+        self.process = subprocess.Popen(self.command(submitit.JobEnvironment()))
+        threading.Thread(target=self._note_end, daemon=True).start()
+        self._wait()
+        if self.code == EXIT_CODE_START_AGAIN:
+            time.sleep(SIGNAL_SECONDS)  # if it was preemption, `checkpoint` is called now, and requeues
+            return "stopped"
+        if self.code:
+            raise RuntimeError(f"the run ended with exit code {self.code}; its output says why")
+        return "finished"
+
+    def checkpoint(self) -> DelayedSubmission:
+        """The time is over or another job comes first: save, end, and be started again with the same arguments."""
+        if self.process is not None:
+            self.process.terminate()
+            self._wait()
+            if self.code not in (0, EXIT_CODE_START_AGAIN):
+                raise RuntimeError(f"not requeued: the run ended with exit code {self.code} instead of saving")
+        return DelayedSubmission(TrainingJob(self.arguments, self.nodes, self.processes))
+
+    def command(self, environment: Any) -> list[str]:
+        """The start of this node's ranks; with several nodes every node starts its own, without ssh."""
+        command = [sys.executable, "-u", "-m", "megastruct.start", *self.arguments]
+        command += ["--num-gpus", str(self.processes)]
+        if self.nodes == 1:
+            return command
+        hosts, node = environment.hostnames, environment.node
+        hostfile = Path(environment.paths.folder) / f"hosts.{node}"
+        hostfile.write_text("".join(f"{host} slots={self.processes}\n" for host in hosts), encoding="utf-8")
+        port = FIRST_PORT + int(environment.raw_job_id) % NUM_PORTS
+        command += ["--hostfile", str(hostfile), "--node-rank", str(node)]
+        return [*command, "--master-addr", hosts[0], "--master-port", str(port)]
+
+    def _note_end(self) -> None:
+        self.code = self.process.wait()
+
+    def _wait(self) -> None:
+        """Without a lock: a signal's handler waits here, too, in the middle of the other waiting."""
+        while self.code is None:
+            time.sleep(0.1)
+
+
+class _AnySlurm(submitit.SlurmExecutor):
+    """Writes its job file also where Slurm is not installed."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 1
+
+
+def job_text(resources: Resources, job: TrainingJob) -> str:
+    """What `submit` would hand to sbatch, and what the job would run."""
+    executor = _slurm(resources, _AnySlurm)
+    text = executor._make_submission_file_text(executor._submitit_command_str, "dry")
+    return f"{text}\n# on each of {resources.nodes} nodes:\n#   megastruct.start {job.arguments!r}\n"
+
+
+def submit(resources: Resources, job: TrainingJob) -> submitit.Job[str]:
+    """Submit to Slurm. Raises UserError where it is not installed or refuses the job."""
+    try:
+        executor = _slurm(resources, submitit.SlurmExecutor)
+    except RuntimeError as error:
+        raise UserError(Problem("sbatch", str(error), "--dry-run to see the job, --local to run it here")) from None
+    _private(resources.folder)
+    try:
+        return executor.submit(job)
+    except (FailedJobError, FailedSubmissionError) as error:
+        found = (str(error).strip().splitlines() or ["refused"])[-1]
+        raise UserError(Problem("sbatch", found, "--dry-run shows what was submitted")) from None
+
+
+def run_here(resources: Resources, job: TrainingJob) -> submitit.Job[str]:
+    """The same job on this machine, in the background, requeued as Slurm would. One node."""
+    if resources.nodes > 1:
+        raise UserError(Problem("--nodes", f"{resources.nodes} with --local", "--nodes 1"))
+    _private(resources.folder)
+    executor = submitit.LocalExecutor(resources.folder, max_num_timeout=resources.max_timeouts)
+    executor.update_parameters(
+        timeout_min=resources.minutes,
+        gpus_per_node=resources.gpus_per_node if resources.uses_gpus else 0,
+        tasks_per_node=1,
+        signal_delay_s=resources.signal_seconds,
+        stderr_to_stdout=True,
+    )
+    return executor.submit(job)
+
+
+def _slurm(resources: Resources, kind: type[submitit.SlurmExecutor]) -> submitit.SlurmExecutor:
+    executor = kind(resources.folder, max_num_timeout=resources.max_timeouts)
+    parameters = {
+        "job_name": resources.name,
+        "time": resources.minutes,
+        "nodes": resources.nodes,
+        "ntasks_per_node": 1,
+        "gpus_per_node": resources.gpus_per_node if resources.uses_gpus else None,
+        "cpus_per_task": resources.cpus_per_task,
+        "signal_delay_s": resources.signal_seconds,
+        "stderr_to_stdout": True,
+        "additional_parameters": {"requeue": True, **(resources.slurm or {})},
+    }
+    executor._internal_update_parameters(**{key: value for key, value in parameters.items() if value is not None})
+    return executor
+
+
+def _private(folder: Path) -> None:
+    """Raises UserError if the folder cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise UserError(Problem("run.folder", f"{folder}: {error.strerror}", "run.folder=runs")) from None

@@ -1,0 +1,74 @@
+"""Steps that must not count: a loss or a gradient that is not finite, and a loss that is suddenly far too high."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from statistics import median
+from typing import Any
+
+from megastruct.config.schema import Config
+from megastruct.errors import Problem, UserError
+from megastruct.training.run_folder import finished_steps, run_folder
+
+
+class Divergence:
+    """What has gone wrong in a run so far; the same on all ranks, and kept in its checkpoints."""
+
+    def __init__(self, config: Config, state: dict[str, Any]) -> None:
+        """`state`: a checkpoint's, or empty."""
+        self.config = config
+        self.skipped_steps: int = state.get("skipped_steps", 0)
+        self.spikes: int = state.get("spikes", 0)
+        self.skipped_data_steps: int = state.get("skipped_data_steps", 0)  # how far the data is ahead of the steps
+        self.recent_losses: deque[float] = deque(
+            state.get("recent_losses", []), maxlen=config.reliability.spike_window_steps
+        )
+
+    @property
+    def state(self) -> dict[str, Any]:
+        state = {"skipped_steps": self.skipped_steps}
+        if self.config.reliability.spike_factor:
+            state |= {"spikes": self.spikes, "recent_losses": list(self.recent_losses)}
+        return state | {"skipped_data_steps": self.skipped_data_steps}
+
+    def note(self, step: int, loss: float, gradient_norm: float) -> bool:
+        """Count a step that the optimizer skipped, because the norm is not finite; `step`: with it finished ones.
+
+        Returns whether the loss is a spike. Raises UserError on all ranks when either is one too many, or where the
+        gradient does not show what the loss does: before weights that are lost take the place of a good checkpoint.
+        """
+        if math.isfinite(loss) and math.isfinite(gradient_norm):
+            return self._is_spike(step, loss)
+        limit = self.config.reliability.max_skipped_steps
+        self.skipped_steps += 1
+        if self.skipped_steps <= limit and not math.isfinite(gradient_norm):
+            return False
+        found = f"the loss is {loss} and the gradient norm {gradient_norm} at step {step}"
+        if limit:
+            found += f", skipped step {self.skipped_steps} of the run (reliability.max_skipped_steps = {limit})"
+        raise self._end(found)
+
+    def went_back(self, from_step: int, to_step: int, state: dict[str, Any]) -> Divergence:
+        """After a spike at `from_step`: what holds with the checkpoint of `to_step` and the data that comes next."""
+        back = Divergence(self.config, state)
+        back.spikes = self.spikes + 1
+        back.skipped_data_steps = self.skipped_data_steps + from_step - to_step
+        return back
+
+    def _is_spike(self, step: int, loss: float) -> bool:
+        """A loss that is none is one of the next ones' median; before there are enough for it, none is."""
+        limits = self.config.reliability
+        full = len(self.recent_losses) == self.recent_losses.maxlen
+        if limits.spike_factor and full and loss > limits.spike_factor * median(self.recent_losses):
+            if self.spikes < limits.max_spikes:
+                return True
+            found = f"the loss is {loss:.4g} at step {step}, {limits.spike_factor:g} x its median or more, after"
+            raise self._end(f"{found} {self.spikes} returns (reliability.max_spikes = {limits.max_spikes})")
+        self.recent_losses.append(loss)
+        return False
+
+    def _end(self, found: str) -> UserError:
+        saved = f"step {finished_steps(self.config)} is saved in {run_folder(self.config)}"
+        suggestion = f"a lower optimizer.learning_rate or a longer warm-up, as another run ({saved})"
+        return UserError(Problem("training", found, suggestion), on_all_ranks=True)

@@ -1,0 +1,109 @@
+"""Jobs: what would be submitted, and the same job run here, preempted and requeued."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from forked import train_forked
+from processes import ROOT, environment, last_step, losses
+
+RUN = ("parallel.pp=2", "training.num_steps=60", "checkpoint.interval_steps=0", "evaluation.num_samples=0")
+RUN += ("hardware.device=cpu",)
+
+
+def command(config: Path, *arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "tools" / "submit.py"), str(config), *arguments]
+
+
+def run(config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(config, *arguments), capture_output=True, text=True, env=environment(), timeout=60)
+
+
+def test_a_dry_run_shows_the_job_and_leaves_nothing(config: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    options = ("--nodes", "2", "--gpus-per-node", "4", "--time", "1-02:00:30", "--partition", "a; touch /tmp/x")
+    options += ("--slurm", "exclude=n[1-3]", "--signal-seconds", "300")
+    options += ("training.global_batch_size=16", "evaluation.num_samples=16")
+    result = run(config, *options, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    for line in (
+        "#SBATCH --nodes=2",
+        "#SBATCH --ntasks-per-node=1",
+        "#SBATCH --gpus-per-node=4",
+        "#SBATCH --time=1561",
+        "#SBATCH --signal=USR2@300",
+        "#SBATCH --requeue",
+        "#SBATCH --job-name=test",
+        "#SBATCH --partition='a; touch /tmp/x'",
+        "#SBATCH --exclude='n[1-3]'",
+    ):
+        assert line in lines, f"{line}\n{result.stdout}"
+    srun = next(line for line in lines if line.startswith("srun "))
+    assert shlex.split(srun)[-4:] == ["-u", "-m", "submitit.core._submit", str(tmp_path / "runs" / "test" / "jobs")]
+    assert [path for path in sorted(tmp_path.rglob("*")) if path not in before and path.name != ".lock"] == [
+        tmp_path / "runs",
+        tmp_path / "runs" / "test",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--time", "soon"], "--time"),
+        (["--time", "60", "--nodes", "3"], "training.global_batch_size"),
+        (["--time", "60", "--slurm", "exclude"], "--slurm"),
+        (["--time", "60", "--nodes", "2", "--local"], "--nodes 1"),
+        (["--time", "60"], "--dry-run"),  # no Slurm here
+    ],
+)
+def test_mistakes(config: Path, options: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if part == "--dry-run" and any(Path(folder, "srun").exists() for folder in os.environ["PATH"].split(":")):
+        pytest.skip("Slurm is installed")
+    spec = importlib.util.spec_from_file_location("submit", ROOT / "tools" / "submit.py")
+    assert spec and spec.loader
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    with pytest.raises(SystemExit) as exit_:
+        tool.main([str(config), "--gpus-per-node", "2", *options])
+    assert exit_.value.code == 2
+    assert part in capsys.readouterr().err
+
+
+def test_preempted_saved_requeued_finished(config: Path, tmp_path: Path) -> None:
+    """The signal of a preemption, to the job's task as Slurm sends it; afterwards all is as without it."""
+    folder = tmp_path / "runs" / "test"
+    options = ("--gpus-per-node", "2", "--time", "60", "--local")
+    submitted = subprocess.Popen(
+        command(config, *RUN, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while last_step(folder) < 3:
+            assert submitted.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        children = psutil.Process(submitted.pid).children(recursive=True)
+        task = next(child for child in children if "submitit.core._submit" in child.cmdline())
+        task.send_signal(signal.SIGUSR2)
+        output, errors = submitted.communicate(timeout=120)
+    finally:
+        submitted.kill()
+    log = next((folder / "jobs").glob("*_log.out")).read_text()
+    assert submitted.returncode == 0 and output.splitlines()[-1] == "finished", f"{output}{errors}{log}"
+    assert "this job is" in log and "Requeued job" in log, log
+    assert log.count("the same command resumes") == 1 and "resuming after step" in log, log
+    assert stat.S_IMODE((folder / "jobs").stat().st_mode) == 0o700
+
+    train_forked(tmp_path, tmp_path / "runs" / "undisturbed", 2, config, *RUN, "run.name=undisturbed")
+    assert losses(folder) == losses(tmp_path / "runs" / "undisturbed")

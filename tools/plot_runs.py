@@ -1,0 +1,82 @@
+"""Curves of runs side by side as a PNG: python tools/plot_runs.py runs/dense runs/lowrank --output curves.png."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megastruct.errors import Problem, UserError, user_errors_exit
+
+WIDTH, HEIGHT = 8.0, 5.0  # inches of one panel
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders; their names become the labels")
+    parser.add_argument("--metric", action="append", help="keys of metrics.jsonl, a panel each [validation_loss]")
+    parser.add_argument("--x", default="tokens", help="key of the horizontal axis [tokens]; step is one, too")
+    parser.add_argument("--output", type=Path, default=Path("curves.png"))
+    args = parser.parse_args(argv)
+    with user_errors_exit():
+        plot(args.runs, args.metric or ["validation_loss"], args.x, args.output)
+    print(args.output)
+
+
+def plot(runs: Sequence[Path], metrics: Sequence[str], x: str, output: Path) -> None:
+    """Raises UserError for a folder without metrics, or a metric that no run has."""
+    records = _read_all(runs)
+    keys = {key for run in records for record in run for key, value in record.items() if _is_number(value)}
+    known = ", ".join(sorted(keys))
+    unknown = [
+        Problem("--x" if key == x else "--metric", f"no run has {key}", f"one of {known}")
+        for key in dict.fromkeys((*metrics, x))
+        if key not in keys
+    ]
+    if unknown:
+        raise UserError(unknown)
+    import matplotlib  # seconds, not before it is needed
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(metrics), 1, squeeze=False, figsize=(WIDTH, HEIGHT * len(metrics)))
+    for axis, metric in zip(axes[:, 0], metrics, strict=True):
+        for run, of_run in zip(runs, records, strict=True):
+            points = [(r[x], r[metric]) for r in of_run if _is_number(r.get(x)) and _is_number(r.get(metric))]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=run.name, linewidth=1.2)
+        axis.set_xlabel(x)
+        axis.set_ylabel(metric)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    try:
+        figure.savefig(output, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(Problem("--output", f"{output}: {error}", "--output curves.png")) from None
+    pyplot.close(figure)
+
+
+def _read_all(runs: Sequence[Path]) -> list[list[dict[str, Any]]]:
+    problems, records = [], []
+    for run in runs:
+        try:
+            lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            records.append([json.loads(line) for line in lines if line.endswith("\n")])  # the last one may be half
+        except (OSError, ValueError) as error:
+            found = f"no readable metrics.jsonl: {getattr(error, 'strerror', None) or error}"
+            problems.append(Problem(str(run), found, "a run folder, for example runs/quickstart"))
+    if problems:
+        raise UserError(problems)
+    return records
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+if __name__ == "__main__":
+    main()

@@ -137,6 +137,23 @@ def test_a_damaged_shard_is_the_same_message_as_without_workers(tmp_path, tokeni
     assert time.monotonic() - start < 20  # damage does not pass, so nobody waits for it
 
 
+def test_a_stream_that_failed_does_not_end_the_others_of_its_worker(tmp_path, tokenizer_path):
+    """The two chunks that are wanted ahead: the failure answers both, and the other stream goes on."""
+    good = shard_at(write_parquet(tmp_path / "good.parquet", [text for text in make_texts(0) if text]))
+    (tmp_path / "bad.parquet").write_bytes(b"no parquet")
+    sources = [source_of([shard], tokenizer_path) for shard in (shard_at(tmp_path / "bad.parquet"), good)]
+    owner = Owner()
+    chunks = open_chunks(owner, sources, {(0, 0): START, (1, 0): START}, 1)
+    worker = worker_of(chunks)
+    wait_for(lambda: worker.queues[0, 0].qsize() == CHUNKS_AHEAD)
+    for _ in range(5):
+        assert next(chunks[1, 0])
+    for _ in range(3):
+        with pytest.raises(UserError, match=r"bad\.parquet"):
+            next(chunks[0, 0])
+    assert worker.process.poll() is None
+
+
 # Sources that fail ------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from fsspec import AbstractFileSystem
 
-from megastruct.data import Tokenizer, merge_cursors
+from megastruct.data import Tokenizer, merge_cursors, text_workers
 from megastruct.data.patience import read_patiently
 from megastruct.data.source import TextShard
 from megastruct.data.text_stream import START, TextSource
@@ -249,18 +249,24 @@ def test_a_source_that_stays_away_is_named_when_patience_ends(tmp_path, tokenize
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_source_that_hangs_is_named_when_patience_ends(tmp_path, tokenizer_path, num_workers):
+def test_a_source_that_hangs_is_named_when_patience_ends(tmp_path, tokenizer_path, num_workers, monkeypatch):
     """A pipe that nobody writes to: opening it neither succeeds nor fails."""
+    monkeypatch.setattr(text_workers, "_LEAST_LIMIT_SECONDS", 1.0)
     os.mkfifo(tmp_path / "a.jsonl")
     owner = Owner()
     source = source_of([shard_at(tmp_path / "a.jsonl")], tokenizer_path, 2.0)
     chunks = open_chunks(owner, [source], {(0, 0): START}, num_workers)
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"a\.jsonl: gave no document for 2 s .*does not answer"):
+    with pytest.raises(UserError, match=r"a\.jsonl: gave no document for 3 s .*does not answer"):
         next(chunks[0, 0])
     assert 2 < time.monotonic() - start < 20
     if not num_workers:
         (tmp_path / "a.jsonl").open("w").close()  # lets the thread go
+
+
+@pytest.mark.parametrize("patience_seconds, limit_seconds", [(0.0, 60.0), (30.0, 60.0), (300.0, 450.0)])
+def test_little_patience_with_failures_leaves_time_to_work(patience_seconds, limit_seconds):
+    assert text_workers._limit_seconds(patience_seconds) == limit_seconds
 
 
 def test_a_file_that_was_removed_is_said_at_once(tmp_path):

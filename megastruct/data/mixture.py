@@ -1,15 +1,20 @@
 """Several sources in one order: which source a global sample comes from, and which of its own samples it is.
 
     sample:   0  1  2  3  4  5  6  7 ...      weights 3 : 1
-    source:   a  a  b  a  a  a  b  a ...      a pattern of `period` samples, repeated
-    its own:  0  1  0  2  3  4  1  5 ...
+    source:   a  b  a  a  a  b  a  a ...      a pattern of `period` samples, repeated
+    its own:  0  0  1  2  3  1  4  5 ...
 
-Every prefix of the order has each source's share to within a sample or so; nothing is drawn, so nothing is kept, and
+Every prefix of the order has each source's share to less than one sample; nothing is drawn, so nothing is kept, and
 any sample is found without those before it. Pure functions, no I/O.
+
+Source k's sample j of a period may come from position j * period / counts[k] on, and is due at (j + 1) * period /
+counts[k]; every position is given to the sample that is due first among those that may come (R. Tijdeman, "The chairman
+assignment problem", 1980: no source is ever a whole sample from its share, however many there are).
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -19,6 +24,7 @@ import numpy as np
 from megastruct.data.order import streams_of_rank
 
 _MAX_PERIOD = 1 << 16
+_DUE_BITS = 40
 _MAX_SEARCHED = 1 << 20
 
 
@@ -41,11 +47,7 @@ class Mixture:
         self.num_sources = len(weights)
         self.counts = np.array(_counts(weights), dtype=np.int64)
         self.period = int(self.counts.sum())
-        # Source k's sample j belongs at (j + 1/2) / counts[k] of the period. Equal fractions are equal floats, and
-        # different ones far apart; the first source comes first.
-        middles = np.concatenate([(2 * np.arange(count) + 1) / (2 * count) for count in self.counts])
-        owners = np.repeat(np.arange(self.num_sources), self.counts)
-        self._sources = owners[np.lexsort((owners, middles))]  # [period]
+        self._sources = np.array(_dealt(self.counts.tolist()), dtype=np.int64)  # [period]
         self._indices = np.empty(self.period, dtype=np.int64)  # of each sample of a period among those of its source
         for source in range(self.num_sources):
             self._indices[self._sources == source] = np.arange(self.counts[source])
@@ -106,3 +108,27 @@ def _counts(weights: Sequence[float]) -> list[int]:
     for k in by_remainder[: max(0, _MAX_PERIOD - sum(counts))]:
         counts[k] += 1
     return counts
+
+
+def _dealt(counts: Sequence[int]) -> list[int]:
+    """The source of each position of a period; of equal claims the first source's goes first."""
+    period = sum(counts)
+
+    def due_of(source: int) -> int:
+        # Different fractions differ by at least 1 / _MAX_PERIOD**2, so that their order is that of these numbers.
+        return ((given[source] + 1) << _DUE_BITS) // counts[source]
+
+    given = [0] * len(counts)
+    due = [(due_of(source), source) for source in range(len(counts))]  # of the samples that may come
+    heapq.heapify(due)
+    later: list[tuple[int, int]] = []  # of the others: (first position, source)
+    sources = []
+    for position in range(period):
+        while later and later[0][0] <= position:
+            _, source = heapq.heappop(later)
+            heapq.heappush(due, (due_of(source), source))
+        _, source = heapq.heappop(due)
+        sources.append(source)
+        given[source] += 1
+        heapq.heappush(later, (-(-given[source] * period // counts[source]), source))
+    return sources

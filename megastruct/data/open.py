@@ -96,7 +96,7 @@ def _open_token_sources(
     ]
     if problems:
         raise UserError(problems)
-    _check_one_tokenizer(opened)
+    _check_alike(opened)
     return [source for source, _ in opened], opened[0][1]
 
 
@@ -175,12 +175,22 @@ def _open_tokens(
     return TokenSource.open(folder, manifest, seq_length, vocab_size), tokenizer
 
 
-def _check_one_tokenizer(sources: list[tuple[TokenSource, Tokenizer]]) -> None:
+def _check_alike(sources: list[tuple[TokenSource, Tokenizer]]) -> None:
+    """One tokenizer and one split: a document of two folders is held out from both or from none."""
     (first, tokenizer), *others = sources
+    fraction = first.manifest.settings.validation_fraction
     for source, other in others:
         if other.fingerprint != tokenizer.fingerprint:
             found = f"{source.folder} was made with another tokenizer than {first.folder}"
             raise UserError(Problem("data.path", found, "make all folders with one tokenizer"))
+        own = source.manifest.settings.validation_fraction
+        if own != fraction:
+            found = (
+                f"{source.folder} was made with --validation-fraction {own}, {first.folder} with {fraction}: "
+                "documents that one holds out would be trained on from the other"
+            )
+            suggestion = f"make it again with --validation-fraction {fraction}"
+            raise UserError(Problem("data.path", found, suggestion))
 
 
 def _open_matching_tokenizer(folder: Path, manifest: Manifest, model: Path | None) -> Tokenizer:

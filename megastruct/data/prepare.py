@@ -178,7 +178,7 @@ def _begin(output: Path, tokenizer: Tokenizer, settings: Settings) -> None:
     for folder in (PROGRESS_NAME, *SPLITS):
         (output / folder).mkdir(exist_ok=True)
     write_atomically(path, settings.model_dump_json(indent=1).encode())
-    write_atomically(output / TOKENIZER_NAME, tokenizer.path.read_bytes())
+    write_atomically(output / TOKENIZER_NAME, tokenizer.content)
 
 
 def _jobs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -64,7 +65,7 @@ def _run_in_pool(jobs: list[ShardJob], num_workers: int, progress: _Progress) ->
     num_workers = min(num_workers, len(jobs))
     pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(counts,))
     try:
-        jobs_of = {pool.submit(_work, job): job for job in jobs}
+        jobs_of = {pool.submit(_work, pickle.dumps(job)): job for job in jobs}
         running: set[Future] = set(jobs_of)
         while running:
             done, running = wait(running, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
@@ -76,7 +77,7 @@ def _run_in_pool(jobs: list[ShardJob], num_workers: int, progress: _Progress) ->
                 except OutputError:
                     raise
                 except UserError as error:
-                    problems += error.problems
+                    problems += [problem for problem in error.problems if problem not in problems]
     except BrokenProcessPool:
         found = "a worker process died; it was killed from outside or the machine ran out of memory"
         suggestion = f"run the same command again, it goes on where it stopped; perhaps --workers {num_workers // 2}"
@@ -105,7 +106,10 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _work(job: ShardJob) -> ShardRecord:
+def _work(pickled_job: bytes) -> ShardRecord:
+    """`pickled_job`: what fails when the pool unpickles ends its process, here it is a message of the shard."""
+    job = pickle.loads(pickled_job)  # noqa: S301 - our own bytes
+
     def count(*parts: int) -> None:
         with _counts.get_lock():
             for index, part in enumerate(parts):

@@ -51,14 +51,18 @@ def serve(connection: Connection, sources: Sequence[TextSource], starts: dict[St
         name: tokenised_documents(sources[name[0]], name[1], start, watcher(name)) for name, start in starts.items()
     }
     wanted: deque[StreamName] = deque()
+    failures: dict[StreamName, UserError] = {}  # a stream that failed has ended: later wishes get the same answer
     while True:
         while not wanted or connection.poll():
             wanted.append(connection.recv())
         name = wanted.popleft()
         try:
-            connection.send(Chunk(name, next(streams[name])))
+            if name not in failures:
+                connection.send(Chunk(name, next(streams[name])))
         except UserError as error:
-            connection.send(Failed(name, error))
+            failures[name] = error
+        if name in failures:
+            connection.send(Failed(name, failures[name]))
 
 
 def main(descriptor: int) -> None:

@@ -26,6 +26,7 @@ from megastruct.data.text_worker import Chunk, Reading, StreamName
 from megastruct.errors import Problem, UserError
 
 CHUNKS_AHEAD = 2  # of a stream, of 64 documents each: about 160,000 tokens of web pages
+_LEAST_LIMIT_SECONDS = 60.0  # a chunk of long documents takes seconds, and so does the start of a process
 _ROOT = Path(__file__).resolve().parents[2]
 Chunks = Iterator[list[Placed]]
 
@@ -51,7 +52,7 @@ def open_chunks(
 
 def _limit_seconds(patience_seconds: float) -> float:
     """How long a reader may be silent: those that fail say so when their patience ends, this is for those that hang."""
-    return 1.5 * patience_seconds + 1.0
+    return max(1.5 * patience_seconds, _LEAST_LIMIT_SECONDS)
 
 
 class _Worker:
@@ -146,7 +147,7 @@ class _FromWorker(Chunks):
                 return self._worker.queues[self._name].get(timeout=max(0.0, left_seconds))
             except queue.Empty:
                 if self._worker.last_seconds <= last_seconds:
-                    return _silent(self._worker.reading, self._name, self._patience_seconds)
+                    return _silent(self._worker.reading, self._name, _limit_seconds(self._patience_seconds))
 
 
 def _threaded(
@@ -225,14 +226,14 @@ class ReadAhead(Chunks):
         except TimeoutError:
             if pending.done():  # an error of that class from below
                 raise
-            raise _silent(self._reading, self._name, self._patience_seconds) from None
+            raise _silent(self._reading, self._name, _limit_seconds(self._patience_seconds)) from None
         self._pending = self._pool.take_next(self.chunks)
         return chunk
 
 
-def _silent(reading: dict[StreamName, Reading], name: StreamName, patience_seconds: float) -> UserError:
+def _silent(reading: dict[StreamName, Reading], name: StreamName, silent_seconds: float) -> UserError:
     """What is said of a source that neither answers nor fails."""
     if name not in reading:
-        found = f"stream {name[1]} gave no document for {patience_seconds:g} s"
+        found = f"stream {name[1]} gave no document for {silent_seconds:g} s"
         return UserError(Problem("data.path", found, "raise data.patience_seconds, or start again"))
-    return unreachable(reading[name].uri, patience_seconds, reading[name].failure or "it does not answer")
+    return unreachable(reading[name].uri, silent_seconds, reading[name].failure or "it does not answer")

@@ -7,9 +7,12 @@ the process.
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
+import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,15 +24,74 @@ _SPARE_DESCRIPTORS = 512  # for sockets, libraries, checkpoints
 _LEAST_OPEN = 32
 
 
-class TokenFiles:
-    """Files of `dtype` tokens without a header, opened when they are first read."""
+class Descriptors:
+    """Open files of several `TokenFiles`; the one that was used longest ago is closed when there are too many.
 
-    def __init__(self, paths: Sequence[Path], dtype: np.dtype, most_open: int | None = None) -> None:
+    `most_open`: how many at most; None for what the limits of the process leave to all files together.
+    """
+
+    def __init__(self, most_open: int | None = None) -> None:
+        self.lock = threading.RLock()  # held while a descriptor is in use; again by the collector in the same thread
+        self.open: OrderedDict[tuple[int, int], int] = OrderedDict()  # (owner, file) -> descriptor, by last use
+        self._most_open = most_open
+        self._limit = most_open or _LEAST_OPEN
+        self._num_files = self._num_owners = 0
+
+    def add_owner(self, num_files: int) -> int:
+        """The number of a new owner of so many files."""
+        with self.lock:
+            self._num_owners += 1
+            self._num_files += num_files
+            self._limit = self._most_open or _descriptors_for(self._num_files)
+            return self._num_owners
+
+    def remove_owner(self, owner: int, num_files: int) -> None:
+        """Close all files of `owner`."""
+        with self.lock:
+            self._num_files -= num_files
+            for key in [key for key in self.open if key[0] == owner]:
+                os.close(self.open.pop(key))
+
+    def get(self, owner: int, file: int, path: Path) -> int:
+        """The descriptor of a file, good until the lock is released. Raises OSError if it cannot be opened."""
+        descriptor = self.open.pop((owner, file), None)
+        if descriptor is None:
+            while len(self.open) >= self._limit:
+                self._close_oldest()
+            descriptor = self._open(path)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no neighbours of a row are wanted
+        self.open[owner, file] = descriptor
+        return descriptor
+
+    def _open(self, path: Path) -> int:
+        while True:
+            try:
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:  # others in this process, or on this machine, need more than was left to them
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self.open:
+                    raise
+                self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        os.close(self.open.popitem(last=False)[1])
+
+
+_OF_THIS_PROCESS = Descriptors()
+
+
+class TokenFiles:
+    """Files of `dtype` tokens without a header, opened when they are first read.
+
+    All of a process share its descriptors: a mixture has two of these for each of its sources.
+    """
+
+    def __init__(self, paths: Sequence[Path], dtype: np.dtype, descriptors: Descriptors = _OF_THIS_PROCESS) -> None:
         self._paths = paths
         self._dtype = dtype
-        self._most_open = most_open or _descriptors_for(len(paths))
-        self._open: dict[int, int] = {}  # file -> descriptor, the one that was used last at the end
-        weakref.finalize(self, _close_all, self._open)
+        self._descriptors = descriptors
+        self._owner = descriptors.add_owner(len(paths))
+        weakref.finalize(self, descriptors.remove_owner, self._owner, len(paths))
 
     def read(self, file: int, offset: int, num_tokens: int) -> np.ndarray:
         """`num_tokens` tokens of `file` from token `offset` on, [num_tokens] of the files' dtype.
@@ -39,12 +101,14 @@ class TokenFiles:
         """
         size, start = num_tokens * self._dtype.itemsize, offset * self._dtype.itemsize
         try:
-            content = os.pread(self._descriptor(file), size, start)
-            while content and len(content) < size:  # a signal, or a file system that answers in parts
-                more = os.pread(self._descriptor(file), size - len(content), start + len(content))
-                if not more:
-                    break
-                content += more
+            with self._descriptors.lock:
+                descriptor = self._descriptors.get(self._owner, file, self._paths[file])
+                content = os.pread(descriptor, size, start)
+                while content and len(content) < size:  # a signal, or a file system that answers in parts
+                    more = os.pread(descriptor, size - len(content), start + len(content))
+                    if not more:
+                        break
+                    content += more
         except OSError as error:
             raise UserError(Problem(str(self._paths[file]), f"cannot be read ({error.strerror})")) from None
         if len(content) < size:
@@ -60,24 +124,15 @@ class TokenFiles:
             return
         try:
             start, size = offset * self._dtype.itemsize, num_tokens * self._dtype.itemsize
-            os.posix_fadvise(self._descriptor(file), start, size, os.POSIX_FADV_WILLNEED)
+            with self._descriptors.lock:
+                descriptor = self._descriptors.get(self._owner, file, self._paths[file])
+                os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_WILLNEED)
         except OSError:
             pass
 
-    def _descriptor(self, file: int) -> int:
-        descriptor = self._open.pop(file, None)
-        if descriptor is None:
-            while len(self._open) >= self._most_open:
-                os.close(self._open.pop(next(iter(self._open))))
-            descriptor = os.open(self._paths[file], os.O_RDONLY | os.O_CLOEXEC)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no neighbours of a row are wanted
-        self._open[file] = descriptor
-        return descriptor
-
 
 def _descriptors_for(num_files: int) -> int:
-    """How many files to hold open; asks for a higher limit of the process where that is allowed."""
+    """How many of `num_files` files to hold open; asks for a higher limit of the process where that is allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return max(1, num_files)
@@ -90,8 +145,3 @@ def _descriptors_for(num_files: int) -> int:
         except (OSError, ValueError):
             pass
     return max(_LEAST_OPEN, min(num_files, (soft - _SPARE_DESCRIPTORS) // 2))
-
-
-def _close_all(descriptors: dict[int, int]) -> None:
-    for descriptor in descriptors.values():
-        os.close(descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ class Tokenizer:
         path: absolute path of the model file.
         vocab_size: number of ids; all ids are in [0, vocab_size).
         eod_id: the end-of-document id (the model's `</s>`); it follows every document and never occurs inside one.
-        fingerprint: sha256 of the file in hex.
+        content: the file's bytes as they were read.
+        fingerprint: sha256 of them in hex.
         processor: the SentencePiece library's object.
 
     Raises:
@@ -38,17 +40,17 @@ class Tokenizer:
         """`where` names the key or option that `path` came from in error messages."""
         self.path = Path(path).absolute()
         self._where = where
-        model = self._read()
+        self.content = self._read()
         self.processor = sentencepiece.SentencePieceProcessor()
         try:
-            self.processor.LoadFromSerializedProto(model)
+            self.processor.LoadFromSerializedProto(self.content)
         except RuntimeError:
             raise self._error("is not a SentencePiece model") from None
         self.vocab_size: int = self.processor.vocab_size()
         self.eod_id: int = self.processor.eos_id()
         if self.eod_id < 0:
             raise self._error("has no end-of-sentence id (</s>), which marks the end of a document")
-        self.fingerprint: str = hashlib.sha256(model).hexdigest()
+        self.fingerprint: str = hashlib.sha256(self.content).hexdigest()
         self._after_cut = self._form_after_cut()
         self._words = Words(self.processor) if is_word_by_word(self.processor) else None
 
@@ -78,7 +80,7 @@ class Tokenizer:
         return self.processor.decode(np.asarray(ids).tolist())
 
     def __reduce__(self):  # worker processes load the file themselves
-        return (Tokenizer, (self.path, self._where))
+        return (_load_same, (self.path, self._where, self.fingerprint))
 
     def _encode_parts(self, text: str) -> np.ndarray:
         parts = self._parts(text)
@@ -126,3 +128,13 @@ class Tokenizer:
         if self._where:
             return UserError(Problem(self._where, f"{self.path} {what}", f"give {_TRAIN_ONE}"))
         return UserError(Problem(str(self.path), what, f"give {_TRAIN_ONE}"))
+
+
+@lru_cache(maxsize=1)  # a worker process gets the same one with every shard
+def _load_same(path: Path, where: str, fingerprint: str) -> Tokenizer:
+    """The tokenizer that was pickled. Raises UserError if its file is another one now."""
+    tokenizer = Tokenizer(path, where)
+    if tokenizer.fingerprint != fingerprint:
+        found = f"{path} was replaced by another model while this run was using it"
+        raise UserError(Problem(where or str(path), found, "put the first one back, or start again with a new output"))
+    return tokenizer

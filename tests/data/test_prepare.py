@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megastruct.data import prepare as prepare_module
 from megastruct.data import prepare_workers
 from megastruct.data.manifest import Manifest, load_manifest, verify_files
+from megastruct.data.source import check_shards
 from slow_order import tokens_of
 from tiny_data import NUM_SHARDS, VALIDATION_FRACTION, make_texts, train_model, write_parquet
 from tools import prepare_data
@@ -126,6 +128,20 @@ def test_worker_that_dies_is_a_message(text_folder, tokenizer_path, tmp_path, ca
     monkeypatch.setattr(prepare_workers, "_start_worker", os._exit)  # called with the shared counts: exits at once
     error = refused(arguments_for(text_folder, tmp_path / "out", tokenizer_path, "--workers", "2"), capsys)
     assert "worker process died" in error and "Traceback" not in error
+
+
+def test_a_tokenizer_that_is_replaced_meanwhile_is_refused(text_folder, tokenizer_path, tmp_path, capsys, monkeypatch):
+    """Else workers that start later would write other ids under the same manifest."""
+    model, output = shutil.copy(tokenizer_path, tmp_path / "a.model"), tmp_path / "out"
+
+    def replace_and_check(*arguments):
+        train_model(model, vocab_size=300)
+        return check_shards(*arguments)
+
+    monkeypatch.setattr(prepare_module, "check_shards", replace_and_check)
+    error = refused(arguments_for(text_folder, output, model, "--workers", "2"), capsys)
+    assert "a.model was replaced" in error and error.count("try:") == 1 and "Traceback" not in error
+    assert (output / "tokenizer.model").read_bytes() == tokenizer_path.read_bytes()
 
 
 def test_other_settings_are_refused(token_folder, text_folder, tokenizer_path, tmp_path, capsys):

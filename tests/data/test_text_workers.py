@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from fsspec import AbstractFileSystem
 
-from megastruct.data import Tokenizer, merge_cursors
+from megastruct.data import Tokenizer, merge_cursors, text_workers
 from megastruct.data.patience import read_patiently
 from megastruct.data.source import TextShard
 from megastruct.data.text_stream import START, TextSource
@@ -137,6 +137,23 @@ def test_a_damaged_shard_is_the_same_message_as_without_workers(tmp_path, tokeni
     assert time.monotonic() - start < 20  # damage does not pass, so nobody waits for it
 
 
+def test_a_stream_that_failed_does_not_end_the_others_of_its_worker(tmp_path, tokenizer_path):
+    """The two chunks that are wanted ahead: the failure answers both, and the other stream goes on."""
+    good = shard_at(write_parquet(tmp_path / "good.parquet", [text for text in make_texts(0) if text]))
+    (tmp_path / "bad.parquet").write_bytes(b"no parquet")
+    sources = [source_of([shard], tokenizer_path) for shard in (shard_at(tmp_path / "bad.parquet"), good)]
+    owner = Owner()
+    chunks = open_chunks(owner, sources, {(0, 0): START, (1, 0): START}, 1)
+    worker = worker_of(chunks)
+    wait_for(lambda: worker.queues[0, 0].qsize() == CHUNKS_AHEAD)
+    for _ in range(5):
+        assert next(chunks[1, 0])
+    for _ in range(3):
+        with pytest.raises(UserError, match=r"bad\.parquet"):
+            next(chunks[0, 0])
+    assert worker.process.poll() is None
+
+
 # Sources that fail ------------------------------------------------------------------------------------------------
 
 
@@ -232,18 +249,24 @@ def test_a_source_that_stays_away_is_named_when_patience_ends(tmp_path, tokenize
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_source_that_hangs_is_named_when_patience_ends(tmp_path, tokenizer_path, num_workers):
+def test_a_source_that_hangs_is_named_when_patience_ends(tmp_path, tokenizer_path, num_workers, monkeypatch):
     """A pipe that nobody writes to: opening it neither succeeds nor fails."""
+    monkeypatch.setattr(text_workers, "_LEAST_LIMIT_SECONDS", 1.0)
     os.mkfifo(tmp_path / "a.jsonl")
     owner = Owner()
     source = source_of([shard_at(tmp_path / "a.jsonl")], tokenizer_path, 2.0)
     chunks = open_chunks(owner, [source], {(0, 0): START}, num_workers)
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"a\.jsonl: gave no document for 2 s .*does not answer"):
+    with pytest.raises(UserError, match=r"a\.jsonl: gave no document for 3 s .*does not answer"):
         next(chunks[0, 0])
     assert 2 < time.monotonic() - start < 20
     if not num_workers:
         (tmp_path / "a.jsonl").open("w").close()  # lets the thread go
+
+
+@pytest.mark.parametrize("patience_seconds, limit_seconds", [(0.0, 60.0), (30.0, 60.0), (300.0, 450.0)])
+def test_little_patience_with_failures_leaves_time_to_work(patience_seconds, limit_seconds):
+    assert text_workers._limit_seconds(patience_seconds) == limit_seconds
 
 
 def test_a_file_that_was_removed_is_said_at_once(tmp_path):

@@ -1,9 +1,12 @@
 """Pieces of many token files with few of them open, and a file that is cut under a running job."""
 
+import os
+import resource
+
 import numpy as np
 import pytest
 
-from megastruct.data.token_files import TokenFiles
+from megastruct.data.token_files import Descriptors, TokenFiles
 from megastruct.errors import UserError
 from test_readers import open_tiny
 
@@ -17,19 +20,47 @@ def paths(tmp_path):
 
 
 def test_pieces_are_right_and_few_files_are_open(paths):
-    files = TokenFiles(paths, np.dtype("<u2"), most_open=2)
+    descriptors = Descriptors(most_open=2)
+    both = [TokenFiles(paths, np.dtype("<u2"), descriptors) for _ in range(2)]  # two sources: one limit for both
     wholes = [np.fromfile(path, "<u2") for path in paths]
     rng = np.random.default_rng(1)
-    for _ in range(200):
+    for attempt in range(200):
+        files = both[attempt % 2]
         file, offset, count = rng.integers(0, 6), rng.integers(0, 900), rng.integers(1, 100)
         files.will_read(int(file), int(offset), int(count))
         piece = files.read(int(file), int(offset), int(count))
         np.testing.assert_array_equal(piece, wholes[file][offset : offset + count])
-        assert len(files._open) <= 2
+        assert len(descriptors.open) <= 2
+    del both, files
+    assert not descriptors.open
+
+
+def test_when_there_are_no_descriptors_left_the_oldest_is_closed(paths):
+    """Whatever else holds files open: here all that the process may have."""
+    files = TokenFiles(paths, np.dtype("<u2"), Descriptors(most_open=6))
+    wholes = [np.fromfile(path, "<u2") for path in paths]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files.read(0, 0, 10)
+    files.read(1, 0, 10)
+    highest = os.open(os.devnull, os.O_RDONLY)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
+    taken = [highest]
+    try:
+        try:
+            while True:  # below the limit there may be gaps
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        except OSError:
+            pass
+        for file in [*range(6), *range(6)]:
+            np.testing.assert_array_equal(files.read(file, 0, 1000), wholes[file])
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_file_that_is_cut_or_removed_is_named(paths):
-    files = TokenFiles(paths, np.dtype("<u2"), most_open=1)
+    files = TokenFiles(paths, np.dtype("<u2"), Descriptors(most_open=1))
     files.read(0, 0, 1000)
     with paths[0].open("r+b") as file:
         file.truncate(999)

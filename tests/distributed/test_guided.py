@@ -45,7 +45,11 @@ def alone(tmp_path_factory: Any) -> dict[str, Any]:
     return {skip: run(folder / skip, ALONE, guided={"skip": skip}) for skip in ("rows", "coin", "none")}
 
 
-@pytest.mark.parametrize(("topology", "zero"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("topology", "zero"),
+    always(LAYOUTS, [(Topology(2, 2), 1), (Topology(1, 2), 2), (Topology(1, 2), 3), (Topology(2, 1, 2), 1)]),
+    ids=str,
+)
 def test_every_layout_trains_as_one_process_does(tmp_path: Path, alone: Any, topology: Topology, zero: int) -> None:
     assert furthest(run(tmp_path, topology, zero), alone["rows"]) <= BOUNDS["fp32"]
 

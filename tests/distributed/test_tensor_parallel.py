@@ -67,7 +67,7 @@ def test_more_ranks_than_blocks(structure: str) -> None:
 
 @pytest.mark.parametrize(
     ("topology", "zero"),
-    [(Topology(2, 2, 2), 1), (Topology(2, 1, 2), 0), (Topology(1, 2, 2), 2), (Topology(1, 2, 2), 3)],
+    [(Topology(2, 2, 2), 1), soak(Topology(2, 1, 2), 0), soak(Topology(1, 2, 2), 2), (Topology(1, 2, 2), 3)],
     ids=str,
 )
 def test_every_zero_stage(topology: Topology, zero: int) -> None:

@@ -76,6 +76,7 @@ def test_killed_while_saving(config: Path, tmp_path: Path) -> None:
     assert not torn.exists() and complete(run) == ["step_00000021", "step_00000024"]
 
 
+@pytest.mark.soak
 def test_a_file_that_may_not_be_written(config: Path, tmp_path: Path) -> None:
     """The limit on file sizes stands for a full disk or a quota: the write is refused half-way."""
     run = tmp_path / "runs" / "test"
@@ -119,6 +120,7 @@ def test_a_full_disk(config: Path, small_disk: Path) -> None:
     assert [step for step, _ in losses(run)] == list(range(1, 13))
 
 
+@pytest.mark.soak
 def test_a_cut_off_checkpoint_is_passed_over(config: Path, tmp_path: Path) -> None:
     """Also the last one of a run that had finished."""
     assert start(config, "parallel.dp=2").returncode == 0

@@ -13,6 +13,7 @@ import pytest
 
 from megastruct.config import load_config
 from megastruct.metrics.writers import TENSORBOARD_TAGS
+from marks import soak
 from processes import (
     ROOT,
     Corpus,
@@ -96,7 +97,7 @@ def test_torchrun_gives_the_same_run(config: Path, tmp_path: Path) -> None:
     assert two == [(step, pytest.approx(loss, abs=1e-6)) for step, loss in alone]
 
 
-@pytest.mark.parametrize("kind", ["tokens", "text"])
+@pytest.mark.parametrize("kind", [soak("tokens"), "text"])  # tokens: test_guided_run.py, always
 def test_killed_and_resumed_is_the_undisturbed_run(config: Path, tmp_path: Path, corpus: Corpus, kind: str) -> None:
     """Bit for bit, killed three times: before the first checkpoint, between two, and about when one is written."""
     arguments = [config, "parallel.dp=2" if kind == "text" else "parallel.pp=2"]

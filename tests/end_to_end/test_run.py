@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from marks import soak
 from megastruct.config import load_config
 from megastruct.metrics.writers import TENSORBOARD_TAGS
-from marks import soak
 from processes import (
     ROOT,
     Corpus,

@@ -30,7 +30,7 @@ from megastruct.metrics.writers import Metrics, MetricWriter, Progress
 from megastruct.models.cost import training_flops_per_token
 from megastruct.models.steps import data_step, guided_steps, total_steps
 from megastruct.parallel.topology import Topology
-from megastruct.training.divergence import Divergence
+from megastruct.training.divergence import Divergence, is_way_back
 from megastruct.training.engine import Engine, build_engine
 from megastruct.training.guided_phase import end_guided_phase, guide_distances
 from megastruct.training.preflight import Data, preflight
@@ -125,11 +125,8 @@ class Run:
     def _went_back(self, loss: float) -> bool:
         """After a spike: to the newest checkpoint, and on with the data after the spike; false if there is no way."""
         cursor, checkpoint, spike = self._cursor(), find_checkpoint(self.config), self.step
-        if checkpoint is None:
+        if checkpoint is None or not is_way_back(self.config, spike, step_of(checkpoint), not self.engine.guidance):
             return False
-        to, base = step_of(checkpoint), self.config.training.base_steps
-        if to < base < spike or (to < guided_steps(self.config) and not self.engine.guidance):
-            return False  # before the data's second reading, or before the guides left
         self.step, _, state = resume(self.engine, checkpoint)
         self.divergence = self.divergence.went_back(spike, self.step, state)
         save(self.engine, self.step, cursor, self._state())  # a restart must not read the skipped data, either

@@ -43,7 +43,7 @@ from megastruct.training.resume import (
     save,
     start_save,
 )
-from megastruct.training.run_folder import finished_steps, lock_run_folder, run_folder, step_of, write_run_folder
+from megastruct.training.run_folder import lock_run_folder, run_folder, step_of, write_run_folder
 from megastruct.training.schedules import alpha, learning_rate
 
 
@@ -56,7 +56,7 @@ class Run:
         self.config, self.topology, self.data, self.device = config, topology, data, device
         self.stop, self.watch = stop, watch
         checkpoint = find_checkpoint(config)
-        first_step, eod_id = finished_steps(config) if checkpoint else 0, data.tokenizer.eod_id
+        first_step, eod_id = step_of(checkpoint) if checkpoint else 0, data.tokenizer.eod_id
         self.engine: Engine = build_engine(config, topology, device, first_step, eod_id)
         self.step, cursor, state = resume(self.engine, checkpoint)
         self.divergence = Divergence(config, state)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megastruct.checkpoint import intact
-from megastruct.checkpoint.checksums import checksum_of, read_manifest
+from megastruct.checkpoint.checksums import MANIFEST_FILE, checksum_of, manifest_text, read_manifest
 from megastruct.checkpoint.intact import newest_intact, newest_of_right_size, set_aside
 from megastruct.checkpoint.sharded import ShardedTensor
 from megastruct.checkpoint.store import load_tensors, save_checkpoint
@@ -165,4 +165,21 @@ def test_what_can_be_seen_without_reading(root: Path) -> None:
     flip_a_bit(root / "step_00000003")
     assert newest_of_right_size(root) == root / "step_00000003"
     cut_off(root / "step_00000003")
+    assert newest_of_right_size(root) == root / "step_00000002"
+
+
+def test_a_folder_that_is_set_aside_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 renames a damaged one while another rank still looks for the newest."""
+    for step in (2, 3):
+        folder = tmp_path / f"step_{step:08d}"
+        folder.mkdir()
+        (folder / MANIFEST_FILE).write_text(manifest_text({}))
+
+    def renamed_then(folder: Path) -> Any:
+        manifest = read_manifest(folder)
+        if folder.name.endswith("3"):
+            set_aside([folder])
+        return manifest
+
+    monkeypatch.setattr(intact, "read_manifest", renamed_then)
     assert newest_of_right_size(root) == root / "step_00000002"

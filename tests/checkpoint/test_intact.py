@@ -182,4 +182,4 @@ def test_a_folder_that_is_set_aside_while_it_is_read(tmp_path: Path, monkeypatch
         return manifest
 
     monkeypatch.setattr(intact, "read_manifest", renamed_then)
-    assert newest_of_right_size(root) == root / "step_00000002"
+    assert newest_of_right_size(tmp_path) == tmp_path / "step_00000002"

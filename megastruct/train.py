@@ -124,8 +124,13 @@ class Run:
 
     def _went_back(self, loss: float) -> bool:
         """After a spike: to the newest checkpoint, and on with the data after the spike; false if there is no way."""
-        cursor, checkpoint, spike = self._cursor(), find_checkpoint(self.config), self.step
-        if checkpoint is None or not is_way_back(self.config, spike, step_of(checkpoint), not self.engine.guidance):
+        cursor, spike, guides_left = self._cursor(), self.step, not self.engine.guidance
+        finish_save()  # it may be the newest
+        checkpoint = None  # to read all of its files only for a way back that there is
+        if is_way_back(self.config, spike, agreed_finished_steps(self.config), guides_left):
+            checkpoint = find_checkpoint(self.config)
+        if checkpoint is None or not is_way_back(self.config, spike, step_of(checkpoint), guides_left):
+            self.divergence.recent_losses.append(loss)  # else every loss after a lasting rise would be a spike
             return False
         self.step, _, state = resume(self.engine, checkpoint)
         self.divergence = self.divergence.went_back(spike, self.step, state)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megastruct.checkpoint import intact
+from megastruct.checkpoint import intact, store
 from megastruct.checkpoint.checksums import MANIFEST_FILE, checksum_of, manifest_text, read_manifest
 from megastruct.checkpoint.intact import newest_intact, newest_of_right_size, set_aside
 from megastruct.checkpoint.sharded import ShardedTensor
@@ -183,3 +183,22 @@ def test_a_folder_that_is_set_aside_while_it_is_read(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(intact, "read_manifest", renamed_then)
     assert newest_of_right_size(tmp_path) == tmp_path / "step_00000002"
+
+
+def test_the_checkpoint_before_comes_back_where_its_successor_cannot_be_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final, aside, replace = tmp_path / "step_00000003", tmp_path / ".step_00000003.writing", os.replace
+    for folder in (final, aside):
+        folder.mkdir()
+    (final / "mark").touch()
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(source) == aside:
+            raise OSError("refused")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="refused"):
+        store._publish(aside, final, {}, {}, keep=1)
+    assert (final / "mark").exists()

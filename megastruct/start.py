@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         if finished_steps(config):
             print(f"{folder}: resuming after step {finished_steps(config)}.")
+        if not args.node_rank:  # the first node's start: another's may come when the run is already asked to stop
+            (folder / STOP_FILE).unlink(missing_ok=True)
         stop_file = folder / STOP_FILE if options.by_ssh else None
         status = run_launcher(command, _environment(config, options.num_gpus), stop_file)
         if status:

@@ -30,7 +30,7 @@ from megastruct.metrics.writers import Metrics, MetricWriter, Progress
 from megastruct.models.cost import training_flops_per_token
 from megastruct.models.steps import data_step, guided_steps, total_steps
 from megastruct.parallel.topology import Topology
-from megastruct.training.divergence import Divergence
+from megastruct.training.divergence import Divergence, is_way_back
 from megastruct.training.engine import Engine, build_engine
 from megastruct.training.guided_phase import end_guided_phase, guide_distances
 from megastruct.training.preflight import Data, preflight
@@ -43,7 +43,7 @@ from megastruct.training.resume import (
     save,
     start_save,
 )
-from megastruct.training.run_folder import finished_steps, lock_run_folder, run_folder, step_of, write_run_folder
+from megastruct.training.run_folder import lock_run_folder, run_folder, step_of, write_run_folder
 from megastruct.training.schedules import alpha, learning_rate
 
 
@@ -56,7 +56,7 @@ class Run:
         self.config, self.topology, self.data, self.device = config, topology, data, device
         self.stop, self.watch = stop, watch
         checkpoint = find_checkpoint(config)
-        first_step, eod_id = finished_steps(config) if checkpoint else 0, data.tokenizer.eod_id
+        first_step, eod_id = step_of(checkpoint) if checkpoint else 0, data.tokenizer.eod_id
         self.engine: Engine = build_engine(config, topology, device, first_step, eod_id)
         self.step, cursor, state = resume(self.engine, checkpoint)
         self.divergence = Divergence(config, state)
@@ -124,12 +124,14 @@ class Run:
 
     def _went_back(self, loss: float) -> bool:
         """After a spike: to the newest checkpoint, and on with the data after the spike; false if there is no way."""
-        cursor, checkpoint, spike = self._cursor(), find_checkpoint(self.config), self.step
-        if checkpoint is None:
+        cursor, spike, guides_left = self._cursor(), self.step, not self.engine.guidance
+        finish_save()  # it may be the newest
+        checkpoint = None  # to read all of its files only for a way back that there is
+        if is_way_back(self.config, spike, agreed_finished_steps(self.config), guides_left):
+            checkpoint = find_checkpoint(self.config)
+        if checkpoint is None or not is_way_back(self.config, spike, step_of(checkpoint), guides_left):
+            self.divergence.recent_losses.append(loss)  # else every loss after a lasting rise would be a spike
             return False
-        to, base = step_of(checkpoint), self.config.training.base_steps
-        if to < base < spike or (to < guided_steps(self.config) and not self.engine.guidance):
-            return False  # before the data's second reading, or before the guides left
         self.step, _, state = resume(self.engine, checkpoint)
         self.divergence = self.divergence.went_back(spike, self.step, state)
         save(self.engine, self.step, cursor, self._state())  # a restart must not read the skipped data, either

@@ -64,7 +64,8 @@ def _manifest(folder: Path) -> tuple[dict[str, Checksum], str]:
     """(checksums by file, what is wrong with them or with the list of files)."""
     try:
         manifest = read_manifest(folder)
+        found = {path.name for path in folder.iterdir()}  # rank 0 may set the folder aside between the two
     except (OSError, ValueError) as error:
         return {}, f"no readable checksums: {error}"
-    unlisted = {path.name for path in folder.iterdir()} - set(manifest) - {MANIFEST_FILE}
+    unlisted = found - set(manifest) - {MANIFEST_FILE}
     return manifest, f"{min(unlisted)} has no checksum" if unlisted else ""

@@ -152,7 +152,12 @@ def _publish(aside: Path, final: Path, state: dict[str, Any], checksums: dict[st
     _write_synced(aside / MANIFEST_FILE, manifest_text(checksums))
     _sync_folder(aside)
     hidden = _hide(final) if final.exists() else None  # an equal step of an earlier attempt
-    os.replace(aside, final)
+    try:
+        os.replace(aside, final)
+    except OSError:
+        if hidden:  # it is complete, and may be the only one
+            os.replace(hidden, final)
+        raise
     _sync_folder(final.parent)
     if hidden:
         shutil.rmtree(hidden)

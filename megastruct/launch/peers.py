@@ -23,6 +23,7 @@ class Peer:
     link: socket.socket | None = None
     name: str = ""  # host and process
     step: int = 0
+    arrivals: int = 0  # at the begin of a step
     doing: str = ""  # where its main thread is
     goodbye: int | None = None  # the exit code it ends with; 0: all is well
     failed: bool = False  # a collective of it has failed

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -45,9 +46,11 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def watch(self, file: Path) -> None:
-        """Look for this file, too, on one rank; what an earlier stop left there is removed."""
+        """Look for this file, too, on one rank; what was left there before this process began is removed."""
         self.file = file
-        file.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if file.stat().st_mtime < psutil.Process().create_time():  # a later one asks this run, while it starts
+                file.unlink(missing_ok=True)
 
     def ask(self, device: torch.device) -> None:
         """Send this rank's answer to all, before a step; it travels while the step runs. Collective."""

@@ -5,6 +5,7 @@ submitit pickles the job into its own folder and loads it on the nodes: the fold
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -63,7 +64,8 @@ class TrainingJob:
     def checkpoint(self) -> DelayedSubmission:
         """The time is over or another job comes first: save, end, and be started again with the same arguments."""
         if self.process is not None:
-            self.process.terminate()
+            # Slurm may have signalled the run before: a second SIGTERM would end it at once, without saving.
+            self.process.send_signal(signal.SIGUSR1)
             self._wait()
             if self.code not in (0, EXIT_CODE_START_AGAIN):
                 raise RuntimeError(f"not requeued: the run ended with exit code {self.code} instead of saving")

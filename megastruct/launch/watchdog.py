@@ -39,7 +39,7 @@ class Watch:
     def __init__(self, process: Process, silence_seconds: float, collective_seconds: float) -> None:
         self.process, self.silence, self.patience = process, silence_seconds, collective_seconds
         self.tick = min(1.0, silence_seconds / 10)
-        self.step = 0
+        self.step, self.arrivals = 0, 0
         self._main = threading.main_thread().ident
         self._goodbye: int | None = None
         self.link: socket.socket | None = None  # to rank 0
@@ -49,6 +49,7 @@ class Watch:
     def arrived(self, step: int) -> None:
         """The main thread begins the step after `step` finished ones."""
         self.step = step
+        self.arrivals += 1  # last; it only grows, while a spike makes the step smaller
 
     def __enter__(self) -> Watch:
         if self.process.world_size == 1:
@@ -85,9 +86,9 @@ class Watch:
             time.sleep(2 * self.tick)
 
     def beat(self) -> str:
-        """A heartbeat: goodbye code or -, whether a collective failed, step, what the main thread does."""
+        """A heartbeat: goodbye code or -, whether a collective failed, step, arrivals, what the main thread does."""
         goodbye = "-" if self._goodbye is None else self._goodbye
-        return f"{goodbye} {int(self._failed)} {self.step} {place_of(self._main)}"
+        return f"{goodbye} {int(self._failed)} {self.step} {self.arrivals} {place_of(self._main)}"
 
     def _report(self, link: socket.socket) -> None:
         """On every rank but the first: send heartbeats, and wait for rank 0's answers or its word to end."""
@@ -146,7 +147,9 @@ class _Centre:
         now = time.monotonic()
         self.peers = [Peer(rank, now) for rank in range(watch.process.world_size)]
         self.peers[0].name = own_name()
-        self.late_since: tuple[int, float] | None = None  # the last ones' step, and since when others are ahead of it
+        self.late_since: tuple[int, float] | None = (
+            None  # the last ones' arrivals, and since when others are ahead of it
+        )
         self.failed_since: float | None = None
         self.selector = selectors.DefaultSelector()
         self.selector.register(listener, selectors.EVENT_READ)
@@ -201,9 +204,9 @@ class _Centre:
             self.peers[peer.rank] = peer
 
     def _note(self, peer: Peer, line: str) -> None:
-        goodbye, failed, step, doing = [*line.split(" ", 3), "", "", "", ""][:4]
+        goodbye, failed, step, arrivals, doing = [*line.split(" ", 4), "", "", "", "", ""][:5]
         peer.heard, peer.failed, peer.doing = time.monotonic(), failed == "1", doing
-        peer.step = int(step)
+        peer.step, peer.arrivals = int(step), int(arrivals)
         if goodbye != "-" and peer.goodbye is None:
             peer.goodbye = int(goodbye)
             if peer.goodbye:  # it has said why, or will: the others only end
@@ -216,18 +219,18 @@ class _Centre:
         for peer in here:
             if now - peer.heard > self.watch.silence:
                 self._end(silence_of(peer, self.watch.silence) + self._at(peer))
-        low = min((peer.step for peer in here), default=0)
-        ahead = [peer for peer in here if peer.step > low]
+        low = min((peer.arrivals for peer in here), default=0)
+        ahead = [peer for peer in here if peer.arrivals > low]
         if not ahead:
             self.late_since = None
         elif self.late_since is None or self.late_since[0] != low:
             self.late_since = low, now
         elif now - self.late_since[1] > self.watch.patience:
-            self._end(self._late([peer for peer in here if peer.step == low], low + 2))
+            self._end(self._late([peer for peer in here if peer.arrivals == low], min(peer.step for peer in ahead) + 1))
         failed = [peer for peer in here if peer.failed]
         self.failed_since = (self.failed_since or now) if failed else None
         if self.failed_since and now - self.failed_since > GRACE_SECONDS and len(failed) < len(here):
-            self._end(self._late([peer for peer in here if not peer.failed], low + 1))
+            self._end(self._late([peer for peer in here if not peer.failed], min(peer.step for peer in failed) + 1))
 
     def _late(self, peers: list[Peer], step: int) -> str:
         doing = "; ".join(f"{peer} is in {peer.doing}" for peer in peers[:8])

@@ -9,7 +9,18 @@ from typing import Any
 
 from megastruct.config.schema import Config
 from megastruct.errors import Problem, UserError
+from megastruct.models.steps import guided_steps
 from megastruct.training.run_folder import finished_steps, run_folder
+
+
+def is_way_back(config: Config, spike: int, to: int, guides_left: bool) -> bool:
+    """Whether a run can go back from a spike at step `spike` to the checkpoint of step `to`, 0 without one.
+
+    Not over the start of the data's second reading, where the reader begins anew and would undo what is left out; and
+    not to before the guides left.
+    """
+    over_the_start = to <= config.training.base_steps < spike
+    return to > 0 and not over_the_start and not (guides_left and to < guided_steps(config))
 
 
 class Divergence:
@@ -21,6 +32,8 @@ class Divergence:
         self.skipped_steps: int = state.get("skipped_steps", 0)
         self.spikes: int = state.get("spikes", 0)
         self.skipped_data_steps: int = state.get("skipped_data_steps", 0)  # how far the data is ahead of the steps
+        if state.get("step") == config.training.base_steps:  # from here on the data is read again, from its start
+            self.skipped_data_steps = 0
         self.recent_losses: deque[float] = deque(
             state.get("recent_losses", []), maxlen=config.reliability.spike_window_steps
         )

@@ -45,7 +45,7 @@ def step_of(checkpoint: Path) -> int:
 def check_run_folder(config: Config, data: dict[str, Any]) -> None:
     """Raises UserError if the folder cannot be written, is in use, or holds a run of another config or other data."""
     folder = run_folder(config)
-    lock_run_folder(config).close()
+    lock_run_folder(config, shared=True).close()  # all ranks ask at once: they must not refuse each other
     if not (folder / CONFIG_FILE).exists():
         return
     changes = changes_of_the_run(load_config(folder / CONFIG_FILE), config)
@@ -64,19 +64,20 @@ def check_run_folder(config: Config, data: dict[str, Any]) -> None:
         )
 
 
-def lock_run_folder(config: Config) -> IO[str]:
+def lock_run_folder(config: Config, shared: bool = False) -> IO[str]:
     """Make the folder and take its lock, which is held until the returned file is closed or the process ends.
 
+    `shared`: beside others that only ask. The one that trains has it alone.
     Raises UserError if the folder cannot be written or another process trains in it.
     """
     folder = run_folder(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("w", encoding="utf-8")
+        lock = (folder / LOCK_FILE).open("a+", encoding="utf-8")  # NFS wants it readable for a shared lock
     except OSError as error:
         raise UserError(Problem("run.folder", f"{folder}: {error.strerror}", "run.folder=runs")) from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
         found = f"another process trains in {folder}"

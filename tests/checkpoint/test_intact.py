@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megastruct.checkpoint import intact
-from megastruct.checkpoint.checksums import checksum_of, read_manifest
+from megastruct.checkpoint import intact, store
+from megastruct.checkpoint.checksums import MANIFEST_FILE, checksum_of, manifest_text, read_manifest
 from megastruct.checkpoint.intact import newest_intact, newest_of_right_size, set_aside
 from megastruct.checkpoint.sharded import ShardedTensor
 from megastruct.checkpoint.store import load_tensors, save_checkpoint
@@ -166,3 +166,39 @@ def test_what_can_be_seen_without_reading(root: Path) -> None:
     assert newest_of_right_size(root) == root / "step_00000003"
     cut_off(root / "step_00000003")
     assert newest_of_right_size(root) == root / "step_00000002"
+
+
+def test_a_folder_that_is_set_aside_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 renames a damaged one while another rank still looks for the newest."""
+    for step in (2, 3):
+        folder = tmp_path / f"step_{step:08d}"
+        folder.mkdir()
+        (folder / MANIFEST_FILE).write_text(manifest_text({}))
+
+    def renamed_then(folder: Path) -> Any:
+        manifest = read_manifest(folder)
+        if folder.name.endswith("3"):
+            set_aside([folder])
+        return manifest
+
+    monkeypatch.setattr(intact, "read_manifest", renamed_then)
+    assert newest_of_right_size(tmp_path) == tmp_path / "step_00000002"
+
+
+def test_the_checkpoint_before_comes_back_where_its_successor_cannot_be_renamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final, aside, replace = tmp_path / "step_00000003", tmp_path / ".step_00000003.writing", os.replace
+    for folder in (final, aside):
+        folder.mkdir()
+    (final / "mark").touch()
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(source) == aside:
+            raise OSError("refused")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="refused"):
+        store._publish(aside, final, {}, {}, keep=1)
+    assert (final / "mark").exists()

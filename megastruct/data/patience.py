@@ -8,12 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
+
 from megastruct.data.documents import Document, documents_or_error
 from megastruct.data.source import READ_ERRORS, TextShard, unreadable
 from megastruct.errors import Problem, UserError
 
 DEFAULT_PATIENCE_SECONDS = 300.0
 _MISTAKES = (ImportError, AttributeError, NameError, TypeError, AssertionError, MemoryError)  # of ours, or of a set-up
+_FINAL_STATUSES = (401, 403, 404)  # of HTTP: no access, or nothing there
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
 
 
@@ -48,6 +51,8 @@ def read_patiently(
             raise
         except Exception as error:  # the libraries below have no common class for what a network does
             if not may_pass(shard, error):
+                if not shard.is_local and _is_refused(error):
+                    raise _no_access(shard, error) from None
                 if isinstance(error, READ_ERRORS):
                     raise unreadable(shard, error) from None
                 raise
@@ -67,7 +72,8 @@ def read_patiently(
 def may_pass(shard: TextShard, error: BaseException) -> bool:
     """Whether an error may be the network's or the file system's, and not the file's."""
     if not shard.is_local:
-        return not isinstance(error, _MISTAKES)
+        final = (*_MISTAKES, pa.ArrowInvalid, FileNotFoundError)
+        return not isinstance(error, final) and not _is_refused(error)
     if isinstance(error, FileNotFoundError):
         return not Path(shard.uri).parent.is_dir()  # with its folder it may be a mount that comes back
     # Arrow and gzip speak of damage by an OSError without a number; the system always gives one.
@@ -79,6 +85,18 @@ def unreachable(uri: str, patience_seconds: float, reason: str) -> UserError:
     found = f"gave no document for {patience_seconds:g} s ({reason})"
     suggestion = "check the network or the file system, then start again; or raise data.patience_seconds"
     return UserError(Problem(uri, found, suggestion))
+
+
+def _is_refused(error: BaseException) -> bool:
+    """Whether a remote source answered, and the answer was no."""
+    # httpx and requests carry the response, aiohttp the status itself.
+    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
+    return isinstance(error, PermissionError) or status in _FINAL_STATUSES
+
+
+def _no_access(shard: TextShard, error: BaseException) -> UserError:
+    suggestion = "check its name, log in (hf auth login) and ask for access if it is gated; or download it"
+    return UserError(Problem(shard.uri, f"cannot be read: the source refuses it ({_reason(error)})", suggestion))
 
 
 def _reason(error: BaseException) -> str:

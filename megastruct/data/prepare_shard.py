@@ -90,6 +90,7 @@ def _make_files(job: ShardJob, mtime_ns: int, on_progress: Callable[[int, int, i
     skipped = Counter(dict.fromkeys(BROKEN_REASONS, 0))
     try:
         rows = num_rows(job.shard)
+        left_bytes = job.shard.num_bytes  # a compressed shard holds more text than it has bytes
         for documents in read_patiently(job.shard, job.text_column, patience_seconds=job.patience_seconds):
             whole = [document for document in documents if not document.broken]
             skipped.update(document.broken for document in documents if document.broken)
@@ -98,7 +99,8 @@ def _make_files(job: ShardJob, mtime_ns: int, on_progress: Callable[[int, int, i
                 split = SPLITS[is_validation(document.content, job.validation_fraction)]
                 writers[split].write(ids)
             num_bytes = sum(len(document.content) for document in documents)
-            part = job.shard.num_bytes * len(documents) // rows if rows else min(num_bytes, job.shard.num_bytes)
+            part = min(left_bytes, job.shard.num_bytes * len(documents) // rows if rows else num_bytes)
+            left_bytes -= part
             on_progress(len(documents), sum(map(len, tokens)), part)
         _refuse_changed(job, mtime_ns)
         splits = Splits(**{split: tuple(writer.finish()) for split, writer in writers.items()})

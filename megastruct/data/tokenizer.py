@@ -57,8 +57,9 @@ class Tokenizer:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32 [num_tokens]; no begin- or end-of-document id is added.
 
-        A very long text is cut between words, which changes no id if the model keeps words apart (as LLaMA's does);
-        where a million characters have no such place it is cut anywhere, which may add a space.
+        A very long text is cut between words, which changes no id of a BPE model that keeps words apart (LLaMA's is
+        one). A unigram model may divide a word elsewhere, of two divisions that are as likely to within rounding. Where
+        a million characters have no such place a text is cut anywhere, which may add a space.
         """
         if not texts:
             return []
@@ -105,7 +106,10 @@ class Tokenizer:
         yield prefix + text[start:]
 
     def _form_after_cut(self) -> str | None:
-        """What replaces the space after which a text is cut, so that its ids stay the same; None: nothing does."""
+        """What replaces the space after which a text is cut, so that its ids stay the same; None: nothing does.
+
+        Of a BPE model they do; of a unigram model all but those of words with two divisions that are as likely.
+        """
         processor = self.processor
         if not keeps_words_apart(processor):
             return None

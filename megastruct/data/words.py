@@ -25,7 +25,8 @@ _MAX_WORD_CHARACTERS = 32
 def keeps_words_apart(processor: sentencepiece.SentencePieceProcessor) -> bool:
     """Whether no piece spans two words."""
     pieces = (processor.id_to_piece(id_) for id_ in range(processor.vocab_size()))
-    return not any(SPACE in piece.lstrip(SPACE) for piece in pieces)
+    # A symbol that a user defined may have a space as it is written in text.
+    return not any(SPACE in piece.lstrip(SPACE) or " " in piece for piece in pieces)
 
 
 def is_word_by_word(processor: sentencepiece.SentencePieceProcessor) -> bool:

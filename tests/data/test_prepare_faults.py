@@ -1,6 +1,7 @@
 """prepare_data when something goes wrong beneath it: a full disk, a changing shard, monstrous documents, any kill."""
 
 import contextlib
+import gzip
 import json
 import os
 import resource
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megastruct.data import prepare_shard
+from megastruct.data import prepare_shard, prepare_workers
 from megastruct.data.manifest import load_manifest, verify_files
 from megastruct.data.patience import read_patiently
 from test_prepare import ROOT, arguments_for, contents, refused, start
@@ -43,6 +44,19 @@ def test_one_bad_line_is_counted_and_not_fatal(tmp_path, tokenizer_path, capsys)
     assert manifest.skipped_documents["unparsable"] == 3
     assert manifest.totals.train.num_documents + manifest.totals.validation.num_documents == 10
     assert "skipped 3 unparsable" in capsys.readouterr().out
+
+
+def test_progress_of_a_compressed_shard_ends_at_its_size(tmp_path, tokenizer_path, capsys, monkeypatch):
+    """Ten times the text: the remaining time is told from what is read of the shard's bytes."""
+    (tmp_path / "text").mkdir()
+    path = tmp_path / "text" / "a.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.writelines(f'{{"content": "river stone light {i % 10}"}}\n' for i in range(2000))
+    read = []
+    add = prepare_workers._Progress.add
+    monkeypatch.setattr(prepare_workers._Progress, "add", lambda self, *part: read.append(part[2]) or add(self, *part))
+    prepare_data.main([*arguments_for(tmp_path / "text", tmp_path / "out", tokenizer_path)])
+    assert len(read) > 10 and sum(read) == path.stat().st_size
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -137,6 +151,16 @@ def test_monstrous_documents_and_memory(tokenizer_path, tmp_path):
     assert manifest.totals.train.num_tokens + manifest.totals.validation.num_tokens > 10_000_000
 
 
+# The system counts what a process had in memory before it became another program, so a small process starts the tool:
+# this one has held all the text.
+MEASURE = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(status, usage.ru_maxrss)
+"""
+
+
 @pytest.mark.soak
 def test_memory_of_a_worker_does_not_grow_with_the_shard(tokenizer_path, tmp_path):
     peaks = []
@@ -144,11 +168,12 @@ def test_memory_of_a_worker_does_not_grow_with_the_shard(tokenizer_path, tmp_pat
         text = tmp_path / str(copies)
         text.mkdir()
         write_parquet(text / "a.parquet", [text for text in make_texts(1) if text] * copies, row_group_size=10**9)
-        process = start(arguments_for(text, tmp_path / f"out{copies}", tokenizer_path))
-        _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0
-        peaks.append(usage.ru_maxrss)
-    assert peaks[1] - peaks[0] < 30_000  # kB, for 20 times the text
+        arguments = arguments_for(text, tmp_path / f"out{copies}", tokenizer_path, "--max-shard-tokens", "1000000")
+        result = run_tool(arguments, (sys.executable, "-c", MEASURE))
+        status, peak = map(int, result.stdout.split())
+        assert status == 0, result.stderr
+        peaks.append(peak)
+    assert peaks[1] - peaks[0] < 10_000  # kB, for 20 times the text
     assert (tmp_path / "out4000" / "manifest.json").stat().st_size > 0
 
 

@@ -12,11 +12,13 @@ from typing import ClassVar
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 from fsspec import AbstractFileSystem
+from huggingface_hub import errors as hub_errors
 
 from megastruct.data import Tokenizer, merge_cursors, text_workers
-from megastruct.data.patience import read_patiently
+from megastruct.data.patience import may_pass, read_patiently
 from megastruct.data.source import TextShard
 from megastruct.data.text_stream import START, TextSource
 from megastruct.data.text_workers import CHUNKS_AHEAD, open_chunks
@@ -262,6 +264,40 @@ def test_a_source_that_hangs_is_named_when_patience_ends(tmp_path, tokenizer_pat
     assert 2 < time.monotonic() - start < 20
     if not num_workers:
         (tmp_path / "a.jsonl").open("w").close()  # lets the thread go
+
+
+def answer(status: int) -> hub_errors.HTTPError:
+    error = hub_errors.HTTPError(f"{status} from the hub")
+    error.response = hub_errors.Response(status)  # of the HTTP library that the hub's uses
+    return error
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (pa.ArrowInvalid("Parquet magic bytes not found in footer"), "damaged"),
+        (FileNotFoundError("no such shard"), "gone"),
+        (PermissionError("gated"), r"refuses it \(PermissionError: gated"),
+        *((answer(status), f"refuses it .*{status}") for status in (401, 403, 404)),
+    ],
+)
+def test_what_a_remote_source_says_for_good_is_not_tried_again(capsys, error, message):
+    class Refusing(FlakyFiles):
+        opened: ClassVar[list] = []
+
+        def _open(self, path, mode="rb", **options):
+            self.opened.append(path)
+            raise error
+
+    fsspec.register_implementation("flaky", Refusing, clobber=True)
+    with pytest.raises(UserError, match=rf"flaky:///b\.jsonl: .*{message}"):
+        next(read_patiently(TextShard("flaky:///b.jsonl", "b.jsonl", 1), "content"))
+    assert len(Refusing.opened) == 1 and "trying again" not in capsys.readouterr().err
+
+
+def test_an_overloaded_source_is_tried_again():
+    assert may_pass(TextShard("hf://b.jsonl", "b.jsonl", 1), answer(503))
+    assert may_pass(TextShard("hf://b.jsonl", "b.jsonl", 1), TimeoutError())
 
 
 @pytest.mark.parametrize("patience_seconds, limit_seconds", [(0.0, 60.0), (30.0, 60.0), (300.0, 450.0)])

@@ -79,6 +79,7 @@ def test_the_memory_for_words_is_bounded(tokenizer, monkeypatch):
         {"model_type": "unigram", "vocab_size": 290},
         {"add_dummy_prefix": False},
         {"split_by_whitespace": False, "vocab_size": 400},
+        {"user_defined_symbols": ["river stone"]},
     ],
 )
 def test_other_models_are_encoded_as_a_whole(tmp_path, options):

@@ -175,11 +175,27 @@ def _explain(item: Any) -> Problem:
         return Problem(where, "missing", f"{where}=..." if "." in where else f"a section `{where}:`")
     message = item["msg"][0].lower() + item["msg"][1:]
     found = "a section" if isinstance(item["input"], Mapping) else repr(item["input"])
-    return Problem(where, f"{found}: {message}")
+    return Problem(where, f"{found}: {message}", _value_that_is_right(item))
+
+
+def _value_that_is_right(item: Any) -> str:
+    """An override: the key's default, else the bound that was passed; empty where there is neither."""
+    path = tuple(item["loc"])
+    field = _section(path[:1]).model_fields.get(str(path[1])) if len(path) == 2 else None
+    if field is None:
+        return ""
+    bounds = item.get("ctx", {})
+    default = None if field.is_required() else field.default
+    value = next(
+        (v for v in (default, bounds.get("ge"), bounds.get("le")) if isinstance(v, bool | int | float | str)), None
+    )
+    return "" if value is None else f"{path[0]}.{path[1]}={yaml.safe_dump(value).split()[0]}"
 
 
 def _speaks_of(problem: Problem, keys: set[str]) -> bool:
-    return any(key in str(problem) for key in keys if "." in key)
+    # Of another key of its own section a problem speaks by the last word alone.
+    words = keys | {word for key in keys if "_" in (word := key.rpartition(".")[2])}
+    return any(word in str(problem) for word in words if "." in word or "_" in word)
 
 
 def _is_union_tag(key: int | str) -> bool:

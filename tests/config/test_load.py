@@ -180,3 +180,22 @@ def test_what_may_change_when_a_run_goes_on() -> None:
     assert {path for path, _, _ in changes_of_the_run(base, other)} == {"optimizer.learning_rate", "run.seed"}
     separate = load_config(QUICKSTART, ["training.document_attention=separate"])
     assert changes_of_the_run(base, separate) == [("training.document_attention", "crossed", "separate")]
+
+
+@pytest.mark.parametrize(
+    ("override", "suggestion"),
+    [
+        ("reliability.spike_factor=-1", "reliability.spike_factor=0.0"),
+        ("training.micro_batch_size=0", "training.micro_batch_size=1"),
+        ("training.precision=fp8", "training.precision=bf16"),
+        ("schedule.warmup_fraction=2", "schedule.warmup_fraction=0.1"),
+        ("logging.progress_bar=7", "logging.progress_bar=true"),
+    ],
+)
+def test_a_value_out_of_range_has_a_suggestion_that_works(override: str, suggestion: str) -> None:
+    run = Path(__file__).resolve().parents[2] / "configs" / "run" / "s_lowrank_32.yaml"
+    with pytest.raises(UserError) as raised:
+        load_config(run, [override])
+    [problem] = raised.value.problems
+    assert problem.suggestion == suggestion
+    load_config(run, [suggestion])

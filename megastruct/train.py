@@ -118,6 +118,8 @@ class Run:
             self.engine.set_learning_rate(learning_rate(self.config, self.step))
             self.engine.set_alpha(alpha(self.config, self.step), self.step)
             loss = self.engine.train_batch(self._timed(self.reader) if self.reader else None)
+        if self.engine.guidance:
+            self.throughput.guided(self.engine.guidance.read_share())
         self.step += 1
         self.progress.update(loss, self.config.training.tokens_per_step / (time.perf_counter() - start))
         return loss
@@ -146,7 +148,7 @@ class Run:
     def _metrics(self, loss: float) -> Metrics:
         memory = torch.tensor(peak_memory_bytes(self.device), device=self.device)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        share = self.engine.guidance.read_share() if self.engine.guidance else 0.0
+        share = self.throughput.guide_share  # of steps before the guides left, too
         guided = {"alpha": alpha(self.config, self.step - 1), "guide_share": share} if self.engine.guidance else {}
         return {
             "loss": loss,

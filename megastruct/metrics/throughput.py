@@ -17,6 +17,7 @@ class Throughput:
     peak_tflops: float | None
     _seconds: float = field(default=0.0, init=False)
     _data_seconds: float = field(default=0.0, init=False)
+    _guide_shares: float = field(default=0.0, init=False)
     _steps: int = field(default=0, init=False)
 
     @contextmanager
@@ -29,6 +30,15 @@ class Throughput:
 
     def waited_for_data(self, seconds: float) -> None:
         self._data_seconds += seconds
+
+    def guided(self, share: float) -> None:
+        """For how much of a step's tokens the guides of self-guided training were evaluated; not called without."""
+        self._guide_shares += share
+
+    @property
+    def guide_share(self) -> float:
+        """The mean over the steps since the last reading, those without guides among them."""
+        return self._guide_shares / max(1, self._steps)
 
     def read(self, flops_per_token: float) -> dict[str, float | None]:
         """Means over the steps since the last reading, by metric name; starts the next window.
@@ -45,5 +55,5 @@ class Throughput:
             "tflops_per_device": tflops,
             "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
         }
-        self._seconds, self._data_seconds, self._steps = 0.0, 0.0, 0
+        self._seconds, self._data_seconds, self._guide_shares, self._steps = 0.0, 0.0, 0.0, 0
         return values

@@ -68,13 +68,13 @@ def test_every_way_to_skip(tmp_path: Path, alone: Any, skip: str, topology: Topo
     assert furthest(run(tmp_path, topology, zero, guided={"skip": skip}), alone[skip]) <= BOUNDS["fp32"]
 
 
-@pytest.mark.parametrize("structure", ["blockdense", "blockshuffle"])
+@pytest.mark.parametrize("structure", [soak("blockdense"), "blockshuffle"])
 def test_block_structures_over_tensor_ranks(tmp_path: Path, structure: str) -> None:
     wanted = run(tmp_path, ALONE, structure=structure)
     assert furthest(run(tmp_path, Topology(2, 1, 2), structure=structure), wanted) <= BOUNDS["fp32"]
 
 
-@pytest.mark.parametrize(("topology", "zero"), [(Topology(2, 1, 2), 1), (Topology(1, 1, 2), 3)], ids=str)
+@pytest.mark.parametrize(("topology", "zero"), [(Topology(2, 1, 2), 1), soak(Topology(1, 1, 2), 3)], ids=str)
 @pytest.mark.parametrize("structure", ["lowrank", "blockdense", "blockshuffle"])
 def test_at_the_start_alpha_changes_nothing(topology: Topology, zero: int, structure: str) -> None:
     without, some, all_of_it = run_ranks(
@@ -100,8 +100,7 @@ NO_CLIPPING = {"optimizer": {"gradient_clipping": 0.0}}
 
 
 AFTER = [(*layout, precision) for layout in [(ALONE, 1), *LAYOUTS[:6]] for precision in ("fp32", "bf16")]
-ALWAYS = [(ALONE, 1, "fp32"), (Topology(2, 2), 1, "fp32"), (Topology(1, 2), 2, "fp32"), (Topology(1, 2), 3, "fp32")]
-ALWAYS += [(Topology(2, 2), 1, "bf16"), (Topology(1, 2), 3, "bf16")]
+ALWAYS = [(Topology(2, 2), 1, "fp32"), (Topology(1, 2), 3, "fp32"), (Topology(2, 2), 1, "bf16")]
 
 
 @pytest.mark.parametrize(("topology", "zero", "precision"), always(AFTER, ALWAYS), ids=str)
@@ -136,7 +135,7 @@ def interrupted_is_undisturbed(tmp_path: Path, topology: Topology, zero: int, la
     assert first + rest == undisturbed
 
 
-@pytest.mark.parametrize("last", always([18, 20, 23, 25, 27], [20, 23]))
+@pytest.mark.parametrize("last", always([18, 20, 23, 25, 27], [23]))
 def test_resume_around_and_inside_the_repeated_part(tmp_path: Path, last: int) -> None:
     flop = {"guided": {"schedule": "fixedflop", "fraction": 0.4}}  # 8 guided steps, 20 base steps, 28 in all
     undisturbed = run(tmp_path / "whole", ALONE, **flop)
@@ -151,7 +150,7 @@ def test_resume_around_and_inside_the_repeated_part(tmp_path: Path, last: int) -
     [(Topology(2, 2), Topology(1, 1, 2), 1), (Topology(1, 1, 2), Topology(1, 2), 3)],
     ids=str,
 )
-@pytest.mark.parametrize("last", [5, 10])
+@pytest.mark.parametrize("last", [5, soak(10)])
 def test_a_guided_run_goes_on_in_another_layout(
     tmp_path: Path, alone: Any, before: Topology, after: Topology, zero: int, last: int
 ) -> None:

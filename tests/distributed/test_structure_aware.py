@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from marks import soak
+from marks import always, soak
 from megastruct.config.schema import Config
 from megastruct.parallel.topology import Topology
 from megastruct.training.engine import build_engine
@@ -72,7 +72,7 @@ def test_stages_have_different_numbers_of_groups() -> None:
     assert len({len(groups) for _, groups in ranks}) > 1
 
 
-@pytest.mark.parametrize("structure", sorted(STRUCTURES))
+@pytest.mark.parametrize("structure", always(sorted(STRUCTURES), ["blockshuffle", "lowrank"]))
 def test_every_structure_over_tensor_parallel_ranks(structure: str) -> None:
     one = config(Topology(1, 1), structure=structure)
     [(alone, _)] = run_ranks(1, losses_and_groups, one, Topology(1, 1))

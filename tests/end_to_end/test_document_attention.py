@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from marks import soak
 from megastruct.config import load_config
 from megastruct.config.schema import Config
 from megastruct.data import Tokenizer, open_data
@@ -32,7 +33,7 @@ def first_loss(config: Config, corpus: Corpus, eod_id: int | None) -> float:
     return float(cross_entropy(build_gpt(config, eod_id=eod_id)(batch.ids), batch.labels))
 
 
-@pytest.mark.parametrize("kind", ["tokens", "text"])
+@pytest.mark.parametrize("kind", [soak("tokens"), "text"])
 def test_a_run_with_separate_documents(config: Path, tmp_path: Path, corpus: Corpus, kind: str) -> None:
     # A wide start, so that what attention sees shows in the first loss.
     overrides = ["training.document_attention=separate", "training.num_steps=2", "model.init_std=0.3"]

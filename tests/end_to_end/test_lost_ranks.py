@@ -106,6 +106,7 @@ def test_a_rank_that_hangs_is_named_with_its_place(
         assert "rank 1 hangs" in message and "disk_that_does_not_answer" in message, text
 
 
+@pytest.mark.soak
 def test_killed_below_the_launcher(config: Path, tmp_path: Path) -> None:
     """As users start it: the message reaches the terminal, and the code is a failure's."""
     run, arguments = tmp_path / "runs" / "test", (config, "parallel.dp=2", *LIMITS, "training.num_steps=3000")

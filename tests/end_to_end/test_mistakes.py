@@ -155,6 +155,7 @@ def test_divergence_ends_the_run_and_keeps_the_checkpoint(config: Path, tmp_path
     assert not list((tmp_path / "runs" / "test" / "checkpoints").glob("step_*6"))
 
 
+@pytest.mark.soak
 def test_a_damaged_checkpoint_is_named(config: Path, tmp_path: Path) -> None:
     assert start(config, "checkpoint.interval_steps=6").returncode == 0
     folder = tmp_path / "runs" / "test" / "checkpoints"

@@ -87,6 +87,7 @@ def _check_tensorboard(run: Path, records: list[dict]) -> None:
     assert any("config.yaml" in tag for tag in board.Tags()["tensors"])
 
 
+@pytest.mark.soak
 def test_torchrun_gives_the_same_run(config: Path, tmp_path: Path) -> None:
     assert start(config, "run.name=alone", "training.num_steps=4").returncode == 0
     torchrun = ("--standalone", "--nproc-per-node", 2, "-m", "megastruct.train")

@@ -81,6 +81,7 @@ def test_mistakes(config: Path, options: list[str], part: str, capsys: pytest.Ca
     assert part in capsys.readouterr().err
 
 
+@pytest.mark.soak
 def test_preempted_saved_requeued_finished(config: Path, tmp_path: Path) -> None:
     """The signal of a preemption, to the job's task as Slurm sends it; afterwards all is as without it."""
     folder = tmp_path / "runs" / "test"

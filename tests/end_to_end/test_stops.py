@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -45,6 +46,7 @@ def test_stopped_and_resumed_is_the_undisturbed_run(config: Path, tmp_path: Path
         (run / "stop").touch()
 
     (run / "stop").touch()  # left from before: it does not stop the next run
+    os.utime(run / "stop", (time.time() - 10, time.time() - 10))  # older than any process of it, however clocks tick
     for ask in (one_rank, file):
         with Forked(tmp_path, run, 2, config, *RUN) as forked:
             forked.wait_for_step(steps[-1] + 2)

@@ -96,7 +96,7 @@ def parameters_after(config: Config, topology: Topology, steps: int) -> dict[str
     return end | {f"{name}@start": (parts[name], tensor) for name, tensor in start.items()}
 
 
-@pytest.mark.parametrize("precision", [soak("fp32"), "bf16"])
+@pytest.mark.parametrize("precision", [soak("fp32"), soak("bf16")])
 def test_replicated_parameters_stay_bit_equal(precision: str) -> None:
     config = config_for(Topology(1, 1, 4), structure="blockdense", training={"precision": precision, "num_steps": 50})
     ranks = run_ranks(4, parameters_after, config, Topology(1, 1, 4), 50)

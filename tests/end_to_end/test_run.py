@@ -98,7 +98,7 @@ def test_torchrun_gives_the_same_run(config: Path, tmp_path: Path) -> None:
     assert two == [(step, pytest.approx(loss, abs=1e-6)) for step, loss in alone]
 
 
-@pytest.mark.parametrize("kind", [soak("tokens"), "text"])  # tokens: test_guided_run.py, always
+@pytest.mark.parametrize("kind", [soak("tokens"), soak("text")])  # always: test_guided_run.py
 def test_killed_and_resumed_is_the_undisturbed_run(config: Path, tmp_path: Path, corpus: Corpus, kind: str) -> None:
     """Bit for bit, killed three times: before the first checkpoint, between two, and about when one is written."""
     arguments = [config, "parallel.dp=2" if kind == "text" else "parallel.pp=2"]

@@ -28,6 +28,7 @@ setup(
             "pytest",
             "pytest-timeout",
             "hypothesis",
+            "tokenizers",
             "ruff",
             "mypy",
             "types-PyYAML",

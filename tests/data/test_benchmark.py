@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from megastruct.benchmarks.data import fast_tokenizer
 from megastruct.data import Tokenizer, open_data
 from megastruct.data.documents import read_documents
 from megastruct.data.prepare import prepare
@@ -80,9 +81,6 @@ def test_preparation_costs_little_beside_the_tokenizer(tmp_path):
 
 
 def test_the_fast_tokenizer_has_the_same_ids(tokenizer_path):
-    pytest.importorskip("tokenizers")
-    from megastruct.benchmarks.data import fast_tokenizer
-
     tokenizer = Tokenizer(tokenizer_path)
     text = "river stone light garden winter letter é 42"
     assert fast_tokenizer(tokenizer).encode(text).ids == tokenizer.encode([text])[0].tolist()

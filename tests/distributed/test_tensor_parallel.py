@@ -96,10 +96,11 @@ def parameters_after(config: Config, topology: Topology, steps: int) -> dict[str
     return end | {f"{name}@start": (parts[name], tensor) for name, tensor in start.items()}
 
 
-@pytest.mark.parametrize("precision", [soak("fp32"), soak("bf16")])
-def test_replicated_parameters_stay_bit_equal(precision: str) -> None:
-    config = config_for(Topology(1, 1, 4), structure="blockdense", training={"precision": precision, "num_steps": 50})
-    ranks = run_ranks(4, parameters_after, config, Topology(1, 1, 4), 50)
+@pytest.mark.parametrize(("tp", "precision"), [(2, "bf16"), soak(4, "fp32"), soak(4, "bf16")])
+def test_replicated_parameters_stay_bit_equal(tp: int, precision: str) -> None:
+    topology = Topology(1, 1, tp)
+    config = config_for(topology, structure="blockdense", training={"precision": precision, "num_steps": 50})
+    ranks = run_ranks(tp, parameters_after, config, topology, 50)
     replicated = [name for name, (is_part, _) in ranks[0].items() if not is_part and not name.endswith("@start")]
     assert any("norm" in name for name in replicated) and any(name.endswith("fc1.v") for name in replicated)
     for name in replicated:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shlex
 import signal
@@ -17,6 +16,7 @@ import pytest
 
 from forked import train_forked
 from processes import ROOT, environment, last_step, losses
+from tools import submit
 
 RUN = ("parallel.pp=2", "training.num_steps=60", "checkpoint.interval_steps=0", "evaluation.num_samples=0")
 RUN += ("hardware.device=cpu",)
@@ -71,12 +71,8 @@ def test_a_dry_run_shows_the_job_and_leaves_nothing(config: Path, tmp_path: Path
 def test_mistakes(config: Path, options: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
     if part == "--dry-run" and any(Path(folder, "srun").exists() for folder in os.environ["PATH"].split(":")):
         pytest.skip("Slurm is installed")
-    spec = importlib.util.spec_from_file_location("submit", ROOT / "tools" / "submit.py")
-    assert spec and spec.loader
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     with pytest.raises(SystemExit) as exit_:
-        tool.main([str(config), "--gpus-per-node", "2", *options])
+        submit.main([str(config), "--gpus-per-node", "2", *options])
     assert exit_.value.code == 2
     assert part in capsys.readouterr().err
 

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def tool() -> Any:
-    spec = importlib.util.spec_from_file_location("plot_runs", ROOT / "tools" / "plot_runs.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tools import plot_runs
 
 
 def write_run(folder: Path, last: float) -> Path:
@@ -40,7 +31,7 @@ def test_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr(Axes, "plot", lambda self, *a, **k: (drawn.append((k["label"], *a)), plot(self, *a, **k))[1])
     runs = [write_run(tmp_path / "dense", 3.0), write_run(tmp_path / "lowrank", 3.5)]
     output = tmp_path / "curves.png"
-    tool().main([*map(str, runs), "--metric", "validation_loss", "--metric", "loss", "--output", str(output)])
+    plot_runs.main([*map(str, runs), "--metric", "validation_loss", "--metric", "loss", "--output", str(output)])
     assert drawn[:2] == [("dense", (16, 32), (4.0, 3.0)), ("lowrank", (16, 32), (4.0, 3.5))]
     assert drawn[2] == ("dense", (8, 16, 24, 32), (5.0,) * 4)
     assert pyplot.imread(output).shape[:2] == (1500, 1200)
@@ -60,6 +51,6 @@ def test_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     run = write_run(tmp_path / "dense", 3.0)
     with pytest.raises(SystemExit) as stopped:
-        tool().main([argument.format(run=run) for argument in arguments])
+        plot_runs.main([argument.format(run=run) for argument in arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err

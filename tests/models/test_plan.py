@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from megastruct.models.plan import ffn_share, make_plan, suggest
 from megastruct.models.stages import pipeline_stages
 from megastruct.models.traffic import data_parallel_bytes, pipeline_bytes
 from saved import saved_bytes
+from tools import plan as plan_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "configs" / "run"
@@ -237,16 +237,8 @@ def test_layouts_that_do_not_fit() -> None:
         make_plan(tiny_config(), 0)
 
 
-def tool() -> Any:
-    spec = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools" / "plan.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_tool(capsys: pytest.CaptureFixture[str]) -> None:
-    main, path = tool().main, str(RUNS / "xl_lowrank_32.yaml")
+    main, path = plan_tool.main, str(RUNS / "xl_lowrank_32.yaml")
     main([path, "parallel.pp=4", "--num-gpus", "16", "--json", "--ffn-share", "0.32"])
     plan = json.loads(capsys.readouterr().out)
     assert round(plan["parameters"] / 1e6, 1) == 743.6 and round(plan["ffn_parameters"] / 1e6, 1) == 274.7

@@ -6,13 +6,24 @@ part of the sequence; here it sees all of it, for its own heads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megastruct.layers.linear import LinearBuilder
 from megastruct.layers.rotary import Rotary, rotate
+from megastruct.models.documents import Mask
 from megastruct.parallel.collectives import gather_sequence
 from megastruct.parallel.groups import TensorGroup
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
 
 
 class Attention(nn.Module):
@@ -47,10 +58,10 @@ class Attention(nn.Module):
         self.out = row(num_heads * head_dim, hidden_size)
         self.rotary = Rotary(head_dim, rope_base)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask | None = None) -> Tensor:
         """x [s/tp, b, h] -> [s/tp, b, h]
 
-        `mask` [b, 1, s, s] is added to the scores (see `document_mask`); without it, tokens see all earlier ones.
+        `mask` (see models/documents.py) says what tokens see; without it, all earlier ones.
         """
         x = gather_sequence(x, self.tp)  # [s, b, h]
         s, b, _ = x.shape
@@ -63,6 +74,10 @@ class Attention(nn.Module):
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [b, heads/tp, s, dh]
         if mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        elif isinstance(mask, BlockMask):
+            # It has to be compiled, or it computes all scores and keeps them; a compiled block takes it in.
+            attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+            y = attend(q, k, v, block_mask=mask, enable_gqa=self.grouped)
         else:
             # Copies for every query head: of PyTorch's kernels for GPUs, the one that takes a mask and groups together
             # keeps all scores.

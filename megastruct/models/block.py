@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megastruct.models.documents import Mask
 from megastruct.models.guidance import NOT_EVALUATED, BlockChoices
 
 
@@ -21,11 +22,10 @@ class Block(nn.Module):
         self.mlp = mlp
         self.recompute = recompute
 
-    def forward(self, x: Tensor, choices: BlockChoices = NOT_EVALUATED, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, choices: BlockChoices = NOT_EVALUATED, mask: Mask | None = None) -> Tensor:
         """x [s/tp, b, h] -> [s/tp, b, h]
 
-        `choices`: what the guides of the FFN do, if it has them. `mask` [b, 1, s, s]: of the attention, if documents
-        are separate.
+        `choices`: what the guides of the FFN do, if it has them. `mask`: of the attention, if documents are separate.
         """
         if self.recompute and self.training:
             # Nothing random happens inside (choices are made before), so no generator state has to be kept for the
@@ -33,6 +33,6 @@ class Block(nn.Module):
             return checkpoint(self._forward, x, choices, mask, use_reentrant=False, preserve_rng_state=False)
         return self._forward(x, choices, mask)
 
-    def _forward(self, x: Tensor, choices: BlockChoices, mask: Tensor | None) -> Tensor:
+    def _forward(self, x: Tensor, choices: BlockChoices, mask: Mask | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), mask)
         return x + self.mlp(self.mlp_norm(x), choices)

@@ -18,7 +18,7 @@ from megastruct.config.schema import Config, ModelConfig
 from megastruct.layers import LinearBuilder
 from megastruct.models.attention import Attention
 from megastruct.models.block import Block
-from megastruct.models.documents import document_ids, document_mask
+from megastruct.models.documents import attention_mask, document_ids
 from megastruct.models.guidance import NOT_EVALUATED, Guidance
 from megastruct.models.mlp import MLP
 from megastruct.parallel.groups import TensorGroup
@@ -80,7 +80,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         layers = named_layers(config, tp, guided=guidance is not None)
-        self.guidance, self.eod_id = guidance, eod_id
+        self.guidance, self.eod_id, self.head_dim = guidance, eod_id, config.model.attention_head_dim
         self.layer_names = [layer.name for layer in layers]
         self.blocks = nn.ModuleDict()
         for layer in layers:
@@ -96,7 +96,7 @@ class GPT(nn.Module):
             layer = self.get_submodule(name)
             if isinstance(layer, Block):
                 if documents is not None and mask is None:
-                    mask = document_mask(documents, x.dtype)
+                    mask = attention_mask(documents, x.dtype, self.head_dim)
                 x = layer(x, next(choices), mask)
             else:
                 x = layer(x)

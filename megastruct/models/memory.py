@@ -11,6 +11,7 @@ from __future__ import annotations
 from megastruct.config.deepspeed import bucket_values
 from megastruct.config.schema import Config, FFNConfig
 from megastruct.models.cost import ffn_linears
+from megastruct.models.documents import has_kernel
 from megastruct.models.stages import Stage
 from megastruct.parallel.sizes import words_per_rank
 
@@ -66,13 +67,14 @@ def activation_bytes(config: Config, stage: Stage, dp_size: int) -> int:
     """What the backward needs, for all micro-batches that are under way at once: p - i of them on stage i of p.
 
     With activation checkpointing only the inputs of the blocks, and one whole block while it runs again. Where
-    attention stays inside of documents, also the mask [b, 1, s, s] that all blocks of the stage share.
+    attention stays inside of documents without a kernel for that, also the mask [b, 1, s, s] that all blocks of the
+    stage share.
     """
     training, tp = config.training, config.parallel.tp
     tokens, in_flight = _tokens_and_micro_batches(config, stage, dp_size)
     blocks = [block_activation_bytes(config, config.ffn.of_block(index)) for index in stage.blocks]
     others = norm_activation_bytes(config) if any(layer.name == "final_norm" for layer in stage.layers) else 0
-    if training.document_attention == "separate" and blocks:
+    if has_dense_mask(config) and blocks:
         others += value_bytes(config) * training.seq_length
     if not training.activation_checkpointing:
         return tokens * in_flight * (sum(blocks) + others)
@@ -121,8 +123,8 @@ def block_activation_bytes(config: Config, ffn: FFNConfig) -> int:
     model, e, tp = config.model, value_bytes(config), config.parallel.tp
     fc1, fc2 = ffn_linears(config, ffn)
     f, heads, norm_output = model.ffn_hidden_size, model.num_attention_heads, e * model.hidden_size
-    # With fewer key/value heads than ranks, or with a mask, every query head of a rank has its own copy of them.
-    copied = model.kv_heads % tp or config.training.document_attention == "separate"
+    # With fewer key/value heads than ranks, or with a dense mask, every query head of a rank has its own copy of them.
+    copied = model.kv_heads % tp or has_dense_mask(config)
     kv_heads = heads if copied else model.kv_heads
     attention = 2 * e * (heads + kv_heads) * model.attention_head_dim + 4 * heads
     activated = 2 * f if model.activation == "swiglu" else f
@@ -130,6 +132,13 @@ def block_activation_bytes(config: Config, ffn: FFNConfig) -> int:
     if fc1.inner_width:
         return _share(divided + norm_output, tp) + norm_output + e * fc1.inner_width
     return _share(divided, tp) + 2 * norm_output
+
+
+def has_dense_mask(config: Config) -> bool:
+    """Whether attention on a GPU adds a mask to its scores, instead of leaving blocks of them out."""
+    training = config.training
+    in_blocks = training.precision == "bf16" and has_kernel(config.model.attention_head_dim)
+    return training.document_attention == "separate" and not in_blocks
 
 
 def norm_activation_bytes(config: Config) -> int:

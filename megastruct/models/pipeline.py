@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megastruct.config.schema import Config
 from megastruct.models.block import Block
 from megastruct.models.cost import layer_costs
-from megastruct.models.documents import document_ids, document_mask
+from megastruct.models.documents import attention_mask, document_ids
 from megastruct.models.gpt import EMBEDDING, HEAD, NamedLayer, init_weights, named_layers
 from megastruct.models.guidance import NOT_EVALUATED, Guidance
 from megastruct.models.mlp import MLP
@@ -55,7 +55,7 @@ class GPTPipeline(PipelineModule):
                 loss_fn=loss_fn,
                 partition_method="balanced",
             )
-        self.guidance, self.eod_id = guidance, eod_id
+        self.guidance, self.eod_id, self.head_dim = guidance, eod_id, config.model.attention_head_dim
 
     def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
         """One micro-batch through the stage: ids [b, s] or what crosses a border in, the same or logits out."""
@@ -68,7 +68,7 @@ class GPTPipeline(PipelineModule):
         for layer, name in zip(self.forward_funcs, self.layer_names[self._local_start :], strict=False):
             if isinstance(layer, Block):
                 if documents is not None and mask is None:
-                    mask = document_mask(documents, x.dtype)
+                    mask = attention_mask(documents, x.dtype, self.head_dim)
                 x = layer(x, choices[int(name.removeprefix("blocks."))] if choices else NOT_EVALUATED, mask)
             else:
                 x = layer(x)

@@ -19,7 +19,8 @@ from megastruct.training.guided_phase import REPORT_FILE, end_guided_phase
 from megastruct.training.resume import find_checkpoint, resume, save
 from megastruct.training.run_folder import finished_steps, run_folder
 from megastruct.training.schedules import alpha
-from runs import CPU, batches
+from ranks import own_device
+from runs import batches
 
 STRUCTURES: dict[str, dict[str, Any]] = {
     "lowrank": {"structure": "lowrank", "rank": 8},
@@ -58,21 +59,21 @@ def steps(engine: Engine, first: int, last: int, keep_guides: bool = False) -> t
 def whole_run(config: Config, topology: Topology, keep_guides: bool = False) -> Results:
     """All steps, from the newest checkpoint on if there is one."""
     checkpoint = find_checkpoint(config)
-    engine = build_engine(config, topology, CPU, finished_steps(config))
+    engine = build_engine(config, topology, own_device(), finished_steps(config))
     step, _, _ = resume(engine, checkpoint)
     return steps(engine, step, total_steps(config), keep_guides)[1]
 
 
 def first_losses(config: Config, topology: Topology) -> list[float]:
     """Before any training, the loss at several alphas."""
-    engine = build_engine(config, topology, CPU)
+    engine = build_engine(config, topology, own_device())
     held_out = [next(batches(config, topology))]
     return [engine.evaluate(held_out, 1, alpha) for alpha in (0.0, 0.3, 1.0)]
 
 
 def interrupted_run(config: Config, topology: Topology, last: int) -> Results:
     """The first steps, then a checkpoint."""
-    engine = build_engine(config, topology, CPU)
+    engine = build_engine(config, topology, own_device())
     engine, results = steps(engine, 0, last)
     save(engine, last, np.array([[last]]), {})
     return results
@@ -89,7 +90,7 @@ def live_bytes() -> int:
 def memory_of_the_end(config: Config, topology: Topology) -> tuple[int, int, int, dict[str, Any]]:
     """(guide parameters on this rank's stage, live bytes before the end of the guided phase, after it, the report)."""
     border = guided_steps(config)
-    run: list[Engine] = [steps(build_engine(config, topology, CPU), 0, border)[0]]  # as the loop holds it
+    run: list[Engine] = [steps(build_engine(config, topology, own_device()), 0, border)[0]]  # as the loop holds it
     guides = sum(getattr(p, "ds_numel", p.numel()) for name, p in run[0].named_parameters() if is_guide(name))
     # Saved before it is measured: the copies in host memory, which are kept for the next save, are in both numbers.
     save(run[0], border, np.array([[border]]), {})

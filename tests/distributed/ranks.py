@@ -2,6 +2,9 @@
 
 A rank that starts from nothing spends seconds importing; a forked one starts at once. Each rank's output goes to a
 file that is shown when a rank fails.
+
+With DS_ACCELERATOR=cuda in the environment every rank has a GPU of its own, over NCCL, and starts from nothing, because
+CUDA does not outlive a fork. Tests that want more ranks than there are GPUs are skipped.
 """
 
 from __future__ import annotations
@@ -20,21 +23,30 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("LOG_LEVEL", "warning")
 
 import deepspeed  # noqa: F401 - imported before the fork
+import pytest
 import torch
 import torch._dynamo
 import torch._inductor.compile_fx  # deepspeed.initialize imports it: seconds per rank, unless the parent has it
 import torch.multiprocessing
 
-from megastruct.launch.distributed import join, leave
-from megastruct.launch.environment import free_port
+from megastruct.launch.distributed import choose_device, join, leave
+from megastruct.launch.environment import current_process, free_port
 
 TIMEOUT_SECONDS = 240
+ON_GPUS = os.environ["DS_ACCELERATOR"] == "cuda"
+
+
+def own_device() -> torch.device:
+    """This rank's: its GPU, or the CPU."""
+    return choose_device("auto", current_process())
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(*arguments)` on `world_size` ranks; their results, by rank. Raises if one fails or hangs."""
+    if ON_GPUS and world_size > torch.cuda.device_count():
+        pytest.skip(f"{world_size} ranks, {torch.cuda.device_count()} GPUs")
     torch.set_num_threads(1)
-    context = torch.multiprocessing.get_context("fork")
+    context = torch.multiprocessing.get_context("spawn" if ON_GPUS else "fork")
     with TemporaryDirectory() as folder:
         port = free_port()
         processes = [
@@ -49,7 +61,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
                 f"-- rank {r}\n{(Path(folder) / f'log.{r}').read_text()[-3000:]}" for r in range(world_size)
             )
             raise AssertionError(f"{failure}\n{logs}")
-        return [torch.load(Path(folder) / f"result.{r}", weights_only=False) for r in range(world_size)]
+        results = [Path(folder) / f"result.{rank}" for rank in range(world_size)]
+        return [torch.load(result, map_location="cpu", weights_only=False) for result in results]
 
 
 def _wait(processes: list[Any]) -> str:
@@ -78,7 +91,7 @@ def _rank(rank: int, world_size: int, port: int, folder: Path, function: Callabl
     torch.set_num_threads(1)
     code = 1
     try:
-        join(torch.device("cpu"))
+        join(own_device())
         torch.save(function(*arguments), folder / f"result.{rank}")
         leave()
         code = 0

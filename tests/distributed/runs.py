@@ -14,8 +14,7 @@ from megastruct.data.batch import Batch
 from megastruct.data.order import deal
 from megastruct.parallel.topology import Topology
 from megastruct.training.engine import Engine, build_engine
-
-CPU = torch.device("cpu")
+from ranks import own_device
 
 
 def batches(config: Config, topology: Topology, first_step: int = 0) -> Iterator[Batch]:
@@ -42,12 +41,12 @@ def train_steps(engine: Engine, first_step: int, last_step: int) -> list[tuple[f
 
 def losses(config: Config, topology: Topology) -> list[tuple[float, float]]:
     """Train the whole run."""
-    return train_steps(build_engine(config, topology, CPU), 0, config.training.base_steps)
+    return train_steps(build_engine(config, topology, own_device()), 0, config.training.base_steps)
 
 
 def losses_and_evaluation(config: Config, topology: Topology) -> tuple[list[Any], float, list[Any]]:
     """Train half of the run, evaluate, train the other half."""
-    engine = build_engine(config, topology, CPU)
+    engine = build_engine(config, topology, own_device())
     half = config.training.base_steps // 2
     first = train_steps(engine, 0, half)
     held_out = list(batches(config.model_copy(), topology, first_step=half))
@@ -62,7 +61,7 @@ def save_half_way(config: Config, topology: Topology, folder: Path) -> list[tupl
 
     from megastruct.training.resume import finish_save, start_save
 
-    engine = build_engine(config, topology, CPU)
+    engine = build_engine(config, topology, own_device())
     half = config.training.base_steps // 2
     first = train_steps(engine, 0, half)
     start_save(engine, half, np.array([[half]]), {})
@@ -75,7 +74,7 @@ def resume_half_way(config: Config, topology: Topology) -> list[tuple[float, flo
     """Load what `save_half_way` saved and train to the end."""
     from megastruct.training.resume import find_checkpoint, resume
 
-    engine = build_engine(config, topology, CPU)
+    engine = build_engine(config, topology, own_device())
     step, cursor, _ = resume(engine, find_checkpoint(engine.config))
     assert cursor is not None and cursor.tolist() == [[step]]
     return train_steps(engine, step, config.training.base_steps)
@@ -85,7 +84,7 @@ def resume_and_save_again(config: Config, topology: Topology) -> list[tuple[floa
     """Load what `save_half_way` saved, save it as the step after, and train to the end."""
     from megastruct.training.resume import find_checkpoint, resume, save
 
-    engine = build_engine(config, topology, CPU)
+    engine = build_engine(config, topology, own_device())
     step, cursor, _ = resume(engine, find_checkpoint(engine.config))
     assert cursor is not None
     save(engine, step + 1, cursor, {})
@@ -96,6 +95,6 @@ def evaluate_resumed(config: Config, topology: Topology) -> float:
     """Load what `save_half_way` saved; the loss of the first micro-batch that would be trained on."""
     from megastruct.training.resume import find_checkpoint, resume
 
-    engine = build_engine(config, topology, CPU)
+    engine = build_engine(config, topology, own_device())
     step, _, _ = resume(engine, find_checkpoint(engine.config))
     return engine.evaluate([next(batches(config, topology, first_step=step))], 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from configs import tiny_config
 from guided import guided_config, steps
@@ -18,8 +19,8 @@ from megastruct.config.schema import Config
 from megastruct.models.steps import total_steps
 from megastruct.parallel.topology import Topology
 from megastruct.training.engine import build_engine
-from ranks import run_ranks
-from runs import CPU, batches, train_steps
+from ranks import own_device, run_ranks
+from runs import batches, train_steps
 from test_tensor_parallel import BOUNDS
 
 EOD = 5
@@ -37,7 +38,7 @@ def config_for(topology: Topology, zero: int = 1, **training: Any) -> Config:
 
 def losses_and_evaluation(config: Config, topology: Topology) -> list[float]:
     """The losses of all steps, the last one that of an evaluation."""
-    engine = build_engine(config, topology, CPU, eod_id=EOD)
+    engine = build_engine(config, topology, own_device(), eod_id=EOD)
     results = train_steps(engine, 0, config.training.base_steps)
     count = config.training.global_batch_size // (config.training.micro_batch_size * topology.dp_size)
     held_out = list(batches(config, topology, first_step=3))[:count]
@@ -80,7 +81,7 @@ def test_bf16() -> None:
 
 
 def guided_run(config: Config, topology: Topology) -> list[float]:
-    engine = build_engine(config, topology, CPU, eod_id=EOD)
+    engine = build_engine(config, topology, own_device(), eod_id=EOD)
     engine, results = steps(engine, 0, total_steps(config))
     assert engine.guidance is None and engine.module.eod_id == EOD
     return [loss for loss, _ in results]
@@ -100,4 +101,4 @@ def test_self_guided_training(tmp_path: Path, topology: Topology, zero: int) -> 
 
 def test_an_engine_wants_to_know_the_end_token() -> None:
     with pytest.raises(ValueError, match="end-of-document id"):
-        build_engine(config_for(ALONE), ALONE, CPU)
+        build_engine(config_for(ALONE), ALONE, torch.device("cpu"))

@@ -29,8 +29,8 @@ from megastruct.parallel.topology import Topology
 from megastruct.training.engine import build_engine
 from megastruct.training.resume import find_checkpoint, resume, save
 from megastruct.training.state import KINDS
-from ranks import run_ranks
-from runs import CPU, batches, evaluate_resumed, resume_and_save_again, resume_half_way, save_half_way
+from ranks import own_device, run_ranks
+from runs import batches, evaluate_resumed, resume_and_save_again, resume_half_way, save_half_way
 
 
 def config_for(folder: Path, precision: str, pp: int, zero: int) -> Config:
@@ -188,9 +188,9 @@ def test_a_checkpoint_of_another_model_is_refused(saved: tuple[Path, list[Any]])
 def load_into_a_deeper_model(config: Config, topology: Topology) -> str:
     """Save a model without the last block; the error of loading that into the whole one."""
     shallow = Config.model_validate({**config.model_dump(), "model": {**config.model.model_dump(), "num_layers": 3}})
-    save(build_engine(shallow, topology, CPU), 3, np.array([[3]]), {})
+    save(build_engine(shallow, topology, own_device()), 3, np.array([[3]]), {})
     try:
-        resume(build_engine(config, topology, CPU), find_checkpoint(config))
+        resume(build_engine(config, topology, own_device()), find_checkpoint(config))
     except UserError as error:
         return str(error) if error.on_all_ranks else ""
     return ""

@@ -15,8 +15,8 @@ from megastruct.config.schema import Config
 from megastruct.parallel.topology import Topology
 from megastruct.training.engine import Engine, build_engine
 from megastruct.training.state import engine_adam, fragments
-from ranks import run_ranks
-from runs import CPU, batches
+from ranks import own_device, run_ranks
+from runs import batches
 
 BAD_STEP, LAST_STEP = 2, 5
 LAYOUTS = [  # precision, pp, dp, tp, zero
@@ -45,7 +45,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def train_with_a_bad_step(config: Config, topology: Topology, value: float | None) -> list[Any]:
     """(loss, norm) of each step and whether the bad one left all as it was; `value`: None leaves the step out."""
-    engine = build_engine(config, topology, CPU)
+    engine = build_engine(config, topology, own_device())
     iterator = batches(config, topology) if engine.reads_data else None
     results: list[Any] = []
     for step in range(LAST_STEP):

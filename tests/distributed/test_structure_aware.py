@@ -15,8 +15,8 @@ from marks import always, soak
 from megastruct.config.schema import Config
 from megastruct.parallel.topology import Topology
 from megastruct.training.engine import build_engine
-from ranks import run_ranks
-from runs import CPU, resume_half_way, save_half_way, train_steps
+from ranks import own_device, run_ranks
+from runs import resume_half_way, save_half_way, train_steps
 from test_tensor_parallel import BOUNDS, FIRST_STEP, LLAMA, STRUCTURES, config_for, initial_weights
 
 MODEL = {"base_width": 32}
@@ -28,7 +28,7 @@ def config(topology: Topology, zero: int = 1, structure: str = "blockdense", **s
 
 def losses_and_groups(config: Config, topology: Topology) -> tuple[list[tuple[float, float]], list[dict[str, Any]]]:
     """The run's (loss, gradient norm) pairs, and this rank's parameter groups after it."""
-    engine = build_engine(config, topology, CPU)
+    engine = build_engine(config, topology, own_device())
     results = train_steps(engine, 0, config.training.base_steps)
     keys = ("name", "lr_scale", "lr", "weight_decay")
     return results, [{key: group[key] for key in keys} for group in engine.deepspeed.optimizer.param_groups]

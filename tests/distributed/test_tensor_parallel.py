@@ -17,8 +17,8 @@ from marks import always, soak
 from megastruct.config.schema import Config
 from megastruct.parallel.topology import Topology
 from megastruct.training.engine import build_engine
-from ranks import run_ranks
-from runs import CPU, losses, resume_half_way, save_half_way, train_steps
+from ranks import own_device, run_ranks
+from runs import losses, resume_half_way, save_half_way, train_steps
 
 BOUNDS = {"fp32": (1e-5, 3e-4), "bf16": (3e-2, 1e-1)}
 FIRST_STEP = {"fp32": (1e-6, 1e-6), "bf16": (5e-3, 2e-2)}  # before Adam has magnified the last digits
@@ -55,9 +55,10 @@ def compare(
         assert abs(norm - wanted_norm) <= norm_bound * wanted_norm, f"gradient norm of step {step}"
 
 
+@pytest.mark.parametrize("topology", [Topology(2, 1, 2), soak(Topology(1, 1, 2))], ids=str)
 @pytest.mark.parametrize("structure", sorted(STRUCTURES))
-def test_every_structure_with_a_pipeline(structure: str) -> None:
-    compare(Topology(2, 1, 2), structure=structure)
+def test_every_structure(structure: str, topology: Topology) -> None:
+    compare(topology, structure=structure)
 
 
 @pytest.mark.parametrize("structure", always(sorted(STRUCTURES), ["blockdense", "blockshuffle"]))
@@ -87,7 +88,7 @@ def test_model_variants(model: dict[str, Any]) -> None:
 
 def parameters_after(config: Config, topology: Topology, steps: int) -> dict[str, tuple[bool, torch.Tensor]]:
     """name -> (is it a part, this rank's weights) after `steps` steps; name.weight@start before the first."""
-    engine = build_engine(config, topology, CPU)
+    engine = build_engine(config, topology, own_device())
     start = {name: p.detach().clone() for name, p in engine.named_parameters()}
     train_steps(engine, 0, steps)
     parts = {name: hasattr(p, "shard_spec") for name, p in engine.named_parameters()}
@@ -131,7 +132,7 @@ def test_resume_on_another_tp(tmp_path: Path, before: Topology, after: Topology,
 
 def initial_weights(config: Config, topology: Topology) -> dict[str, torch.Tensor]:
     """The global weights that this rank's parts make, gathered over the tensor-parallel group."""
-    engine = build_engine(config, topology, CPU)
+    engine = build_engine(config, topology, own_device())
     whole = {}
     for name, p in engine.named_parameters():
         spec = getattr(p, "shard_spec", None)

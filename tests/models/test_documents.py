@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import flex_attention
 
 from configs import tiny_config
 from megastruct.config.schema import Config
 from megastruct.layers.rotary import Rotary, rotate
 from megastruct.models.cost import training_flops_per_token
-from megastruct.models.documents import document_ids, document_mask
+from megastruct.models.documents import block_mask, dense_mask, document_ids
 from megastruct.models.gpt import GPT, build_gpt
 from megastruct.models.guidance import Guidance
 from megastruct.models.memory import activation_bytes, block_activation_bytes
@@ -74,10 +77,35 @@ def test_document_ids_by_hand() -> None:
 
 
 def test_mask_by_hand() -> None:
-    mask = document_mask(torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]], dtype=torch.int32), torch.bfloat16)
+    mask = dense_mask(torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]], dtype=torch.int32), torch.bfloat16)
     assert mask.shape == (2, 1, 4, 4) and mask.dtype == torch.bfloat16
     seen = [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]], torch.ones(4, 4).tril().tolist()]
     assert torch.equal(mask.exp()[:, 0], torch.tensor(seen).bfloat16())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=8), min_size=1, max_size=3),
+    block=st.sampled_from([4, 8]),
+    s=st.integers(2, 40),
+)
+def test_mask_in_blocks_is_the_dense_one(lengths: list[list[int]], block: int, s: int) -> None:
+    """Block by block of scores: left out where the dense mask sees nothing, unmasked only where it sees all; and
+    attention with it, as the kernel's reference computes it."""
+    rows = [[i for i, length in enumerate(row) for _ in range(length)] for row in lengths]
+    documents = torch.tensor([(row + [len(row)] * s)[:s] for row in rows], dtype=torch.int32)
+    mask, dense = block_mask(documents, block), dense_mask(documents, torch.float64)
+    n = -(-s // block)
+    seen = torch.nn.functional.pad((dense == 0)[:, 0], (0, n * block - s) * 2)
+    seen = seen.view(-1, n, block, n, block).transpose(2, 3).flatten(3)  # [b, n, n, block^2]
+    assert torch.equal(mask.to_dense()[:, 0].bool(), seen.any(-1))
+    assert mask.full_kv_num_blocks is not None
+    assert torch.equal(mask.full_kv_num_blocks[:, 0].long(), seen.all(-1).sum(-1))
+
+    q, k, v = torch.randn(3, len(rows), 2, s, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    found = flex_attention(q, k, v, block_mask=mask)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
@@ -189,7 +217,7 @@ def test_what_autograd_saves_is_planned(kv_heads: int, precision: str) -> None:
     documents = document_ids(packed_rows()[:2, :8], EOD)
 
     def run() -> Tensor:
-        mask = document_mask(documents, dtype)
+        mask = dense_mask(documents, dtype)
         return blocks[1](blocks[0](x + 0, mask=mask), mask=mask)
 
     x = torch.randn(8, 2, 16, dtype=dtype, requires_grad=True)  # [s, b, h]

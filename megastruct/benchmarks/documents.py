@@ -1,0 +1,85 @@
+"""What attention inside of documents costs: a training step's forward and backward with it, beside one without.
+
+The model of a config, on one device, on random ids with documents of exponentially distributed lengths. The ways take
+turns, and the fastest of some rounds counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megastruct.config.schema import Config
+from megastruct.models.block import Block
+from megastruct.models.documents import has_kernel
+from megastruct.models.gpt import GPT, build_gpt
+
+EOD = 2
+NUM_BATCHES = 8  # with other borders each
+WARM_UP_ROUNDS = 2
+
+
+class Way(NamedTuple):
+    """One way to attend: the fastest step of all rounds, and the most memory that one allocated (GPUs only)."""
+
+    name: str
+    milliseconds: float
+    peak_bytes: int
+
+
+def measure(config: Config, mean_tokens: float, rounds: int, device: torch.device) -> list[Way]:
+    """Steps of one micro-batch: across borders, with a dense mask, and with FlexAttention's kernel where it runs.
+
+    `mean_tokens`: of a document.
+    """
+    ways = {"across borders": _model(config, None, device), "inside, dense mask": _model(config, EOD, device)}
+    if device.type == "cuda" and config.training.precision == "bf16" and has_kernel(config.model.attention_head_dim):
+        ways["inside, kernel"] = _model(config, EOD, device)
+    ways["inside, dense mask"].head_dim = 0  # as if there were no kernel
+    ids = draw_rows(config, mean_tokens).to(device)
+    best = {name: float("inf") for name in ways}
+    peak = dict.fromkeys(ways, 0)
+    for round_ in range(WARM_UP_ROUNDS + rounds):
+        for name, model in ways.items():
+            seconds, peak[name] = _step(model, ids[round_ % NUM_BATCHES], device)
+            if round_ >= WARM_UP_ROUNDS:
+                best[name] = min(best[name], seconds)
+    return [Way(name, 1000 * best[name], peak[name]) for name in ways]
+
+
+def draw_rows(config: Config, mean_tokens: float) -> Tensor:
+    """int64 [NUM_BATCHES, b, s], of which every token ends a document with probability 1 / mean_tokens."""
+    training, generator = config.training, torch.Generator().manual_seed(0)
+    shape = (NUM_BATCHES, training.micro_batch_size, training.seq_length)
+    ids = torch.randint(EOD + 1, config.model.vocab_size, shape, generator=generator)
+    return ids.masked_fill_(torch.rand(shape, generator=generator) < 1 / mean_tokens, EOD)
+
+
+def _model(config: Config, eod_id: int | None, device: torch.device) -> GPT:
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    model = build_gpt(config, eod_id=eod_id).to(device, dtype)
+    for block in model.modules():
+        if isinstance(block, Block) and config.training.compile:
+            block.attention.rotary.tables(config.training.seq_length, device)
+            block.compile()
+    return model
+
+
+def _step(model: GPT, ids: Tensor, device: torch.device) -> tuple[float, int]:
+    """(seconds, peak bytes) of a forward and backward."""
+    cuda = device.type == "cuda"
+    wait: Callable[[], None] = torch.cuda.synchronize if cuda else lambda: None
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated() if cuda else 0
+    wait()
+    start = time.perf_counter()
+    model(ids).square().mean().backward()
+    wait()
+    seconds = time.perf_counter() - start
+    model.zero_grad()
+    return seconds, (torch.cuda.max_memory_allocated() - held) if cuda else 0

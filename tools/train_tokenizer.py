@@ -21,7 +21,7 @@ import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout that is not installed
 
-from megastruct.data.documents import read_documents
+from megastruct.data.patience import read_patiently
 from megastruct.data.prepare_shard import write_atomically
 from megastruct.data.source import TextShard, check_shards, find_shards
 from megastruct.errors import Problem, UserError, user_errors_exit
@@ -64,7 +64,7 @@ def sentences(shards: list[TextShard], text_column: str, max_characters: int) ->
     """Lines of the documents, the same number of characters from each shard, about `max_characters` in all."""
     for index, shard in enumerate(shards):
         left = max_characters * (index + 1) // len(shards) - max_characters * index // len(shards)
-        for documents in read_documents(shard, text_column):
+        for documents in read_patiently(shard, text_column):
             if left <= 0:
                 break
             for line in (line for document in documents for line in document.text.split("\n")):

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megastruct.data import Tokenizer, open_data
-from megastruct.data.documents import read_documents
+from megastruct.data.patience import read_patiently
 from megastruct.data.prepare import prepare
 from megastruct.data.source import find_shards
 
@@ -70,7 +70,7 @@ def _texts(input_path: str, text_column: str, max_characters: int) -> list[str]:
     texts: list[str] = []
     num_characters = 0
     for shard in find_shards(input_path, "--input"):
-        for documents in read_documents(shard, text_column):
+        for documents in read_patiently(shard, text_column):
             texts += [document.text for document in documents if not document.broken]
             num_characters += sum(len(document.text) for document in documents)
             if num_characters >= max_characters:

@@ -1,7 +1,8 @@
 """What was found by reading much of the data, kept in a folder of the run so that it is read once.
 
 The ranks of a machine ask for it at the same time: one looks, the others wait for it. Without a folder, or where it
-cannot be written, each looks itself. A value's name holds all that it depends on, so that no value is ever stale.
+cannot be written, each looks itself. A value's name holds all that it depends on, so that no value is ever stale; what
+a name on the hub stands for is kept as it was at the run's first start.
 """
 
 from __future__ import annotations
@@ -45,6 +46,12 @@ def cached_array(folder: Path | None, name: str, find: Callable[[], np.ndarray])
                 os.fsync(file.fileno())
             aside.replace(path)
         return array
+
+
+def cached_json(folder: Path | None, name: str, find: Callable[[], Any]) -> Any:
+    """As `cached_array`, of plain values."""
+    array = cached_array(folder, name, lambda: np.frombuffer(json.dumps(find()).encode(), np.uint8))
+    return json.loads(array.tobytes())
 
 
 @contextlib.contextmanager

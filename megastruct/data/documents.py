@@ -6,8 +6,6 @@ as such, to be counted; a broken file is a `UserError`.
 
 from __future__ import annotations
 
-import glob
-import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,15 +18,14 @@ from megastruct.data.source import (
     check_unchanged,
     missing_column,
     numbered_lines,
+    open_parquet,
     parse_line,
-    unreadable,
 )
 from megastruct.errors import UserError
 
 BROKEN_REASONS = ("null", "not_a_string", "empty", "undecodable", "unparsable")
 DOCUMENTS_PER_READ = 64
 _BYTES_PER_READ = 32 << 20  # fewer documents at once where they are large
-_BUFFER_BYTES = 1 << 20
 
 
 class Document(NamedTuple):
@@ -40,47 +37,35 @@ class Document(NamedTuple):
     broken: str | None  # one of BROKEN_REASONS
 
 
-def read_documents(shard: TextShard, text_column: str, start: int = 0) -> Iterator[list[Document]]:
+def documents_or_error(shard: TextShard, text_column: str, start: int) -> Iterator[list[Document]]:
     """Documents of `shard` from index `start` on, in lists of up to DOCUMENTS_PER_READ; only one column is read.
 
+    What fails below comes as it is: one of READ_ERRORS, or what hub.of_the_network knows.
+
     Raises:
-        UserError: the file is damaged, cut short, not reachable, lacks the column, or has changed since it was found.
+        UserError: the file lacks the column, or has changed since it was found.
     """
-    documents = documents_or_error(shard, text_column, start)
-    while True:
-        try:
-            batch = next(documents, None)
-        except READ_ERRORS as error:
-            raise unreadable(shard, error) from None
-        if batch is None:
-            return
-        yield batch
-
-
-def documents_or_error(shard: TextShard, text_column: str, start: int) -> Iterator[list[Document]]:
-    """As `read_documents`, but what fails below comes as it is: one of READ_ERRORS, for hub shards any exception."""
     check_unchanged(shard)
     reader = _read_parquet if shard.is_parquet else _read_jsonl
     yield from reader(shard, text_column, start)
 
 
 def _read_parquet(shard: TextShard, text_column: str, start: int) -> Iterator[list[Document]]:
-    columns = _local_columns(shard, text_column, start) if shard.is_local else _streamed(shard, text_column, start)
     index = start
-    for column in columns:
+    for column in _columns(shard, text_column, start):
         # Arrow hands out bytes: it would refuse a whole column for one value that is not UTF-8.
         contents = [None] * len(column) if pa.types.is_null(column.type) else column.cast(pa.large_binary()).to_pylist()
         yield [_from_bytes(index + i, content) for i, content in enumerate(contents)]
         index += len(contents)
 
 
-def _local_columns(shard: TextShard, text_column: str, start: int) -> Iterator[pa.Array]:
-    """The text column from row `start` on, read through a small buffer.
+def _columns(shard: TextShard, text_column: str, start: int) -> Iterator[pa.Array]:
+    """The text column from row `start` on, read through a small buffer, from a disk and from the hub alike.
 
-    Row groups before `start` are not read. Not by `datasets`, because Arrow's dataset scanner beneath it holds a
-    whole row group in memory, and a shard written with default settings is one row group of many GB.
+    Row groups before `start` and other columns are not read. Not by `datasets`, because Arrow's dataset scanner
+    beneath it holds a whole row group in memory, and a shard written with default settings is one row group of many GB.
     """
-    with pq.ParquetFile(shard.uri, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+    with open_parquet(shard) as file:
         if text_column not in file.schema_arrow.names:
             raise UserError(missing_column(shard, text_column, file.schema_arrow.names))
         first_group, to_skip = 0, start
@@ -116,30 +101,6 @@ def _rows_per_read(file: pq.ParquetFile, text_column: str) -> int:
         if group.column(index).path_in_schema == text_column
     ]
     return max(1, min(DOCUMENTS_PER_READ, int(_BYTES_PER_READ / max([1, *sizes]))))
-
-
-def _streamed(shard: TextShard, text_column: str, start: int) -> Iterator[pa.Array]:
-    """The text column from row `start` on, streamed by Hugging Face `datasets`, which tries again when a network fails.
-
-    It holds one row group in memory (about a thousand documents in the shards of the hub).
-    """
-    import datasets  # slow to import, and local shards do not need it
-
-    # The library logs what it raises, and we say it in our own message; the progress bars are per file.
-    datasets.logging.set_verbosity(logging.CRITICAL)
-    datasets.disable_progress_bars()
-    stream = datasets.load_dataset(
-        "parquet",
-        data_files=glob.escape(shard.uri) if shard.is_local else shard.uri,
-        split="train",
-        streaming=True,
-        columns=[text_column],
-        batch_size=DOCUMENTS_PER_READ,
-    )
-    if text_column not in (stream.features or {}):
-        raise UserError(missing_column(shard, text_column, list(stream.features or {})))
-    for table in stream.skip(start).with_format("arrow").iter(DOCUMENTS_PER_READ):
-        yield table.column(text_column)
 
 
 def _read_jsonl(shard: TextShard, text_column: str, start: int) -> Iterator[list[Document]]:

@@ -18,7 +18,7 @@ def held_out_tokens(source: TextSource, num_tokens: int, cache_folder: Path | No
     To find them, shards are read in the order of their names as far as needed, once for all ranks that share
     `cache_folder`.
     """
-    shards = [(shard.name, shard.num_bytes) for shard in source.shards]
+    shards = [(shard.name, shard.num_bytes, shard.content_id) for shard in source.shards]
     key = key_of(shards, source.tokenizer.fingerprint, source.text_column, source.validation_fraction, num_tokens)
     return cached_array(cache_folder, f"held_out-{key}", lambda: _find(source, num_tokens))
 

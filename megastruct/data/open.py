@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from megastruct.data.cache import cached_array, key_of
 from megastruct.data.manifest import TOKENIZER_NAME, Manifest, check_files, load_manifest
 from megastruct.data.mixture import Mixture
 from megastruct.data.order import default_num_streams
-from megastruct.data.patience import DEFAULT_PATIENCE_SECONDS
+from megastruct.data.retry import DEFAULT_PATIENCE_SECONDS
 from megastruct.data.source import MANIFEST_NAME, TextShard, check_shards, find_shards
 from megastruct.data.text_data import TextData
 from megastruct.data.text_stream import TextSource
@@ -69,7 +69,15 @@ def open_data(
         folders = [(where, base_folder / Path(name).expanduser()) for where, name in named]
         sources, opened = _open_token_sources(folders, model, seq_length, vocab_size)
         return TokenData(sources, mixture, opened, seed)
-    opened, shards = _open_text_sources(named, model, vocab_size, text_column, num_streams, base_folder, cache_folder)
+    find = partial(
+        _open_shards,
+        text_column=text_column,
+        num_streams=num_streams,
+        patience_seconds=patience_seconds,
+        base_folder=base_folder,
+        cache_folder=cache_folder,
+    )
+    opened, shards = _open_text_sources(named, model, vocab_size, find)
     texts = [
         TextSource(
             shards=own,
@@ -104,18 +112,12 @@ def _open_text_sources(
     paths: list[tuple[str, str]],
     model: Path | None,
     vocab_size: int,
-    text_column: str,
-    num_streams: int | None,
-    base_folder: Path,
-    cache_folder: Path | None,
+    find: Callable[[str, str], list[TextShard]],
 ) -> tuple[Tokenizer, list[list[TextShard]]]:
     """`paths`: (its key in the config, path)."""
     problems: list[Problem] = []
     tokenizer = _collect(problems, lambda: _open_text_tokenizer(model, vocab_size))
-    shards = [
-        _collect(problems, partial(_open_shards, path, where, text_column, num_streams, base_folder, cache_folder))
-        for where, path in paths
-    ]
+    shards = [_collect(problems, partial(find, path, where)) for where, path in paths]
     if problems:
         raise UserError(problems)
     return tokenizer, shards
@@ -141,20 +143,27 @@ def _open_text_tokenizer(model: Path | None, vocab_size: int) -> Tokenizer:
 
 
 def _open_shards(
-    path: str, where: str, text_column: str, num_streams: int | None, base_folder: Path, cache_folder: Path | None
+    path: str,
+    where: str,
+    *,
+    text_column: str,
+    num_streams: int | None,
+    patience_seconds: float,
+    base_folder: Path,
+    cache_folder: Path | None,
 ) -> list[TextShard]:
-    shards = find_shards(path, where, base_folder)
+    shards = find_shards(path, where, base_folder, patience_seconds, cache_folder)
     key = key_of([(shard.uri, shard.num_bytes) for shard in shards], text_column)
-    cached_array(cache_folder, f"checked-{key}", lambda: _checked(shards, text_column))
+    cached_array(cache_folder, f"checked-{key}", lambda: _checked(shards, text_column, patience_seconds))
     if num_streams is not None and num_streams > len(shards):
         found = f"{num_streams} streams are more than the {len(shards)} text shards"
         raise UserError(Problem("data.num_streams", found, f"set it to {len(shards)} or less, or leave it out"))
     return shards
 
 
-def _checked(shards: list[TextShard], text_column: str) -> np.ndarray:
+def _checked(shards: list[TextShard], text_column: str, patience_seconds: float) -> np.ndarray:
     """The number of shards, if all can be opened; thousands of footers are read for it."""
-    check_shards(shards, text_column)
+    check_shards(shards, text_column, patience_seconds)
     return np.array(len(shards))
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from megastruct.data.hub import commit_of
 from megastruct.data.manifest import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -35,9 +36,9 @@ from megastruct.data.manifest import (
     load_manifest,
     total_of,
 )
-from megastruct.data.patience import DEFAULT_PATIENCE_SECONDS
 from megastruct.data.prepare_shard import OutputError, ShardJob, ShardRecord, write_atomically
 from megastruct.data.prepare_workers import run_jobs
+from megastruct.data.retry import DEFAULT_PATIENCE_SECONDS
 from megastruct.data.source import TextShard, check_shards, find_shards
 from megastruct.data.tokenizer import Tokenizer
 from megastruct.errors import Problem, UserError
@@ -68,7 +69,9 @@ def prepare(
             that died. What is finished stays.
     """
     tokenizer = Tokenizer(tokenizer_path, where="--tokenizer")
-    shards = find_shards(input_path, "--input")
+    shards = find_shards(input_path, "--input", patience_seconds=patience_seconds)
+    if not shards[0].is_local:
+        report(f"{input_path} is read at commit {commit_of(shards[0].uri)}: {len(shards)} shards")
     settings = _settings(tokenizer, shards, text_column, validation_fraction, max_shard_tokens)
     _refuse_other_contents(output)
     with _output_errors(output), _locked(output):
@@ -79,7 +82,7 @@ def prepare(
             shutil.rmtree(output / PROGRESS_NAME, ignore_errors=True)
             report(f"already done: {_summary(output, manifest)}")
             return manifest
-        check_shards(shards, text_column)
+        check_shards(shards, text_column, patience_seconds)
         _begin(output, tokenizer, settings)
         jobs = _jobs(output, tokenizer, shards, settings, patience_seconds)
         manifest = _manifest(settings, _make_shards(jobs, num_workers, report))
@@ -213,7 +216,7 @@ def _finished(job: ShardJob) -> ShardRecord | None:
     """The record of a shard that an earlier run finished, if its files are whole and it is what was read then."""
     try:
         record = ShardRecord.model_validate_json(job.record_path.read_bytes())
-        if record.source_mtime_ns != job.source_mtime_ns():
+        if record.source_version != job.source_version():
             return None
     except (OSError, ValidationError):
         return None

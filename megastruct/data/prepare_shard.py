@@ -15,7 +15,8 @@ import numpy as np
 
 from megastruct.data.documents import BROKEN_REASONS, num_rows
 from megastruct.data.manifest import SPLITS, Count, Record, Splits, TokenFile
-from megastruct.data.patience import DEFAULT_PATIENCE_SECONDS, read_patiently
+from megastruct.data.patience import read_patiently
+from megastruct.data.retry import DEFAULT_PATIENCE_SECONDS
 from megastruct.data.source import TextShard, check_unchanged
 from megastruct.data.split import is_validation
 from megastruct.data.tokenizer import Tokenizer
@@ -50,9 +51,9 @@ class ShardJob:
     dtype: Literal["uint16", "uint32"]
     patience_seconds: float = DEFAULT_PATIENCE_SECONDS
 
-    def source_mtime_ns(self) -> int:
-        """When the shard was last written; 0 for what is not local."""
-        return os.stat(self.shard.uri).st_mtime_ns if self.shard.is_local else 0
+    def source_version(self) -> str:
+        """Another one whenever the shard was written: of a local one the time in nanoseconds."""
+        return str(os.stat(self.shard.uri).st_mtime_ns) if self.shard.is_local else self.shard.content_id
 
 
 class ShardRecord(Record):
@@ -60,7 +61,7 @@ class ShardRecord(Record):
 
     splits: Splits
     skipped_documents: dict[str, Count]  # by reason, every reason is there
-    source_mtime_ns: Count  # of the shard that was read
+    source_version: str  # of the shard that was read
 
 
 def make_shard(job: ShardJob, on_progress: Callable[[int, int, int], None]) -> ShardRecord:
@@ -73,11 +74,11 @@ def make_shard(job: ShardJob, on_progress: Callable[[int, int, int], None]) -> S
         UserError: the shard is damaged, cannot be reached, or was changed while it was read.
     """
     try:
-        mtime_ns = job.source_mtime_ns()
+        version = job.source_version()
     except FileNotFoundError:
         raise _changed(job) from None
     try:
-        record = _make_files(job, mtime_ns, on_progress)
+        record = _make_files(job, version, on_progress)
         write_atomically(job.record_path, record.model_dump_json().encode())
     except OSError as error:  # errors of reading were turned into messages before
         path = Path(error.filename) if error.filename else job.output
@@ -85,7 +86,7 @@ def make_shard(job: ShardJob, on_progress: Callable[[int, int, int], None]) -> S
     return record
 
 
-def _make_files(job: ShardJob, mtime_ns: int, on_progress: Callable[[int, int, int], None]) -> ShardRecord:
+def _make_files(job: ShardJob, version: str, on_progress: Callable[[int, int, int], None]) -> ShardRecord:
     writers = {split: _TokenWriter(job, split) for split in SPLITS}
     skipped = Counter(dict.fromkeys(BROKEN_REASONS, 0))
     try:
@@ -102,19 +103,19 @@ def _make_files(job: ShardJob, mtime_ns: int, on_progress: Callable[[int, int, i
             part = min(left_bytes, job.shard.num_bytes * len(documents) // rows if rows else num_bytes)
             left_bytes -= part
             on_progress(len(documents), sum(map(len, tokens)), part)
-        _refuse_changed(job, mtime_ns)
+        _refuse_changed(job, version)
         splits = Splits(**{split: tuple(writer.finish()) for split, writer in writers.items()})
     finally:
         for writer in writers.values():
             writer.discard()
-    return ShardRecord(splits=splits, skipped_documents=dict(skipped), source_mtime_ns=mtime_ns)
+    return ShardRecord(splits=splits, skipped_documents=dict(skipped), source_version=version)
 
 
-def _refuse_changed(job: ShardJob, mtime_ns: int) -> None:
+def _refuse_changed(job: ShardJob, version: str) -> None:
     """What was read while it was written is neither the old shard nor the new one."""
     try:
         check_unchanged(job.shard)
-        if job.source_mtime_ns() == mtime_ns:
+        if job.source_version() == version:
             return
     except FileNotFoundError:
         pass

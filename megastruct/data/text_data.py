@@ -9,6 +9,7 @@ import numpy as np
 
 from megastruct.data.batch import Batch, batch_from_rows
 from megastruct.data.held_out import held_out_tokens
+from megastruct.data.hub import commit_of
 from megastruct.data.mixture import Mixture
 from megastruct.data.reader import check_held_out_rows, describe_mixture, validation_samples
 from megastruct.data.text_reader import TextReader
@@ -74,7 +75,14 @@ class TextData:
             "tokenizer_fingerprint": first.tokenizer.fingerprint,
             "vocab_size": first.tokenizer.vocab_size,
             **describe_mixture(self._mixture, parts),
+            **self._hub_commits(),
         }
+
+    def _hub_commits(self) -> dict:
+        """What was read from the hub, said only if something was."""
+        firsts = [source.shards[0] for source in self._sources]
+        commits = [None if shard.is_local else commit_of(shard.uri) for shard in firsts]
+        return {"hub_commits": commits} if any(commits) else {}
 
     def train_reader(
         self,

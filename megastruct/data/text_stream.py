@@ -20,7 +20,8 @@ import numpy as np
 
 from megastruct.data.documents import Document
 from megastruct.data.order import shard_order
-from megastruct.data.patience import DEFAULT_PATIENCE_SECONDS, read_patiently
+from megastruct.data.patience import read_patiently
+from megastruct.data.retry import DEFAULT_PATIENCE_SECONDS
 from megastruct.data.source import TextShard
 from megastruct.data.split import is_validation
 from megastruct.data.tokenizer import Tokenizer

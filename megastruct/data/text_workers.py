@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from megastruct.data.patience import unreachable
+from megastruct.data.retry import unreachable
 from megastruct.data.text_stream import Placed, StreamCursor, TextSource, tokenised_documents
 from megastruct.data.text_worker import Chunk, Reading, StreamName
 from megastruct.errors import Problem, UserError

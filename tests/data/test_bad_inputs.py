@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megastruct.data import Tokenizer, open_data
-from megastruct.data import documents as documents_module
-from megastruct.data.documents import read_documents
+from megastruct.data.patience import read_patiently
 from megastruct.data.source import TextShard, find_shards
 from megastruct.data.split import is_validation
 from megastruct.errors import UserError
@@ -141,7 +140,7 @@ def test_sources(tmp_path):
     assert [shard.name for shard in shards] == ["b.parquet", "sub/a.parquet"]
     assert find_shards("od[[]d] na[*]me/**/*.parquet", "data.path", tmp_path) == shards
     assert [shard.name for shard in find_shards(str(folder / "b.parquet"), "data.path")] == ["b.parquet"]
-    documents = [document for batch in read_documents(shards[0], "content") for document in batch]
+    documents = [document for batch in read_patiently(shards[0], "content") for document in batch]
     assert [document.text for document in documents] == GOOD
 
 
@@ -150,7 +149,7 @@ def test_sources(tmp_path):
 
 def read(path, start=0):
     shard = TextShard(str(path), path.name, path.stat().st_size)
-    return [document for batch in read_documents(shard, "content", start) for document in batch]
+    return [document for batch in read_patiently(shard, "content", start) for document in batch]
 
 
 def test_broken_documents_in_parquet_are_skipped_one_by_one(tmp_path):
@@ -202,11 +201,6 @@ def test_broken_documents_in_jsonl_are_skipped_one_by_one(tmp_path, compressed):
 def test_reading_from_the_middle(text_folder, start):
     path = text_folder / "shard-0.parquet"
     assert read(path, start) == read(path)[start:]
-    # what reads shards of the hub, on a local one
-    shard = TextShard(str(path), path.name, path.stat().st_size)
-    columns = documents_module._streamed(shard, "content", start)
-    texts = pq.read_table(path)["content"].to_pylist()[start:]
-    assert [text for column in columns for text in column.to_pylist()] == texts
 
 
 def test_memory_does_not_grow_with_the_row_group(tmp_path):
@@ -214,7 +208,7 @@ def test_memory_does_not_grow_with_the_row_group(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["word " * 2000] * 5000, row_group_size=10**9)
     shard = TextShard(str(tmp_path / "a.parquet"), "a.parquet", (tmp_path / "a.parquet").stat().st_size)
     before = pa.total_allocated_bytes()
-    documents = read_documents(shard, "content")
+    documents = read_patiently(shard, "content")
     next(documents)
     assert pa.total_allocated_bytes() - before < 20e6 < 5000 * 10_000
 

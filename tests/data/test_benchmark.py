@@ -7,7 +7,7 @@ import pytest
 
 from megastruct.benchmarks.data import fast_tokenizer
 from megastruct.data import Tokenizer, open_data
-from megastruct.data.documents import read_documents
+from megastruct.data.patience import read_patiently
 from megastruct.data.prepare import prepare
 from megastruct.data.prepare_shard import ShardJob, make_shard
 from megastruct.data.source import find_shards
@@ -63,7 +63,7 @@ def test_preparation_costs_little_beside_the_tokenizer(tmp_path):
     model = ["--output", str(tmp_path / "tokenizer"), "--vocab-size", "8000", "--max-characters", "2000000"]
     train_tokenizer.main(["--input", str(tmp_path / "text"), *model])
     first, second = find_shards(str(tmp_path / "text"), "--input")
-    texts = [document.text for documents in read_documents(second, "content") for document in documents]
+    texts = [document.text for documents in read_patiently(second, "content") for document in documents]
     (tmp_path / "train").mkdir()
     (tmp_path / "validation").mkdir()
     best = {"alone": 0.0, "prepared": 0.0}

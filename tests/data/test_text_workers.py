@@ -1,6 +1,5 @@
 """Text that is tokenised ahead: the same samples with any number of processes, and what happens when a source fails."""
 
-import io
 import os
 import signal
 import subprocess
@@ -8,13 +7,10 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import ClassVar
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from fsspec import AbstractFileSystem
 from huggingface_hub import errors as hub_errors
 
 from megastruct.data import Tokenizer, merge_cursors, text_workers
@@ -159,64 +155,6 @@ def test_a_stream_that_failed_does_not_end_the_others_of_its_worker(tmp_path, to
 # Sources that fail ------------------------------------------------------------------------------------------------
 
 
-class Breaking(io.BytesIO):
-    """A connection that is reset after some bytes."""
-
-    def __init__(self, content: bytes, num_bytes: int) -> None:
-        super().__init__(content)
-        self.num_bytes = num_bytes
-
-    def readline(self, *arguments):
-        self._break()
-        return super().readline(*arguments)
-
-    def __next__(self):
-        self._break()
-        return super().__next__()
-
-    def read(self, *arguments):
-        self._break()
-        return super().read(*arguments)
-
-    def _break(self):
-        if self.tell() >= self.num_bytes:
-            raise ConnectionResetError("the connection was reset")
-
-
-class FlakyFiles(AbstractFileSystem):
-    """A remote file system: it refuses the first opening, and the connection of the second is reset half-way."""
-
-    protocol = "flaky"
-    content = b""
-    opened: ClassVar[list] = []
-
-    def _open(self, path, mode="rb", **options):
-        self.opened.append(path)
-        if len(self.opened) == 1:
-            raise ConnectionError("no route to the source")
-        size = len(self.content)
-        return Breaking(self.content, size // 2 if len(self.opened) == 2 else size + 1)
-
-
-def test_a_source_that_fails_for_a_while_is_tried_again_where_it_was(capsys):
-    fsspec.register_implementation("flaky", FlakyFiles, clobber=True)
-    texts = [f"text {i} " * 20 for i in range(300)]
-    lines = "".join(f'{{"content": "{text}"}}\n' for text in texts).encode()
-    FlakyFiles.content = lines
-    shard = TextShard("flaky:///a.jsonl", "a.jsonl", len(lines))
-    seen = []
-    reading = read_patiently(shard, "content", 10, 30.0, lambda uri, failure: seen.append((uri, failure)))
-    documents = [document.text for batch in reading for document in batch]
-    assert documents == texts[10:]
-    assert len(FlakyFiles.opened) == 3
-    assert seen == [
-        (shard.uri, ""),
-        (shard.uri, "ConnectionError: no route to the source"),
-        (shard.uri, "ConnectionResetError: the connection was reset"),
-    ]
-    assert capsys.readouterr().err.count("trying again") == 2
-
-
 def test_a_folder_that_comes_back_is_waited_for_and_reading_goes_on_where_it_was(tmp_path, tokenizer_path, capsys):
     """As when a network folder is mounted again: the shards behind the first are out of reach for a second."""
     (tmp_path / "text").mkdir()
@@ -272,32 +210,13 @@ def answer(status: int) -> hub_errors.HTTPError:
     return error
 
 
-@pytest.mark.parametrize(
-    "error, message",
-    [
-        (pa.ArrowInvalid("Parquet magic bytes not found in footer"), "damaged"),
-        (FileNotFoundError("no such shard"), "gone"),
-        (PermissionError("gated"), r"refuses it \(PermissionError: gated"),
-        *((answer(status), f"refuses it .*{status}") for status in (401, 403, 404)),
-    ],
-)
-def test_what_a_remote_source_says_for_good_is_not_tried_again(capsys, error, message):
-    class Refusing(FlakyFiles):
-        opened: ClassVar[list] = []
-
-        def _open(self, path, mode="rb", **options):
-            self.opened.append(path)
-            raise error
-
-    fsspec.register_implementation("flaky", Refusing, clobber=True)
-    with pytest.raises(UserError, match=rf"flaky:///b\.jsonl: .*{message}"):
-        next(read_patiently(TextShard("flaky:///b.jsonl", "b.jsonl", 1), "content"))
-    assert len(Refusing.opened) == 1 and "trying again" not in capsys.readouterr().err
-
-
-def test_an_overloaded_source_is_tried_again():
-    assert may_pass(TextShard("hf://b.jsonl", "b.jsonl", 1), answer(503))
-    assert may_pass(TextShard("hf://b.jsonl", "b.jsonl", 1), TimeoutError())
+def test_what_passes_of_a_shard_of_the_hub_is_the_network_alone():
+    shard = TextShard("hf://datasets/a/b@c/d.parquet", "d.parquet", 1)
+    passing = [*map(answer, (408, 429, 500, 503)), TimeoutError(), ConnectionResetError(), hub_errors.HTTPError("cut")]
+    final = [*map(answer, (400, 401, 403, 404, 416)), pa.ArrowInvalid("no magic"), OSError("thrift"), EOFError()]
+    mistakes = [TypeError("ours"), KeyError("ours"), MemoryError()]
+    assert [may_pass(shard, error) for error in passing] == [True] * len(passing)
+    assert not any(may_pass(shard, error) for error in final + mistakes)
 
 
 @pytest.mark.parametrize("patience_seconds, limit_seconds", [(0.0, 60.0), (30.0, 60.0), (300.0, 450.0)])

@@ -42,6 +42,10 @@ class Reader(ABC, Iterator[Batch]):
             self._next_step_sample += self._global_batch_size
         return batch_from_rows(self._read(self._micro_batches.popleft()))
 
+    @property
+    def is_between_steps(self) -> bool:
+        return not self._micro_batches
+
     def samples_consumed(self) -> int:
         """Global samples consumed by all ranks; defined between steps only.
 

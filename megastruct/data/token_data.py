@@ -13,6 +13,7 @@ from megastruct.data.batch import Batch, batch_from_rows
 from megastruct.data.manifest import Manifest, TokenFile, verify_files
 from megastruct.data.mixture import Mixture
 from megastruct.data.order import locate_rows
+from megastruct.data.prefetch import Prefetched
 from megastruct.data.reader import Reader, check_held_out_rows, describe_mixture, validation_samples
 from megastruct.data.token_files import TokenFiles
 from megastruct.data.tokenizer import Tokenizer
@@ -222,7 +223,7 @@ class TokenData:
         dp_size: int,
         cursor: np.ndarray | None = None,
         start_sample: int = 0,
-    ) -> TokenReader:
+    ) -> Prefetched:
         """This rank's micro-batches from `cursor` (or, without it, from global sample `start_sample`) on.
 
         Raises:
@@ -234,7 +235,7 @@ class TokenData:
             start_sample = int(cursor[0, 0])
         sizes = (global_batch_size, micro_batch_size, dp_rank, dp_size)
         rows = [source.train for source in self._sources]
-        return TokenReader(rows, self._mixture, self._seed, *sizes, start_sample)
+        return Prefetched(TokenReader(rows, self._mixture, self._seed, *sizes, start_sample))
 
     def validation_batches(self, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[Batch]:
         """This rank's part of the first `num_samples` rows of the packed held-out documents.

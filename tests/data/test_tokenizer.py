@@ -34,7 +34,9 @@ def test_documents_end_with_the_only_eod(tokenizer):
         assert tokenizer.eod_id not in ids and ids.min() >= 0 and ids.max() < tokenizer.vocab_size
 
 
-def test_encoding_does_not_depend_on_the_batch(tokenizer):
+def test_encoding_does_not_depend_on_the_batch(tokenizer, monkeypatch):
+    monkeypatch.setattr(words_module, "_CHARACTERS_AT_ONCE", 25)
+    monkeypatch.setattr(words_module, "_WORDS_AT_ONCE", 2)
     together = tokenizer.encode(TEXTS)
     for text, ids in zip(TEXTS, together, strict=True):
         np.testing.assert_array_equal(tokenizer.encode([text])[0], ids)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from megastruct.data.words import Words, is_word_by_word, keeps_words_apart
+from megastruct.data.words import keeps_words_apart, words_of
 from megastruct.errors import Problem, UserError
 
 _PART_CHARACTERS = 1 << 16  # a longer text is encoded in parts: memory and time grow faster than its length
@@ -52,7 +52,7 @@ class Tokenizer:
             raise self._error("has no end-of-sentence id (</s>), which marks the end of a document")
         self.fingerprint: str = hashlib.sha256(self.content).hexdigest()
         self._after_cut = self._form_after_cut()
-        self._words = Words(self.processor) if is_word_by_word(self.processor) else None
+        self._words = words_of(self.processor)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32 [num_tokens]; no begin- or end-of-document id is added.
@@ -89,7 +89,7 @@ class Tokenizer:
 
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         if self._words is not None:
-            return [self._words.encode(text) for text in texts]
+            return self._words.encode(texts)
         # One thread: every process that encodes is one of many on its machine (data-parallel ranks, pool workers).
         return self.processor.encode(list(texts), out_type="numpy", num_threads=1)
 

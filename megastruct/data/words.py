@@ -1,64 +1,154 @@
-"""SentencePiece word by word, with a memory for words: the same ids in less than half the time.
+"""SentencePiece word by word, with a memory for words: the same ids in less time.
 
-Most words of a text were seen before. In a BPE model of which no piece spans two words, the merges of a word depend on
-the word alone, so that the ids of a text are those of its words, one after the other. What counts as a word here is
-what lies between single spaces. If the model normalises text, only those spaces count that have a visible ASCII
-character on either side: no normaliser of SentencePiece changes these, or its neighbours because of them.
+Most words of a text were seen before. The merges of BPE make nothing but pieces of the vocabulary, so that a text may
+be cut between two characters that no piece holds next to each other: its ids are those of its parts, one after the
+other. How a text is cut depends on the model:
+
+- One that takes text as it is and falls back to bytes (LLaMA's): before every run of spaces and before every line
+  feed, tab and carriage return. `PlainWords`.
+- One that normalises text: at single spaces that have a visible ASCII character on either side. No normaliser of
+  SentencePiece changes these, or their neighbours because of them. `Words`.
 """
 
 from __future__ import annotations
 
 import re
-from itertools import chain
+from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import sentencepiece
 
 SPACE = "\u2581"  # as SentencePiece writes it
-_BETWEEN_WORDS = re.compile(f"(?<=[^ {SPACE}]) (?=[^ {SPACE}])")
 _BETWEEN_ASCII_WORDS = re.compile(r"(?<=[!-~]) (?=[!-~])")
-_NORMALISED_BY_ANY = "\ufb01 \uff21e\u0301  \u00bd\u2026\u00a0\t\u3000 \u200bA"  # each normaliser changes some of it
-_MAX_WORDS = 1 << 17  # about 50 MB
+_NORMALISED_BY_ANY = "\ufb01 \uff21e\u0301  \u00bd\u2026\u00a0\t\u3000 \u200bA\r\n\0B"  # some of it by each
+_MAX_WORDS = 1 << 18  # about 40 MB
 _MAX_WORD_CHARACTERS = 32
+_CHARACTERS_AT_ONCE = 4096  # short texts together; more words leave the processor's cache before they are looked up
+_WORDS_AT_ONCE = 512  # the library's time grows faster than the length of a text
+_MARK = "\0"
 
 
 def keeps_words_apart(processor: sentencepiece.SentencePieceProcessor) -> bool:
     """Whether no piece spans two words."""
-    pieces = (processor.id_to_piece(id_) for id_ in range(processor.vocab_size()))
     # A symbol that a user defined may have a space as it is written in text.
-    return not any(SPACE in piece.lstrip(SPACE) or " " in piece for piece in pieces)
+    return not any(SPACE in piece.lstrip(SPACE) or " " in piece for piece in _pieces(processor))
 
 
-def is_word_by_word(processor: sentencepiece.SentencePieceProcessor) -> bool:
+def _pieces(processor: sentencepiece.SentencePieceProcessor) -> list[str]:
+    return processor.id_to_piece(list(range(processor.vocab_size())))
+
+
+def _is_word_by_word(processor: sentencepiece.SentencePieceProcessor) -> bool:
     """Whether the ids of a text are those of its words: a BPE model that keeps words apart and begins each alike."""
     if not keeps_words_apart(processor) or processor.encode("ab cd") != processor.encode("ab") + processor.encode("cd"):
         return False
+    if processor.piece_to_id(SPACE) == processor.unk_id():  # unknown characters next to each other become one id
+        return False
     # The scores of a BPE model are the ranks of its merges; those of a unigram model are logarithms, of which sums over
     # a text round otherwise than sums over its words.
-    scores = [processor.get_score(id_) for id_ in range(processor.vocab_size())]
+    scores = processor.get_score(list(range(processor.vocab_size())))
     return all(score == int(score) for score in scores) and min(scores) < -1
 
 
-class Words(dict[str, tuple[int, ...]]):
+def words_of(processor: sentencepiece.SentencePieceProcessor) -> Words | None:
+    """A memory for the words of this model, None if the ids of a text are not those of its words."""
+    if not _is_word_by_word(processor):
+        return None
+    plain = processor.normalize(_NORMALISED_BY_ANY) == SPACE + _NORMALISED_BY_ANY.replace(" ", SPACE)
+    return PlainWords(processor) if plain and _MARK in _standing_alone(processor, _MARK) else Words(processor)
+
+
+class Words:
     """Ids by word; forgets all when it is full."""
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
         self._processor = processor
-        self._identity = processor.normalize(_NORMALISED_BY_ANY) == SPACE + _NORMALISED_BY_ANY.replace(" ", SPACE)
-        self._between_words = _BETWEEN_WORDS if self._identity else _BETWEEN_ASCII_WORDS
+        self._ids: dict[str, bytes] = {}  # int32, one after the other
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of a text, int32 [num_tokens], the same as the processor's."""
-        if self._identity and "  " not in text and SPACE not in text and text[:1] != " " and text[-1:] != " ":
-            words = text.split(" ")  # the same, faster
-        else:
-            words = self._between_words.split(text)
-        return np.fromiter(chain.from_iterable(map(self.__getitem__, words)), np.int32)
+    def __len__(self) -> int:
+        return len(self._ids)
 
-    def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = tuple(self._processor.encode(word))
-        if len(word) <= _MAX_WORD_CHARACTERS:
-            if len(self) >= _MAX_WORDS:
-                self.clear()
-            self[word] = ids
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, int32 [num_tokens], the same as the processor's."""
+        ids: list[np.ndarray] = []
+        start = num_characters = 0
+        for end, text in enumerate(texts, 1):
+            num_characters += len(text)
+            if num_characters >= _CHARACTERS_AT_ONCE or end == len(texts):
+                ids += self._encode(texts[start:end])
+                start, num_characters = end, 0
         return ids
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        cut = [self._cut(text) for text in texts]
+        unseen = list(set[str]().union(*(words for words in cut if words)).difference(self._ids))
+        for start in range(0, len(unseen), _WORDS_AT_ONCE):
+            some = unseen[start : start + _WORDS_AT_ONCE]
+            self._ids.update(zip(some, self._encode_words(some), strict=True))
+        ids = [
+            self._processor.encode(text, out_type="numpy") if words is None else self._joined(words)
+            for text, words in zip(texts, cut, strict=True)
+        ]
+        if len(self._ids) > _MAX_WORDS:
+            self._ids.clear()
+        else:
+            for word in [word for word in unseen if len(word) > _MAX_WORD_CHARACTERS]:
+                del self._ids[word]
+        return ids
+
+    def _joined(self, words: list[str]) -> np.ndarray:
+        return np.frombuffer(bytearray().join(map(self._ids.__getitem__, words)), np.int32)
+
+    def _cut(self, text: str) -> list[str] | None:
+        """The words of a text, None if it is better encoded as a whole."""
+        return _BETWEEN_ASCII_WORDS.split(text)
+
+    def _encode_words(self, words: list[str]) -> list[bytes]:
+        return [np.array(self._processor.encode(word), np.int32).tobytes() for word in words]
+
+
+class PlainWords(Words):
+    """Words of a model to which a text is a space and then its characters as they are.
+
+    A word is what follows one space, or begins with a character that stands alone. Further spaces before a word belong
+    to it, because there are pieces of several spaces: they are written as SentencePiece does.
+    """
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
+        super().__init__(processor)
+        self._first = _standing_alone(processor, "\n\t\r")
+        self._mark_id = processor.encode(_MARK)[-1]
+
+    def _cut(self, text: str) -> list[str] | None:
+        if not text or _MARK in text:  # SentencePiece puts no space before a text without characters
+            return None
+        if text[0] == " ":
+            text = SPACE + text[1:]
+        if "  " in text:
+            text = text.replace("  ", " " + SPACE)
+        if SPACE in text:
+            text = text.replace(SPACE + " ", SPACE + SPACE)
+        for character in self._first:
+            text = text.replace(character, " " + character)
+        words = text.split(" ")
+        # Chinese, base64 or tables of numbers are words that hardly come again.
+        return words if len(words) * _MAX_WORD_CHARACTERS > len(text) else None
+
+    def _encode_words(self, words: list[str]) -> list[bytes]:
+        """As one text with a mark between words: the library takes longer for many texts than for one."""
+        parts = [word if word[:1] in self._first else " " + word for word in words]
+        ids = self._processor.encode(_MARK + _MARK.join(parts) + _MARK, out_type="numpy")
+        marks = (ids.itemsize * np.flatnonzero(ids == self._mark_id)).tolist()
+        content = ids.tobytes()
+        return [content[mark + ids.itemsize : next_mark] for mark, next_mark in pairwise(marks)]
+
+
+def _standing_alone(processor: sentencepiece.SentencePieceProcessor, characters: str) -> tuple[str, ...]:
+    """Those of `characters` that become the same ids in every text, of which none is that of unknown characters."""
+    shared = set("".join(piece for piece in _pieces(processor) if len(piece) > 1))
+    return tuple(
+        character
+        for character in characters
+        if character not in shared and processor.unk_id() not in processor.encode(character)
+    )

@@ -36,8 +36,9 @@ def invalid_utf8(*contents: bytes) -> pa.Array:
     return pa.Array.from_buffers(pa.string(), len(array), array.buffers())
 
 
-def train_model(path, **options):
+def train_model(path, more_lines=(), **options):
     lines = [line for shard in range(NUM_SHARDS) for line in make_texts(shard) if line and line.strip()]
+    lines += more_lines
     model = io.BytesIO()
     defaults = {"vocab_size": 330, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(

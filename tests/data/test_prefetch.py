@@ -76,8 +76,8 @@ def test_the_thread_ends_with_its_owner() -> None:
     reader = Numbers()
     ahead = Prefetched(reader)
     next(ahead)
-    wait_until(lambda: reader.threads)
-    (thread,), alive = reader.threads, weakref.ref(reader)
-    reader.threads.clear()
+    threads, alive = reader.threads, weakref.ref(reader)
+    wait_until(lambda: threads)
+    (thread,) = threads
     del ahead, reader
     wait_until(lambda: gc.collect() is not None and alive() is None and not thread.is_alive())

@@ -1,4 +1,4 @@
-.PHONY: test check format soak clean
+.PHONY: test check format soak gpu clean
 
 test:  ## set up what is missing and run the tests
 	tools/setup.sh
@@ -18,6 +18,10 @@ format:
 soak:  ## the long tests
 	tools/setup.sh
 	.venv/bin/python -m pytest -m soak
+
+gpu:  ## the tests of layouts on the GPUs of this machine, over NCCL, and those of kernels
+	tools/setup.sh
+	DS_ACCELERATOR=cuda .venv/bin/python -m pytest -m "soak or not soak" tests/distributed tests/models/test_document_kernel.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -16,7 +16,7 @@ import torch
 from megastruct.config import Config, load_config
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.launch.deepspeed import LaunchOptions, deepspeed_command, hostfile_slots, run_launcher
-from megastruct.launch.environment import cores_of_this_process, free_port
+from megastruct.launch.environment import free_port
 from megastruct.launch.signals import STOP_FILE
 from megastruct.models.steps import total_steps
 from megastruct.training.preflight import preflight
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.node_rank:  # the first node's start: another's may come when the run is already asked to stop
             (folder / STOP_FILE).unlink(missing_ok=True)
         stop_file = folder / STOP_FILE if options.by_ssh else None
-        status = run_launcher(command, _environment(config, options.num_gpus), stop_file)
+        status = run_launcher(command, _environment(config), stop_file)
         if status:
             raise SystemExit(status)
     if not args.node_rank:
@@ -105,12 +105,11 @@ def _local_processes(config: Config, num_gpus: int | None) -> int:
     return wanted
 
 
-def _environment(config: Config, processes: int | None) -> dict[str, str]:
-    """For the launcher and all ranks: the accelerator, and each process's share of the cores."""
+def _environment(config: Config) -> dict[str, str]:
+    """For the launcher and all ranks."""
     environment = dict(os.environ)
     if config.hardware.device == "cpu" or not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores_of_this_process() // (processes or 1))))
     environment.setdefault("LOG_LEVEL", "warning")
     return environment
 

@@ -21,10 +21,10 @@ from megastruct.data import Batch
 from megastruct.errors import EXIT_CODE_START_AGAIN, user_errors_exit
 from megastruct.launch.deepspeed import decoded
 from megastruct.launch.distributed import choose_device, join, leave
-from megastruct.launch.environment import current_process
+from megastruct.launch.environment import current_process, own_threads
 from megastruct.launch.signals import STOP_FILE, StopRequest
 from megastruct.launch.watchdog import Watch
-from megastruct.metrics.devices import peak_memory_bytes, peak_tflops
+from megastruct.metrics.devices import peak_tflops, read_peak_memory_bytes
 from megastruct.metrics.throughput import Throughput
 from megastruct.metrics.writers import Metrics, MetricWriter, Progress
 from megastruct.models.cost import training_flops_per_token
@@ -146,7 +146,7 @@ class Run:
         return True
 
     def _metrics(self, loss: float) -> Metrics:
-        memory = torch.tensor(peak_memory_bytes(self.device), device=self.device)
+        memory = torch.tensor(read_peak_memory_bytes(self.device), device=self.device)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
         share = self.throughput.guide_share  # of steps before the guides left, too
         guided = {"alpha": alpha(self.config, self.step - 1), "guide_share": share} if self.engine.guidance else {}
@@ -239,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(args.config, args.overrides)
         topology, data = preflight(config, process.world_size)
     with user_errors_exit(rank=process.rank):
+        torch.set_num_threads(own_threads())
         device = choose_device(config.hardware.device, process)
         limits = config.reliability
         join(device, limits.collective_seconds)

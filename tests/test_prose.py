@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import shlex
 import subprocess
@@ -70,6 +71,24 @@ def test_the_message_that_the_readme_shows(capsys: pytest.CaptureFixture[str], m
         main(shlex.split(command))
     assert exit_.value.code == 2
     assert capsys.readouterr().err == message
+
+
+def test_the_table_of_the_study_is_that_of_its_runs() -> None:
+    """docs/guided.md beside the records in docs/dynamics."""
+    page = (ROOT / "docs" / "guided.md").read_text()
+    rows = re.findall(r"^\| (dense|rows|lowrank|coin) \|(.*)\|$", page, flags=re.M)
+    said = {
+        f"{name}_{seed}": float(value.strip(" *"))
+        for name, cells in rows
+        for seed, value in enumerate(cells.split("|"), 1)
+        if value.strip()
+    }
+    records = {
+        path.parent.name: json.loads(path.read_text().splitlines()[-1])
+        for path in (ROOT / "docs" / "dynamics").glob("*/metrics.jsonl")
+    }
+    assert {run: record["step"] for run, record in records.items()} == dict.fromkeys(said, 1600)
+    assert {run: round(record["validation_loss"], 3) for run, record in records.items()} == said
 
 
 def test_every_dependency_has_its_reason() -> None:

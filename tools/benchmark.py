@@ -56,7 +56,8 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 
 def benchmark_documents(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
-    device = torch.device("cuda" if torch.cuda.is_available() and config.hardware.device != "cpu" else "cpu")
+    cuda = torch.cuda.is_available() and config.hardware.device != "cpu"
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     training, where = config.training, torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     print(f"{where}, PyTorch {torch.__version__}, {training.precision}{', compiled' if training.compile else ''}")
     print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ WIDTH, HEIGHT = 8.0, 5.0  # inches of one panel
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders; their names become the labels")
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders; NAME_1, NAME_2 ... are drawn alike")
     parser.add_argument("--metric", action="append", help="keys of metrics.jsonl, a panel each [validation_loss]")
     parser.add_argument("--x", default="tokens", help="key of the horizontal axis [tokens]; step is one, too")
     parser.add_argument("--output", type=Path, default=Path("curves.png"))
@@ -42,12 +43,17 @@ def plot(runs: Sequence[Path], metrics: Sequence[str], x: str, output: Path) -> 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    names = _labels([run.name for run in runs])
+    colors = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(names))}
     figure, axes = pyplot.subplots(len(metrics), 1, squeeze=False, figsize=(WIDTH, HEIGHT * len(metrics)))
     for axis, metric in zip(axes[:, 0], metrics, strict=True):
-        for run, of_run in zip(runs, records, strict=True):
+        drawn: set[str] = set()
+        for name, of_run in zip(names, records, strict=True):
             points = [(r[x], r[metric]) for r in of_run if _is_number(r.get(x)) and _is_number(r.get(metric))]
             if points:
-                axis.plot(*zip(*points, strict=True), label=run.name, linewidth=1.2)
+                label = f"_{name}" if name in drawn else name  # matplotlib leaves names with _ out of the legend
+                axis.plot(*zip(*points, strict=True), label=label, color=colors[name], linewidth=1.2)
+                drawn.add(name)
         axis.set_xlabel(x)
         axis.set_ylabel(metric)
         axis.grid(alpha=0.3)
@@ -58,6 +64,12 @@ def plot(runs: Sequence[Path], metrics: Sequence[str], x: str, output: Path) -> 
     except (OSError, ValueError) as error:
         raise UserError(Problem("--output", f"{output}: {error}", "--output curves.png")) from None
     pyplot.close(figure)
+
+
+def _labels(names: list[str]) -> list[str]:
+    """Runs that differ in a number at the end of their names, as in their seeds, are one thing, and get one color."""
+    stems = [re.sub(r"_\d+$", "", name) for name in names]
+    return [stem if stems.count(stem) > 1 else name for name, stem in zip(names, stems, strict=True)]
 
 
 def _read_all(runs: Sequence[Path]) -> list[list[dict[str, Any]]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megastruct.config.schema import Config
-from megastruct.models.block import Block
+from megastruct.models.block import compile_blocks
 from megastruct.models.documents import has_kernel
 from megastruct.models.gpt import GPT, build_gpt
 
@@ -62,10 +62,8 @@ def draw_rows(config: Config, mean_tokens: float) -> Tensor:
 def _model(config: Config, eod_id: int | None, device: torch.device) -> GPT:
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     model = build_gpt(config, eod_id=eod_id).to(device, dtype)
-    for block in model.modules():
-        if isinstance(block, Block) and config.training.compile:
-            block.attention.rotary.tables(config.training.seq_length, device)
-            block.compile()
+    if config.training.compile:
+        compile_blocks(model, config.training.seq_length, device)
     return model
 
 

@@ -56,6 +56,9 @@ def join(device: torch.device, collective_seconds: float = 1800.0) -> None:
     # On CPU this op is compiled at start (30 s) and leaves 66 MiB in /dev/shm per rank and run; training never uses it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _choose_network()
+    # With `device_id` below, sends between pipeline stages wait in line with collectives, of which NCCL warns at every
+    # first one; they are waited for here anyway.
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "0")
     cuda = device.type == "cuda"
     backend = "nccl" if cuda else "gloo"
     store = None

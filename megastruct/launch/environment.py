@@ -32,9 +32,17 @@ def current_process() -> Process:
     return Process(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
-def cores_of_this_process() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def own_threads() -> int:
+    """How many threads this process should compute with: OMP_NUM_THREADS if it is set, else its share of the cores.
+
+    Left to itself every process takes all cores. Eight of them on a machine are then many times slower than one, above
+    all at the start, when the first weights are decomposed.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # LOCAL_SIZE is the deepspeed launcher's, LOCAL_WORLD_SIZE torchrun's.
+    return max(1, cores // int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
 def free_port() -> int:

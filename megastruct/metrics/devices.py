@@ -56,9 +56,11 @@ def memory_bytes(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory of this process so far: allocated on the GPU, or resident on the CPU."""
+def read_peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory of this process: allocated on the GPU since the last reading, or resident on the CPU so far."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

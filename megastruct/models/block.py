@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megastruct.models.documents import Mask
 from megastruct.models.guidance import NOT_EVALUATED, BlockChoices
+
+# Blocks share their code, and so its limit: dense and structured ones, in training and evaluation, and with guides
+# all that each of the two linears may do.
+COMPILED_VARIANTS = 32
 
 
 class Block(nn.Module):
@@ -36,3 +41,12 @@ class Block(nn.Module):
     def _forward(self, x: Tensor, choices: BlockChoices, mask: Mask | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), mask)
         return x + self.mlp(self.mlp_norm(x), choices)
+
+
+def compile_blocks(module: nn.Module, seq_length: int, device: torch.device) -> None:
+    """Compile every block below `module`, for sequences of this length."""
+    torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.attention.rotary.tables(seq_length, device)  # no part of the program
+            block.compile()

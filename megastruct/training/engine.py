@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from megastruct.config.deepspeed import deepspeed_config
 from megastruct.config.schema import Config
 from megastruct.data.batch import Batch
-from megastruct.models.block import Block
+from megastruct.models.block import compile_blocks
 from megastruct.models.gpt import GPT, build_gpt
 from megastruct.models.guidance import Guidance
 from megastruct.models.loss import make_loss
@@ -30,10 +30,6 @@ from megastruct.models.steps import guided_steps
 from megastruct.parallel.groups import TensorGroup, make_tensor_group
 from megastruct.parallel.topology import Topology
 from megastruct.training.optimizer import GradientClipper, build_optimizer, sum_norms_over_stages
-
-# Blocks share their code, and so its limit: dense and structured ones, in training and evaluation, and with guides
-# all that each of the two linears may do.
-COMPILED_VARIANTS = 32
 
 
 class Engine:
@@ -70,7 +66,7 @@ class Engine:
         elif config.training.precision == "fp32" and topology.pp_size > 1:
             sum_norms_over_stages(self.zero_optimizer, module._grid.get_model_parallel_group())
         if config.training.compile:
-            self._compile_blocks()
+            compile_blocks(module, config.training.seq_length, device)
 
     @property
     def module(self) -> nn.Module:
@@ -128,13 +124,6 @@ class Engine:
         """
         raise NotImplementedError
 
-    def _compile_blocks(self) -> None:
-        torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
-        for block in self.module.modules():
-            if isinstance(block, Block):
-                block.attention.rotary.tables(self.config.training.seq_length, self.device)  # no part of the program
-                block.compile()
-
     def _close(self) -> None:
         """Let go of all that DeepSpeed holds: partitions, moments, buffers, the last outputs."""
         self.deepspeed.module_forward_pre_hook.remove()  # destroy() leaves them on the module
@@ -182,7 +171,10 @@ class PipelineEngine(Engine):
 
     def _evaluate(self, batches: Sequence[Batch], num_micro_batches: int) -> float:
         iterator = iter(batches) if self.reads_data else None
-        return float(self.deepspeed.eval_batch(iterator, num_micro_batches=num_micro_batches))
+        loss = float(self.deepspeed.eval_batch(iterator, num_micro_batches=num_micro_batches))
+        for buffers in self.deepspeed.pipe_buffers.values():  # it would keep the last logits until they are replaced
+            buffers[:] = [None] * len(buffers)
+        return loss
 
 
 class PlainEngine(Engine):

@@ -1,7 +1,8 @@
-"""The benchmark of the data room measures all ways on the same text."""
+"""The benchmarks measure all ways on the same text."""
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,20 @@ def test_benchmark_prints_all_ways_side_by_side(text_folder, tokenizer_path, cap
     with pytest.raises(SystemExit):
         benchmark.main(["data", *arguments, "--rounds", "0"])
     assert "--rounds" in capsys.readouterr().err
+
+
+def test_benchmark_of_documents_compares_with_attention_across_borders(capsys):
+    config = str(Path(__file__).resolve().parents[2] / "configs" / "run" / "quickstart.yaml")
+    sizes = ["model.num_layers=1", "parallel.pp=1", "training.micro_batch_size=2", "hardware.device=cpu"]
+    benchmark.main(["documents", config, *sizes, "--rounds", "1", "--mean-tokens", "20"])
+    out = capsys.readouterr().out
+    across, inside = re.findall(r"^  (?:across borders|inside, dense mask) +([\d.]+) ms +([\d.]+)", out, re.MULTILINE)
+    assert across[1] == "1.00"
+    assert float(inside[1]) == pytest.approx(float(inside[0]) / float(across[0]), abs=0.01)
+    assert "2 x 128 tokens, 20 a document" in out
+    with pytest.raises(SystemExit):
+        benchmark.main(["documents", config, "--mean-tokens", "0"])
+    assert "--mean-tokens: 0 is less than 1" in capsys.readouterr().err
 
 
 def test_token_shards_are_read_at_five_million_tokens_a_second(tmp_path, tokenizer_path):

@@ -38,6 +38,20 @@ def test_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert capsys.readouterr().out.strip() == str(output)
 
 
+def test_runs_that_differ_in_their_seed_are_drawn_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    drawn = []
+    plot = Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda self, *a, **k: (drawn.append((k["label"], k["color"])), plot(self, *a, **k))[1]
+    )
+    names = ("rows_1", "dense_1", "rows_2", "xl_63")
+    runs = [str(write_run(tmp_path / name, 3.0)) for name in names]
+    plot_runs.main([*runs, "--metric", "loss", "--output", str(tmp_path / "curves.png")])
+    assert drawn == [("rows", "C0"), ("dense_1", "C1"), ("_rows", "C0"), ("xl_63", "C2")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

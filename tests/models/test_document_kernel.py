@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from configs import tiny_config
+from megastruct.models.block import compile_blocks
 from megastruct.models.gpt import GPT, build_gpt
 
 if not torch.cuda.is_available():
@@ -39,9 +40,8 @@ def test_kernel_and_dense_mask_agree(kv_heads: int, compiled: bool, recompute: b
     in_blocks = copy.deepcopy(exact).bfloat16()
     dense = copy.deepcopy(in_blocks)
     dense.head_dim = 0  # no kernel
-    for block in in_blocks.blocks.values() if compiled else ():
-        block.attention.rotary.tables(s, torch.device("cuda"))
-        block.compile()
+    if compiled:
+        compile_blocks(in_blocks, s, torch.device("cuda", torch.cuda.current_device()))
     for ids in batches:
         wanted = run(exact, ids)
         errors = [

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from tqdm import tqdm
 
-from megastruct.data.inspect import Lengths, lengths, sample_documents, verify
-from megastruct.data.manifest import SPLITS, Manifest, check_files, load_manifest
+from megastruct.data.preparation.inspect import Lengths, lengths, sample_documents, verify
+from megastruct.data.tokens.manifest import SPLITS, Manifest, check_files, load_manifest
 from megastruct.errors import Problem, UserError, user_errors_exit
 
 BAR_WIDTH = 40

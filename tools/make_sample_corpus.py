@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout that is not installed
 
-from megastruct.data.prepare_shard import write_atomically
+from megastruct.data.preparation.shard import write_atomically
 from megastruct.errors import Problem, UserError, user_errors_exit
 
 SCHEMA = pa.schema(

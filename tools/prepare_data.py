@@ -3,7 +3,7 @@
 
     python tools/prepare_data.py --input DIR_OR_GLOB --output tokens/ --tokenizer tokenizer.model --workers 8
 
-Killed and started again it goes on; started again when finished it says so. See megastruct/data/prepare.py.
+Killed and started again it goes on; started again when finished it says so. See megastruct/data/preparation/prepare.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout that is not installed
 
-from megastruct.data.prepare import prepare
+from megastruct.data.preparation.prepare import prepare
 from megastruct.errors import Problem, UserError, user_errors_exit
 
 

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megastruct.data import Tokenizer, open_data
-from megastruct.data.patience import read_patiently
-from megastruct.data.prepare import prepare
-from megastruct.data.source import find_shards
+from megastruct.data.preparation.prepare import prepare
+from megastruct.data.sources.patience import read_patiently
+from megastruct.data.sources.shards import find_shards
 
 SEQ_LENGTH = 2048
 GLOBAL_BATCH_SIZE = 32

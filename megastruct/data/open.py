@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from megastruct.data.cache import cached_array, key_of
-from megastruct.data.manifest import TOKENIZER_NAME, Manifest, check_files, load_manifest
 from megastruct.data.mixture import Mixture
 from megastruct.data.order import default_num_streams
-from megastruct.data.retry import DEFAULT_PATIENCE_SECONDS
-from megastruct.data.source import MANIFEST_NAME, TextShard, check_shards, find_shards
-from megastruct.data.text_data import TextData
-from megastruct.data.text_stream import TextSource
-from megastruct.data.token_data import TokenData, TokenSource, source_seed
+from megastruct.data.sources.retry import DEFAULT_PATIENCE_SECONDS
+from megastruct.data.sources.shards import MANIFEST_NAME, TextShard, check_shards, find_shards
+from megastruct.data.text.data import TextData
+from megastruct.data.text.stream import TextSource
 from megastruct.data.tokenizer import Tokenizer
+from megastruct.data.tokens.data import TokenData, TokenSource, source_seed
+from megastruct.data.tokens.manifest import TOKENIZER_NAME, Manifest, check_files, load_manifest
 from megastruct.errors import Problem, UserError
 
 

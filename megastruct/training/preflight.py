@@ -9,8 +9,8 @@ from megastruct.config.checks import check_batch
 from megastruct.config.schema import Config
 from megastruct.data import open_data
 from megastruct.data.cache import FOLDER_NAME
-from megastruct.data.text_data import TextData
-from megastruct.data.token_data import TokenData
+from megastruct.data.text.data import TextData
+from megastruct.data.tokens.data import TokenData
 from megastruct.errors import Problem, UserError
 from megastruct.models.steps import check_guided_steps
 from megastruct.parallel.topology import Topology

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megastruct.data.prepare import prepare
+from megastruct.data.preparation.prepare import prepare
 from tiny_data import NUM_SHARDS, VALIDATION_FRACTION, make_texts, train_model, write_parquet
 
 

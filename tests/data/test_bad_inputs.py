@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from megastruct.data import Tokenizer, open_data
-from megastruct.data.patience import read_patiently
-from megastruct.data.source import TextShard, find_shards
+from megastruct.data.sources.patience import read_patiently
+from megastruct.data.sources.shards import TextShard, find_shards
 from megastruct.data.split import is_validation
 from megastruct.errors import UserError
 from tiny_data import invalid_utf8, train_model, write_parquet

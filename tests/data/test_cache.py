@@ -6,9 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from megastruct.data import held_out, open_data
 from megastruct.data import open as open_module
+from megastruct.data import open_data
 from megastruct.data.cache import cached_array, key_of
+from megastruct.data.text import held_out
 from megastruct.errors import UserError
 from test_readers import open_tiny
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from megastruct.data import Tokenizer, open_data
-from megastruct.data.prepare import prepare
+from megastruct.data.preparation.prepare import prepare
 from megastruct.errors import UserError
 from megastruct.models.documents import document_ids
 from slow_order import documents_of

@@ -17,8 +17,8 @@ import pytest
 from local_hub import LocalHub
 from marks import soak
 from megastruct.data import open_data
-from megastruct.data.manifest import load_manifest
-from megastruct.data.prepare import prepare
+from megastruct.data.preparation.prepare import prepare
+from megastruct.data.tokens.manifest import load_manifest
 from test_prepare import ROOT, arguments_for, contents
 from test_readers import open_tiny
 from tiny_data import SEED, SEQ_LENGTH, VALIDATION_FRACTION, make_texts, write_parquet
@@ -336,8 +336,8 @@ LIBRARIES = """
 import json, sys
 import datasets
 from huggingface_hub import HfFileSystem
-from megastruct.data.patience import read_patiently
-from megastruct.data.source import find_shards
+from megastruct.data.sources.patience import read_patiently
+from megastruct.data.sources.shards import find_shards
 shards = find_shards(sys.argv[1], "--input")
 ours = [d.content.decode() for shard in shards for batch in read_patiently(shard, "content") for d in batch]
 files = {"train": [shard.uri for shard in shards]}

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from megastruct.data.inspect import lengths
-from megastruct.data.manifest import load_manifest
+from megastruct.data.preparation.inspect import lengths
+from megastruct.data.tokens.manifest import load_manifest
 from slow_order import documents_of, tokens_of
 from tiny_data import VALIDATION_FRACTION
 from tools import inspect_data

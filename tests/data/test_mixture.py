@@ -10,8 +10,8 @@ import pytest
 from megastruct.config import load_config
 from megastruct.data import merge_cursors, open_data
 from megastruct.data.mixture import Mixture
-from megastruct.data.prepare import prepare
-from megastruct.data.token_data import source_seed
+from megastruct.data.preparation.prepare import prepare
+from megastruct.data.tokens.data import source_seed
 from megastruct.errors import UserError
 from slow_order import text_samples, token_samples, tokens_of
 from test_readers import make_readers, run_step

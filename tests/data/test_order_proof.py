@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 
 from megastruct.data import Tokenizer
-from megastruct.data.manifest import (
+from megastruct.data.mixture import Mixture
+from megastruct.data.order import deal, epoch_permutation, locate_rows
+from megastruct.data.tokens.data import TokenData, TokenSource
+from megastruct.data.tokens.manifest import (
     Manifest,
     Settings,
     SourceRecord,
@@ -23,9 +26,6 @@ from megastruct.data.manifest import (
     Totals,
     total_of,
 )
-from megastruct.data.mixture import Mixture
-from megastruct.data.order import deal, epoch_permutation, locate_rows
-from megastruct.data.token_data import TokenData, TokenSource
 from megastruct.parallel.topology import Topology
 
 NUM_ROWS = 100_000

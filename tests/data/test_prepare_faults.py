@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megastruct.data import prepare_shard, prepare_workers
-from megastruct.data.manifest import load_manifest, verify_files
-from megastruct.data.patience import read_patiently
+from megastruct.data.preparation import shard as prepare_shard
+from megastruct.data.preparation import workers as prepare_workers
+from megastruct.data.sources.patience import read_patiently
+from megastruct.data.tokens.manifest import load_manifest, verify_files
 from test_prepare import ROOT, arguments_for, contents, refused, start
 from tiny_data import make_texts, write_parquet
 from tools import prepare_data

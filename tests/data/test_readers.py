@@ -129,7 +129,7 @@ def stop_reading_ahead(reader):
 
 
 def test_resume_reads_only_the_shard_under_the_cursor(text_folder, tokenizer_path, monkeypatch):
-    from megastruct.data import text_stream
+    from megastruct.data.text import stream as text_stream
     from megastruct.data.tokenizer import Tokenizer
 
     data = open_tiny("text", text_folder, tokenizer_path, num_streams=1)

@@ -13,11 +13,12 @@ import pyarrow as pa
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from megastruct.data import Tokenizer, merge_cursors, text_workers
-from megastruct.data.patience import may_pass, read_patiently
-from megastruct.data.source import TextShard
-from megastruct.data.text_stream import START, TextSource
-from megastruct.data.text_workers import CHUNKS_AHEAD, open_chunks
+from megastruct.data import Tokenizer, merge_cursors
+from megastruct.data.sources.patience import may_pass, read_patiently
+from megastruct.data.sources.shards import TextShard
+from megastruct.data.text import workers as text_workers
+from megastruct.data.text.stream import START, TextSource
+from megastruct.data.text.workers import CHUNKS_AHEAD, open_chunks
 from megastruct.errors import UserError
 from test_readers import make_readers, open_tiny, run_step
 from tiny_data import make_texts, write_parquet

@@ -6,7 +6,7 @@ import resource
 import numpy as np
 import pytest
 
-from megastruct.data.token_files import Descriptors, TokenFiles
+from megastruct.data.tokens.files import Descriptors, TokenFiles
 from megastruct.errors import UserError
 from test_readers import open_tiny
 

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megastruct.data import hub
-from megastruct.data.documents import Document, documents_or_error
-from megastruct.data.retry import DEFAULT_PATIENCE_SECONDS, Patience, reason
-from megastruct.data.source import READ_ERRORS, TextShard, unreadable
+from megastruct.data.sources import hub
+from megastruct.data.sources.documents import Document, documents_or_error
+from megastruct.data.sources.retry import DEFAULT_PATIENCE_SECONDS, Patience, reason
+from megastruct.data.sources.shards import READ_ERRORS, TextShard, unreadable
 from megastruct.errors import UserError
 
 

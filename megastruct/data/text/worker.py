@@ -1,6 +1,6 @@
 """The process that tokenises the streams of a training rank ahead of it.
 
-It is started by text_workers.py and speaks with it over a socket that it inherits:
+It is started by workers.py and speaks with it over a socket that it inherits:
 
     in:   first the sources and the streams with the places where they begin, then one stream name per wanted chunk
     out:  Reading (a shard was opened, or failed and will be tried again), Chunk, Failed
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-from megastruct.data.text_stream import Placed, StreamCursor, TextSource, tokenised_documents
+from megastruct.data.text.stream import Placed, StreamCursor, TextSource, tokenised_documents
 from megastruct.errors import UserError
 
 StreamName = tuple[int, int]  # source, stream of that source

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from megastruct.data.cache import cached_array, key_of
-from megastruct.data.patience import read_patiently
+from megastruct.data.sources.patience import read_patiently
 from megastruct.data.split import is_validation
-from megastruct.data.text_stream import TextSource
+from megastruct.data.text.stream import TextSource
 
 
 def held_out_tokens(source: TextSource, num_tokens: int, cache_folder: Path | None = None) -> np.ndarray:

@@ -20,14 +20,14 @@ from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from megastruct.data.retry import unreachable
-from megastruct.data.text_stream import Placed, StreamCursor, TextSource, tokenised_documents
-from megastruct.data.text_worker import Chunk, Reading, StreamName
+from megastruct.data.sources.retry import unreachable
+from megastruct.data.text.stream import Placed, StreamCursor, TextSource, tokenised_documents
+from megastruct.data.text.worker import Chunk, Reading, StreamName
 from megastruct.errors import Problem, UserError
 
 CHUNKS_AHEAD = 2  # of a stream, of 64 documents each: about 160,000 tokens of web pages
 _LEAST_LIMIT_SECONDS = 60.0  # a chunk of long documents takes seconds, and so does the start of a process
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 Chunks = Iterator[list[Placed]]
 
 
@@ -67,7 +67,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
         # Not multiprocessing: it would import the trainer's main module, and with it torch, into every worker.
-        command = [sys.executable, "-c", f"from megastruct.data.text_worker import main; main({theirs.fileno()})"]
+        command = [sys.executable, "-c", f"from megastruct.data.text.worker import main; main({theirs.fileno()})"]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
         theirs.close()
         self._connection = Connection(ours.detach())

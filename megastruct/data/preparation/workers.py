@@ -16,7 +16,7 @@ from multiprocessing.connection import wait as wait_for_process
 
 from tqdm import tqdm
 
-from megastruct.data.prepare_shard import OutputError, ShardJob, ShardRecord, make_shard
+from megastruct.data.preparation.shard import OutputError, ShardJob, ShardRecord, make_shard
 from megastruct.errors import Problem, UserError
 
 _SECONDS_BETWEEN_LOOKS = 0.5

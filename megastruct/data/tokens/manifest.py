@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from megastruct.data.source import MANIFEST_NAME
+from megastruct.data.sources.shards import MANIFEST_NAME
 from megastruct.errors import Problem, UserError
 
 FORMAT_NAME = "megastruct-tokens"

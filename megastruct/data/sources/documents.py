@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megastruct.data.source import (
+from megastruct.data.sources.shards import (
     READ_ERRORS,
     TextShard,
     check_unchanged,

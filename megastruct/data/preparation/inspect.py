@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megastruct.data.manifest import SPLITS, Manifest, TokenFile
 from megastruct.data.tokenizer import Tokenizer
+from megastruct.data.tokens.manifest import SPLITS, Manifest, TokenFile
 from megastruct.errors import Problem, UserError
 
 _BLOCK_TOKENS = 1 << 22

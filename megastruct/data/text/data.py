@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from megastruct.data.batch import Batch, batch_from_rows
-from megastruct.data.held_out import held_out_tokens
-from megastruct.data.hub import commit_of
 from megastruct.data.mixture import Mixture
 from megastruct.data.reader import check_held_out_rows, describe_mixture, validation_samples
-from megastruct.data.text_reader import TextReader
-from megastruct.data.text_stream import CURSOR_COLUMNS, TextSource
+from megastruct.data.sources.hub import commit_of
+from megastruct.data.text.held_out import held_out_tokens
+from megastruct.data.text.reader import TextReader
+from megastruct.data.text.stream import CURSOR_COLUMNS, TextSource
 from megastruct.data.tokenizer import Tokenizer
 
 

@@ -18,8 +18,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from megastruct.data.hub import commit_of
-from megastruct.data.manifest import (
+from megastruct.data.preparation.shard import OutputError, ShardJob, ShardRecord, write_atomically
+from megastruct.data.preparation.workers import run_jobs
+from megastruct.data.sources.hub import commit_of
+from megastruct.data.sources.retry import DEFAULT_PATIENCE_SECONDS
+from megastruct.data.sources.shards import TextShard, check_shards, find_shards
+from megastruct.data.tokenizer import Tokenizer
+from megastruct.data.tokens.manifest import (
     FORMAT_NAME,
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -36,11 +41,6 @@ from megastruct.data.manifest import (
     load_manifest,
     total_of,
 )
-from megastruct.data.prepare_shard import OutputError, ShardJob, ShardRecord, write_atomically
-from megastruct.data.prepare_workers import run_jobs
-from megastruct.data.retry import DEFAULT_PATIENCE_SECONDS
-from megastruct.data.source import TextShard, check_shards, find_shards
-from megastruct.data.tokenizer import Tokenizer
 from megastruct.errors import Problem, UserError
 
 PROGRESS_NAME = "progress"

@@ -13,13 +13,13 @@ from typing import Literal
 
 import numpy as np
 
-from megastruct.data.documents import BROKEN_REASONS, num_rows
-from megastruct.data.manifest import SPLITS, Count, Record, Splits, TokenFile
-from megastruct.data.patience import read_patiently
-from megastruct.data.retry import DEFAULT_PATIENCE_SECONDS
-from megastruct.data.source import TextShard, check_unchanged
+from megastruct.data.sources.documents import BROKEN_REASONS, num_rows
+from megastruct.data.sources.patience import read_patiently
+from megastruct.data.sources.retry import DEFAULT_PATIENCE_SECONDS
+from megastruct.data.sources.shards import TextShard, check_unchanged
 from megastruct.data.split import is_validation
 from megastruct.data.tokenizer import Tokenizer
+from megastruct.data.tokens.manifest import SPLITS, Count, Record, Splits, TokenFile
 from megastruct.errors import Problem, UserError
 
 

@@ -9,15 +9,15 @@ import numpy as np
 from megastruct.data.mixture import Mixture
 from megastruct.data.order import locate_streams, rows_consumed, shard_order
 from megastruct.data.reader import Reader
-from megastruct.data.text_stream import (
+from megastruct.data.text.stream import (
     CURSOR_COLUMNS,
     START,
     StreamCursor,
     TextSource,
     TextStream,
 )
-from megastruct.data.text_worker import StreamName
-from megastruct.data.text_workers import open_chunks
+from megastruct.data.text.worker import StreamName
+from megastruct.data.text.workers import open_chunks
 from megastruct.errors import Problem, UserError
 
 

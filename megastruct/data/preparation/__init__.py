@@ -1,0 +1,1 @@
+"""Text shards to token shards, and a look at the result."""

@@ -1,0 +1,1 @@
+"""Where text comes from: shards of a disk or the hub, found, checked, and read document by document."""

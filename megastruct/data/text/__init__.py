@@ -1,0 +1,1 @@
+"""Training straight from text shards, tokenised ahead of the trainer."""

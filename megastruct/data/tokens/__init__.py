@@ -1,0 +1,1 @@
+"""Token shards: their manifest, their files, and training from them."""

@@ -12,6 +12,8 @@ setup(
         "torch>=2.6",
         "deepspeed>=0.19",
         "datasets>=3.0",
+        "huggingface_hub>=1.0",
+        "pyarrow>=16.0",
         "sentencepiece>=0.2",
         "tensorboard>=2.16",
         "numpy>=1.26",

@@ -21,7 +21,7 @@ from megastruct.data import Batch
 from megastruct.errors import EXIT_CODE_START_AGAIN, user_errors_exit
 from megastruct.launch.deepspeed import decoded
 from megastruct.launch.distributed import choose_device, join, leave
-from megastruct.launch.environment import current_process, own_threads
+from megastruct.launch.environment import current_process, take_share_of_cores
 from megastruct.launch.signals import STOP_FILE, StopRequest
 from megastruct.launch.watchdog import Watch
 from megastruct.metrics.devices import peak_tflops, read_peak_memory_bytes
@@ -36,6 +36,7 @@ from megastruct.training.guided_phase import end_guided_phase, guide_distances
 from megastruct.training.preflight import Data, preflight
 from megastruct.training.resume import (
     agreed_finished_steps,
+    check_same_data,
     find_checkpoint,
     finish_save,
     gather_cursor,
@@ -239,11 +240,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(args.config, args.overrides)
         topology, data = preflight(config, process.world_size)
     with user_errors_exit(rank=process.rank):
-        torch.set_num_threads(own_threads())
+        torch.set_num_threads(take_share_of_cores())
         device = choose_device(config.hardware.device, process)
         limits = config.reliability
         join(device, limits.collective_seconds)
         with Watch(process, limits.silence_seconds, limits.collective_seconds) as watch:
+            check_same_data(data.describe())
             if agreed_finished_steps(config) < total_steps(config):
                 finished = Run(config, topology, data, device, stop, watch).train()
             elif process.rank == 0:

@@ -67,8 +67,8 @@ def plot(runs: Sequence[Path], metrics: Sequence[str], x: str, output: Path) -> 
 
 
 def _labels(names: list[str]) -> list[str]:
-    """Runs that differ in a number at the end of their names, as in their seeds, are one thing, and get one color."""
-    stems = [re.sub(r"_\d+$", "", name) for name in names]
+    """Runs that differ in a digit at the end of their names, as in their seeds, are one thing, and get one color."""
+    stems = [re.sub(r"_\d$", "", name) for name in names]
     return [stem if stems.count(stem) > 1 else name for name, stem in zip(names, stems, strict=True)]
 
 

@@ -26,12 +26,12 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def cached_array(folder: Path | None, name: str, find: Callable[[], np.ndarray]) -> np.ndarray:
+def cached_array(folder: Path | None, name: str, find: Callable[[], np.ndarray], parents: bool = False) -> np.ndarray:
     """The array `name` of the cache, or else what `find` returns, which is kept.
 
-    The folder is made if the one above it exists. What `find` raises is not kept.
+    The folder is made if the one above it exists, or `parents` may be made. What `find` raises is not kept.
     """
-    with _locked(folder) as usable:
+    with _locked(folder, parents) as usable:
         if folder is None or not usable:
             return find()
         path = folder / f"{name}.npy"
@@ -49,19 +49,19 @@ def cached_array(folder: Path | None, name: str, find: Callable[[], np.ndarray])
 
 
 def cached_json(folder: Path | None, name: str, find: Callable[[], Any]) -> Any:
-    """As `cached_array`, of plain values."""
-    array = cached_array(folder, name, lambda: np.frombuffer(json.dumps(find()).encode(), np.uint8))
+    """As `cached_array`, of plain values; the folders above are made, so that it is kept in any case."""
+    array = cached_array(folder, name, lambda: np.frombuffer(json.dumps(find()).encode(), np.uint8), parents=True)
     return json.loads(array.tobytes())
 
 
 @contextlib.contextmanager
-def _locked(folder: Path | None) -> Iterator[bool]:
+def _locked(folder: Path | None, parents: bool) -> Iterator[bool]:
     """Whether the folder can be used; if so, no other process uses it meanwhile."""
     with contextlib.ExitStack() as stack:
         try:
             if folder is None:
                 raise FileNotFoundError
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(exist_ok=True, parents=parents)
             lock = stack.enter_context((folder / ".lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ def open_data(
     patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
     base_folder: Path | None = None,
     cache_folder: Path | None = None,
+    hub_commits: Sequence[str | None] = (),
 ) -> TokenData | TextData:
     """Open token shards (kind "tokens") or text shards (kind "text") for training.
 
@@ -49,22 +51,19 @@ def open_data(
         text_column, validation_fraction, num_streams: for text only; token shards have them fixed.
         num_workers: processes of each reader that tokenise text; 0 for a thread of its own process.
         patience_seconds: how long a text shard that cannot be reached is tried again.
+        hub_commits: of each path that is a Hugging Face name, the commit that it stands for if `cache_folder` has none.
         cache_folder: keeps what takes long to find in text shards (cache.py); not made without the folder above it.
 
     Raises:
         UserError: anything is missing, damaged or does not fit, with all problems that one look can find.
         ValueError: `kind` or a number is outside of what the config's checks allow.
     """
-    if kind not in ("tokens", "text"):
-        raise ValueError(f"kind must be 'tokens' or 'text', got {kind!r}")
-    if seq_length < 1 or not 0 <= validation_fraction < 1 or (num_streams is not None and num_streams < 1):
-        raise ValueError("wanted: seq_length >= 1, 0 <= validation_fraction < 1, num_streams >= 1 or None")
+    _check_arguments(kind, seq_length, validation_fraction, num_streams)
     base_folder = (base_folder or Path()).absolute()
     model = base_folder / Path(tokenizer).expanduser() if tokenizer else None
-    paths = [(path, 1.0)] if isinstance(path, str) else list(path)
+    key, paths = ("data.path", [(path, 1.0)]) if isinstance(path, str) else ("data.path.{}", path)
     mixture = Mixture([weight for _, weight in paths])
-    wheres = ["data.path"] if isinstance(path, str) else [f"data.path.{index}" for index in range(len(paths))]
-    named = [(where, name) for where, (name, _) in zip(wheres, paths, strict=True)]
+    named = [(key.format(index), name) for index, (name, _) in enumerate(paths)]
     if kind == "tokens":
         folders = [(where, base_folder / Path(name).expanduser()) for where, name in named]
         sources, opened = _open_token_sources(folders, model, seq_length, vocab_size)
@@ -77,7 +76,9 @@ def open_data(
         base_folder=base_folder,
         cache_folder=cache_folder,
     )
-    opened, shards = _open_text_sources(named, model, vocab_size, find)
+    known = zip_longest(named, hub_commits[: len(named)])
+    finds = [partial(find, name, where, commit=commit) for (where, name), commit in known]
+    opened, shards = _open_text_sources(finds, model, vocab_size)
     texts = [
         TextSource(
             shards=own,
@@ -91,6 +92,13 @@ def open_data(
         for index, own in enumerate(shards)
     ]
     return TextData(texts, mixture, seq_length, num_workers, cache_folder)
+
+
+def _check_arguments(kind: str, seq_length: int, validation_fraction: float, num_streams: int | None) -> None:
+    if kind not in ("tokens", "text"):
+        raise ValueError(f"kind must be 'tokens' or 'text', got {kind!r}")
+    if seq_length < 1 or not 0 <= validation_fraction < 1 or (num_streams is not None and num_streams < 1):
+        raise ValueError("wanted: seq_length >= 1, 0 <= validation_fraction < 1, num_streams >= 1 or None")
 
 
 def _open_token_sources(
@@ -109,15 +117,12 @@ def _open_token_sources(
 
 
 def _open_text_sources(
-    paths: list[tuple[str, str]],
-    model: Path | None,
-    vocab_size: int,
-    find: Callable[[str, str], list[TextShard]],
+    finds: list[Callable[[], list[TextShard]]], model: Path | None, vocab_size: int
 ) -> tuple[Tokenizer, list[list[TextShard]]]:
-    """`paths`: (its key in the config, path)."""
+    """`finds`: what finds the shards of each source."""
     problems: list[Problem] = []
     tokenizer = _collect(problems, lambda: _open_text_tokenizer(model, vocab_size))
-    shards = [_collect(problems, partial(find, path, where)) for where, path in paths]
+    shards = [_collect(problems, find) for find in finds]
     if problems:
         raise UserError(problems)
     return tokenizer, shards
@@ -151,8 +156,9 @@ def _open_shards(
     patience_seconds: float,
     base_folder: Path,
     cache_folder: Path | None,
+    commit: str | None,
 ) -> list[TextShard]:
-    shards = find_shards(path, where, base_folder, patience_seconds, cache_folder)
+    shards = find_shards(path, where, base_folder, patience_seconds, cache_folder, commit)
     key = key_of([(shard.uri, shard.num_bytes) for shard in shards], text_column)
     cached_array(cache_folder, f"checked-{key}", lambda: _checked(shards, text_column, patience_seconds))
     if num_streams is not None and num_streams > len(shards):

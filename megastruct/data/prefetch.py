@@ -13,9 +13,10 @@ from megastruct.data.batch import Batch
 from megastruct.data.reader import Reader
 
 MICRO_BATCHES_AHEAD = 4
+_LAST_WORK_SECONDS = 5.0
 
 # A micro-batch with the reader's cursor behind it (None inside of a step), or what ended the reading.
-_Read = tuple[Batch, np.ndarray | None] | Exception
+_Read = tuple[Batch, np.ndarray | None] | BaseException
 
 
 class Prefetched(Iterator[Batch]):
@@ -27,17 +28,18 @@ class Prefetched(Iterator[Batch]):
 
     def __init__(self, reader: Reader) -> None:
         self._cursor: np.ndarray | None = reader.cursor()
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._read: queue.SimpleQueue[_Read] = queue.SimpleQueue()
         self._room, closed = threading.Semaphore(MICRO_BATCHES_AHEAD), threading.Event()
-        weakref.finalize(self, _close, closed, self._room)
         arguments = (reader, self._read, self._room, closed)
-        threading.Thread(target=_read_ahead, args=arguments, name="prefetch", daemon=True).start()
+        thread = threading.Thread(target=_read_ahead, args=arguments, name="prefetch", daemon=True)
+        weakref.finalize(self, _close, closed, self._room, thread)
+        thread.start()
 
     def __next__(self) -> Batch:
         if self._error is None:
             read = self._read.get()
-            if not isinstance(read, Exception):
+            if not isinstance(read, BaseException):
                 batch, self._cursor = read
                 self._room.release()
                 return batch
@@ -63,10 +65,20 @@ def _read_ahead(
         while room.acquire() and not closed.is_set():
             batch = next(reader)
             read.put((batch, reader.cursor() if reader.is_between_steps else None))
-    except Exception as error:
+    except BaseException as error:  # whatever ends this thread must end the wait for it
         read.put(error)
 
 
-def _close(closed: threading.Event, room: threading.Semaphore) -> None:
+def _close(closed: threading.Event, room: threading.Semaphore, thread: threading.Thread) -> None:
     closed.set()
     room.release()
+    join_soon(thread)
+
+
+def join_soon(thread: threading.Thread) -> None:
+    """Wait for a thread that was told to end, a few seconds at most, in case it hangs.
+
+    Not at all would not do: a library's code that calls Python aborts the process if the interpreter is on its way out.
+    """
+    if thread is not threading.current_thread():
+        thread.join(_LAST_WORK_SECONDS)

@@ -13,6 +13,7 @@ other. How a text is cut depends on the model:
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -65,6 +66,7 @@ class Words:
     def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
         self._processor = processor
         self._ids: dict[str, bytes] = {}  # int32, one after the other
+        self._lock = threading.Lock()  # readers of one tokenizer may be threads
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -76,7 +78,8 @@ class Words:
         for end, text in enumerate(texts, 1):
             num_characters += len(text)
             if num_characters >= _CHARACTERS_AT_ONCE or end == len(texts):
-                ids += self._encode(texts[start:end])
+                with self._lock:
+                    ids += self._encode(texts[start:end])
                 start, num_characters = end, 0
         return ids
 

@@ -32,8 +32,9 @@ def current_process() -> Process:
     return Process(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
-def own_threads() -> int:
+def take_share_of_cores() -> int:
     """How many threads this process should compute with: OMP_NUM_THREADS if it is set, else its share of the cores.
+    OMP_NUM_THREADS is set to it, for the libraries of the processes that this one starts.
 
     Left to itself every process takes all cores. Eight of them on a machine are then many times slower than one, above
     all at the start, when the first weights are decomposed.
@@ -42,7 +43,9 @@ def own_threads() -> int:
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # LOCAL_SIZE is the deepspeed launcher's, LOCAL_WORLD_SIZE torchrun's.
-    return max(1, cores // int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    threads = max(1, cores // int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    return threads
 
 
 def free_port() -> int:

@@ -36,8 +36,9 @@ def attention_mask(documents: Tensor, dtype: torch.dtype, head_dim: int) -> Mask
 
 
 def has_kernel(head_dim: int) -> bool:
-    """Whether FlexAttention's kernels take heads of this width (on a GPU, in half precision)."""
-    return head_dim >= _SMALLEST_KERNEL_HEAD_DIM
+    """Whether FlexAttention's kernels take heads of this width (on a GPU, in half precision): a power of two, which
+    older releases of PyTorch ask for."""
+    return head_dim >= _SMALLEST_KERNEL_HEAD_DIM and head_dim.bit_count() == 1
 
 
 def dense_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:

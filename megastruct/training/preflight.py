@@ -14,7 +14,7 @@ from megastruct.data.tokens.data import TokenData
 from megastruct.errors import Problem, UserError
 from megastruct.models.steps import check_guided_steps
 from megastruct.parallel.topology import Topology
-from megastruct.training.run_folder import check_run_folder, run_folder
+from megastruct.training.run_folder import check_run_folder, described_data, run_folder
 
 Data = TokenData | TextData
 T = TypeVar("T")
@@ -63,6 +63,7 @@ def _open(config: Config) -> Data:
         num_workers=config.data.num_workers,
         patience_seconds=config.data.patience_seconds,
         cache_folder=run_folder(config) / FOLDER_NAME,
+        hub_commits=described_data(config).get("hub_commits", ()),
     )
 
 

@@ -126,6 +126,17 @@ def agreed_finished_steps(config: Config) -> int:
     return steps
 
 
+def check_same_data(data: dict[str, Any]) -> None:
+    """Compare the description of the data over all ranks. Collective. Raises UserError on all ranks if one differs."""
+    first, *others = gather(data)
+    for rank, other in enumerate(others, 1):
+        for key in first:
+            if other.get(key) != first[key]:
+                found = f"rank {rank} sees {key} = {other.get(key)!r}, rank 0 {first[key]!r}"
+                suggestion = "the same files on all nodes; of a hub's dataset ORG/NAME@COMMIT"
+                raise UserError(Problem("data.path", found, suggestion), on_all_ranks=True)
+
+
 def gather_cursor(engine: Engine, cursor: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
     """The cursor of the whole run from those of all replicas (None on ranks that read no data). Collective."""
     local = np.full(shape, -1, dtype=np.int64) if cursor is None else cursor

@@ -50,13 +50,11 @@ def check_run_folder(config: Config, data: dict[str, Any]) -> None:
         return
     changes = changes_of_the_run(load_config(folder / CONFIG_FILE), config)
     problems = [Problem(path, f"{new!r}, but the run was started with {old!r}") for path, old, new in changes]
-    if (folder / DATA_FILE).exists():
-        before = _read_description(folder / DATA_FILE)
-        problems += [
-            Problem(f"data ({key})", f"{data.get(key)!r}, but the run was started with {value!r}")
-            for key, value in before.items()
-            if data.get(key) != value
-        ]
+    problems += [
+        Problem(f"data ({key})", f"{data.get(key)!r}, but the run was started with {value!r}")
+        for key, value in described_data(config).items()
+        if data.get(key) != value
+    ]
     if problems:
         raise UserError(
             [*problems, Problem("", "a run folder holds one run", f"run.name={config.run.name}-2 for a new run")],
@@ -85,9 +83,13 @@ def lock_run_folder(config: Config, shared: bool = False) -> IO[str]:
     return lock
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def described_data(config: Config) -> dict[str, Any]:
+    """What the data was when the run was started; empty if it has not been yet."""
+    path = run_folder(config) / DATA_FILE
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
     except ValueError as error:
         raise UserError(Problem(str(path), f"no valid JSON: {error}", "remove the file")) from None
 

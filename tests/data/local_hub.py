@@ -42,6 +42,7 @@ class LocalHub:
         self.blobs: dict[str, tuple[str, bytes]] = {}  # (path, content) by sha256
         self.requests: list[Request] = []
         self.page_size = PAGE_SIZE
+        self.has_ranges = True
         self._failures: list[list] = []  # [pattern, what, times left]
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -155,7 +156,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_bytes(self, path: str, content: bytes) -> None:
         headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept-Ranges": "bytes"}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
-        if not wanted:
+        # As CloudFront does: what may be compressed is sent as a whole.
+        if not wanted or not self.hub.has_ranges or "gzip" in (self.headers["Accept-Encoding"] or ""):
             return self._send(200, content, headers, path)
         first, last = int(wanted[1]), min(int(wanted[2] or len(content) - 1), len(content) - 1)
         headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
@@ -174,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         if callable(failure):
             failure = failure()
         if isinstance(failure, int):
-            status, body, headers = failure, b"", {}
+            status, body, headers = failure, b"", {"Retry-After": "2"} if failure == 429 else {}
         if failure == "hang":
             self.hub.is_down(after_seconds=60)
         if self.hub.is_down():

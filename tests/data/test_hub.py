@@ -255,6 +255,32 @@ def test_a_dataset_without_text_is_a_message(hub, tokenizer_path, tmp_path, what
     assert "--input: the Hugging Face dataset org/name has no text shard" in error and ".parquet" in error
 
 
+def test_a_server_without_ranges_is_said_at_once(hub, few, tokenizer_path, tmp_path):
+    hub.commit(NAME, {"a.parquet": few["shard-0.parquet"] + few["shard-1.parquet"]})
+    hub.has_ranges = False
+    error = refused(prepare_from(hub, tmp_path, tokenizer_path))
+    assert "a.parquet: the server sends it as a whole" in error and "trying again" not in error
+
+
+def test_a_server_that_is_asked_too_often_is_left_alone_for_as_long_as_it_says(hub, few, tokenizer_path, tmp_path):
+    hub.commit(NAME, few)
+    hub.fail("/resolve/", 429, 1)
+    result = prepare_from(hub, tmp_path, tokenizer_path)
+    assert result.returncode == 0, result.stderr
+    assert "trying again in 2.0 s" in result.stderr
+
+
+def test_without_its_cache_a_run_goes_on_with_the_commit_that_it_is_known_by(hub, few, tokenizer_path, tmp_path):
+    """The folder of the cache is made with those above it, so that whoever starts first is the only one to list."""
+    old = hub.commit(NAME, few)
+    for folder, options in (("new/a", {}), ("new/b", {"hub_commits": [old]})):
+        result = train_from(hub, tmp_path / folder, tokenizer_path, 1, options=options)
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout)[3]["hub_commits"] == [old]
+        assert list((tmp_path / folder / "cache").glob("hub-*"))
+        hub.commit(NAME, {"other.parquet": b"other"})
+
+
 def test_damage_is_said_at_once(hub, few, tokenizer_path, tmp_path):
     content = bytearray(few["shard-1.parquet"])
     content[4 : len(content) // 3] = bytes(len(content) // 3 - 4)

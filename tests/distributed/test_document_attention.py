@@ -12,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 from configs import tiny_config
 from guided import guided_config, steps
 from megastruct.config.schema import Config
+from megastruct.models.documents import attention_mask
 from megastruct.models.steps import total_steps
 from megastruct.parallel.topology import Topology
 from megastruct.training.engine import build_engine
-from ranks import own_device, run_ranks
+from ranks import ON_GPUS, own_device, run_ranks
 from runs import batches, train_steps
 from test_tensor_parallel import BOUNDS
 
@@ -78,6 +80,21 @@ def test_recomputed_activations_change_nothing(alone: list[float], topology: Top
 
 def test_bf16() -> None:
     assert furthest(run(Topology(2, 1), precision="bf16"), run(ALONE, precision="bf16")) <= BOUNDS["bf16"][0]
+
+
+@pytest.mark.skipif(not ON_GPUS, reason="the kernel runs on GPUs")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("topology", "zero"),
+    [(Topology(2, 1), 1), (Topology(1, 1, 2), 1), (Topology(1, 2), 2), (Topology(1, 2), 3)],
+    ids=str,
+)
+def test_kernel(monkeypatch: pytest.MonkeyPatch, topology: Topology, zero: int, recompute: bool) -> None:
+    """Heads and rows that are large enough for FlexAttention's kernel."""
+    monkeypatch.setitem(MODEL, "head_dim", 16)
+    sizes = {"precision": "bf16", "seq_length": 256, "activation_checkpointing": recompute}
+    assert attention_mask(torch.zeros(1, 256, device="cuda"), torch.bfloat16, 16).__class__ is BlockMask
+    assert furthest(run(topology, zero, **sizes), run(ALONE, **sizes)) <= BOUNDS["bf16"][0]
 
 
 def guided_run(config: Config, topology: Topology) -> list[float]:

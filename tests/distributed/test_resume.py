@@ -27,7 +27,7 @@ from megastruct.models.gpt import build_gpt
 from megastruct.models.loss import cross_entropy
 from megastruct.parallel.topology import Topology
 from megastruct.training.engine import build_engine
-from megastruct.training.resume import find_checkpoint, resume, save
+from megastruct.training.resume import check_same_data, find_checkpoint, resume, save
 from megastruct.training.state import KINDS
 from ranks import own_device, run_ranks
 from runs import batches, evaluate_resumed, resume_and_save_again, resume_half_way, save_half_way
@@ -230,3 +230,18 @@ def test_incomplete_folders_are_not_seen(saved: tuple[Path, list[Any]]) -> None:
     latest = latest_checkpoint(root)
     assert latest is not None and latest.name == "step_00000010"
     assert json.loads((latest / "state.json").read_text())["step"] == 10
+
+
+def compare_data(parts: list[dict[str, int]]) -> str:
+    try:
+        check_same_data(parts[dist.get_rank()])
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_see_other_data_are_named() -> None:
+    alike, other = {"num_shards": 3, "num_bytes": 70}, {"num_shards": 3, "num_bytes": 71}
+    assert run_ranks(2, compare_data, [alike, dict(alike)]) == ["", ""]
+    messages = run_ranks(3, compare_data, [alike, alike, other])
+    assert messages[0].startswith("data.path: rank 2 sees num_bytes = 71, rank 0 70") and len(set(messages)) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -15,10 +16,8 @@ TEXT = ("data.kind=text", "data.validation_fraction=0.1", "data.num_streams=2", 
 
 @pytest.mark.soak
 def test_a_run_on_the_hub_is_the_run_on_a_folder(config: Path, tmp_path: Path, corpus: Corpus) -> None:
-    """Killed, and resumed when the dataset has another commit.
-
-    It is listed by the launcher and by the first of its ranks, and never again.
-    """
+    """Killed, and resumed without its cache when the dataset has another commit: listed once by each start, the second
+    time at the commit that the run has on record."""
     runs = tmp_path / "runs"
     arguments = (config, *TEXT, f"data.tokenizer={corpus.tokenizer}", "training.num_steps=40")
     local = Started(runs / "local", *arguments, f"data.path={corpus.text}", "run.name=local")
@@ -32,6 +31,7 @@ def test_a_run_on_the_hub_is_the_run_on_a_folder(config: Path, tmp_path: Path, c
         started.signal_all(signal.SIGKILL)
         started.process.wait()
         assert len(losses(runs / "hub")) < 40
+        shutil.rmtree(runs / "hub" / "data_cache")
         hub.commit("org/name", {"other.jsonl": b'{"content": "something else"}'})
         resumed = Started(runs / "hub", *arguments, extra=extra)
         assert resumed.end()[0] == 0, resumed.stderr()

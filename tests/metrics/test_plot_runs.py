@@ -46,10 +46,10 @@ def test_runs_that_differ_in_their_seed_are_drawn_alike(tmp_path: Path, monkeypa
     monkeypatch.setattr(
         Axes, "plot", lambda self, *a, **k: (drawn.append((k["label"], k["color"])), plot(self, *a, **k))[1]
     )
-    names = ("rows_1", "dense_1", "rows_2", "xl_63")
+    names = ("rows_1", "dense_1", "rows_2", "xl_32", "xl_63")
     runs = [str(write_run(tmp_path / name, 3.0)) for name in names]
     plot_runs.main([*runs, "--metric", "loss", "--output", str(tmp_path / "curves.png")])
-    assert drawn == [("rows", "C0"), ("dense_1", "C1"), ("_rows", "C0"), ("xl_63", "C2")]
+    assert drawn == [("rows", "C0"), ("dense_1", "C1"), ("_rows", "C0"), ("xl_32", "C2"), ("xl_63", "C3")]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from megastruct.launch.environment import own_threads
+from megastruct.launch.environment import take_share_of_cores
 
 
 @pytest.mark.parametrize(
@@ -28,4 +28,5 @@ def test_a_process_takes_its_share_of_the_cores(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert own_threads() == threads
+    assert take_share_of_cores() == threads
+    assert os.environ["OMP_NUM_THREADS"] == str(threads)

@@ -15,7 +15,8 @@ from megastruct.errors import Problem, UserError
 
 PREFIX = "hf://datasets/"
 _MAY_PASS = (408, 425, 429)  # of 4xx: too slow, too early, too often
-_OUT_OF_REACH = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol", "OfflineModeIsEnabled")
+_PARTIAL, _NO_SUCH_RANGE = 206, 416
+_OUT_OF_REACH = ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol")
 
 
 class HubFile(NamedTuple):
@@ -49,8 +50,13 @@ def list_dataset(name: str) -> tuple[str, list[HubFile]]:
     return commit, files
 
 
+def at_commit(name: str, commit: str | None) -> str:
+    """`name` with `commit` in place of its revision, if one is given."""
+    return f"{name.partition('@')[0]}@{commit}" if commit else name
+
+
 def uri_of(name: str, commit: str, path: str) -> str:
-    return f"{PREFIX}{name.partition('@')[0]}@{commit}/{path}"
+    return f"{PREFIX}{at_commit(name, commit)}/{path}"
 
 
 def commit_of(uri: str) -> str:
@@ -90,23 +96,44 @@ class HubBytes(io.RawIOBase):
         return num_bytes
 
     def _read_range(self, start: int, num_bytes: int) -> bytes:
-        answer = _get(self._url, {"Range": f"bytes={start}-{start + num_bytes - 1}"})
-        total = answer.headers.get("Content-Range", "").rpartition("/")[2]
-        if total not in ("", "*", str(self._num_bytes)):
-            found = f"has {total} bytes, it had {self._num_bytes} when it was listed"
-            raise UserError(Problem(self._uri, found, "start again; or download the dataset and give the folder"))
-        if len(answer.content) != num_bytes:
-            raise ConnectionError(f"{len(answer.content):,} bytes came where {num_bytes:,} were asked for")
-        return answer.content
+        # Not compressed: what is made while it is sent has no ranges.
+        headers = {"Range": f"bytes={start}-{start + num_bytes - 1}", "Accept-Encoding": "identity"}
+        with _answer(self._url, headers) as answer:
+            total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+            if answer.status_code == _NO_SUCH_RANGE or total not in ("", "*", str(self._num_bytes)):
+                found = f"has {total or 'fewer'} bytes, it had {self._num_bytes} when it was listed"
+                raise UserError(Problem(self._uri, found, "start again; or download the dataset and give the folder"))
+            _raise_for_status(answer)
+            if answer.status_code != _PARTIAL and num_bytes < self._num_bytes:
+                found = "the server sends it as a whole where a range of bytes is asked for"
+                raise UserError(Problem(self._uri, found, "download the dataset and give the folder"))
+            content = answer.read()
+        if len(content) != num_bytes:
+            raise ConnectionError(f"{len(content):,} bytes came where {num_bytes:,} were asked for")
+        return content
 
 
-def _get(url: str, headers: dict[str, str] | None = None) -> Any:
+def _get(url: str) -> Any:
     """The answer to one request."""
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
-
-    answer = get_session().get(url, headers=build_hf_headers() | (headers or {}), timeout=_timeout_seconds())
-    hf_raise_for_status(answer)
+    with _answer(url, {}) as answer:
+        _raise_for_status(answer)
+        answer.read()
     return answer
+
+
+def _answer(url: str, headers: dict[str, str]) -> Any:
+    """A context of the answer to one request, of which the head has come."""
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    return get_session().stream("GET", url, headers=build_hf_headers() | headers, timeout=_timeout_seconds())
+
+
+def _raise_for_status(answer: Any) -> None:
+    from huggingface_hub.utils import hf_raise_for_status
+
+    if answer.status_code >= 400:
+        answer.read()  # what the library says of it
+    hf_raise_for_status(answer)
 
 
 def _timeout_seconds() -> float:
@@ -122,13 +149,19 @@ def refused(error: BaseException) -> bool:
     return 400 <= status < 500 and status not in _MAY_PASS
 
 
+def offline(error: BaseException) -> bool:
+    """Whether the library was told not to use the network (HF_HUB_OFFLINE)."""
+    return type(error).__name__ == "OfflineModeIsEnabled"
+
+
 def out_of_reach(error: BaseException) -> bool:
     """Whether there was not even a connection."""
-    return type(error).__name__ in _OUT_OF_REACH
+    return type(error).__name__ in _OUT_OF_REACH or offline(error)
 
 
 def of_the_network(error: BaseException) -> bool:
     """Whether an error may pass, because it is about the way and not about the file or the program."""
     from huggingface_hub.errors import HTTPError
 
-    return isinstance(error, (HTTPError, ConnectionError, TimeoutError)) and not refused(error)
+    passes = isinstance(error, (HTTPError, ConnectionError, TimeoutError))
+    return passes and not refused(error) and not offline(error)

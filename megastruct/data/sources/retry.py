@@ -38,7 +38,7 @@ class Patience:
         left_seconds = self._seconds - (time.monotonic() - self._failing_since)
         if left_seconds <= 0:
             raise unreachable(self._uri, self._seconds, reason(error), self._wanted) from None
-        pause_seconds = min(self._pause_seconds, left_seconds)
+        pause_seconds = min(max(self._pause_seconds, _wanted_pause(error)), left_seconds)
         self._pause_seconds = min(2 * self._pause_seconds, _LONGEST_PAUSE_SECONDS)
         line = f"warning: {self._uri}: {reason(error)}; trying again in {pause_seconds:.1f} s"
         print(line, file=sys.stderr, flush=True)
@@ -64,7 +64,15 @@ def unreachable(uri: str, seconds: float, why: str, wanted: str = "document") ->
     """The user's message when patience is at its end."""
     found = f"gave no {wanted} for {seconds:g} s ({why})"
     suggestion = "check the network or the file system, then start again; or raise data.patience_seconds"
+    suggestion += " (--patience-seconds of tools/prepare_data.py)"
     return UserError(Problem(uri, found, suggestion))
+
+
+def _wanted_pause(error: BaseException) -> float:
+    """Seconds that a server which is asked too often wants to be left alone (Retry-After), else 0."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    wanted = headers.get("Retry-After", "")
+    return float(wanted) if wanted.isdecimal() else 0.0
 
 
 def reason(error: BaseException) -> str:

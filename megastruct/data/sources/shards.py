@@ -56,12 +56,13 @@ def find_shards(
     base_folder: Path | None = None,
     patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
     cache_folder: Path | None = None,
+    commit: str | None = None,
 ) -> list[TextShard]:
     """All shards of a folder (searched to the bottom), a glob, a single file or a Hugging Face dataset name.
 
     JSON lines are taken only where there is no parquet file: beside parquet they are notes about it. Relative paths
     start at `base_folder` (the current directory without it). Sorted by name. What a dataset name stood for is kept
-    in `cache_folder`: a run goes on with the commit that it began with.
+    in `cache_folder`; where it is not there any more, `commit` says which one a run began with.
 
     Raises:
         UserError: nothing is there, no file has a known ending, or the hub cannot be reached; `where` is its key.
@@ -83,7 +84,7 @@ def find_shards(
         found = cached_json(
             cache_folder,
             f"hub-{key_of(path)}",
-            lambda: [astuple(shard) for shard in _hub_shards(path, where, patience_seconds)],
+            lambda: [astuple(shard) for shard in _hub_shards(hub.at_commit(path, commit), where, patience_seconds)],
         )
         return [TextShard(*values) for values in found]
     raise UserError(Problem(where, f"{local} does not exist", "give a folder, a glob or a file of text shards"))
@@ -255,6 +256,9 @@ def unreadable(shard: TextShard, error: BaseException) -> UserError:
     if not shard.is_local and hub.refused(error):
         suggestion = "check its name, log in (hf auth login) and ask for access if it is gated; or download it"
         return UserError(Problem(shard.uri, f"cannot be read: the hub refuses it ({reason(error)})", suggestion))
+    if hub.offline(error):
+        found = "cannot be read: HF_HUB_OFFLINE is set"
+        return UserError(Problem(shard.uri, found, "HF_HUB_OFFLINE=0; or download it and give the folder"))
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     gone = isinstance(error, FileNotFoundError)
     found = "the file is gone" if gone else f"the file cannot be read, it is damaged or cut short ({text})"

@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from megastruct.data.prefetch import join_soon
 from megastruct.data.sources.retry import unreachable
 from megastruct.data.text.stream import Placed, StreamCursor, TextSource, tokenised_documents
 from megastruct.data.text.worker import Chunk, Reading, StreamName
@@ -178,7 +179,8 @@ class _Thread:
     def __init__(self) -> None:
         self._work: queue.SimpleQueue[tuple[Future, Chunks] | None] = queue.SimpleQueue()
         self._closed = False
-        threading.Thread(target=self._run, name="tokenise", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="tokenise", daemon=True)
+        self._thread.start()
 
     def take_next(self, chunks: Chunks) -> Future[list[Placed]]:
         future: Future[list[Placed]] = Future()
@@ -189,6 +191,7 @@ class _Thread:
         """Leave what is not begun undone."""
         self._closed = True
         self._work.put(None)
+        join_soon(self._thread)
 
     def _run(self) -> None:
         while (work := self._work.get()) and not self._closed:

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -179,16 +179,18 @@ def _explain(item: Any) -> Problem:
 
 
 def _value_that_is_right(item: Any) -> str:
-    """An override: the key's default, else the bound that was passed; empty where there is neither."""
+    """An override: the word that was meant, else the key's default, else the bound that was passed; empty where there
+    is none of them."""
     path = tuple(item["loc"])
     field = _section(path[:1]).model_fields.get(str(path[1])) if len(path) == 2 else None
     if field is None:
         return ""
     bounds = item.get("ctx", {})
+    words = [word for word in get_args(field.annotation) if isinstance(word, str)]
+    meant = difflib.get_close_matches(str(item["input"]), words, n=1)
     default = None if field.is_required() else field.default
-    value = next(
-        (v for v in (default, bounds.get("ge"), bounds.get("le")) if isinstance(v, bool | int | float | str)), None
-    )
+    values = (*meant, default, bounds.get("ge"), bounds.get("le"))
+    value = next((v for v in values if isinstance(v, bool | int | float | str)), None)
     return "" if value is None else f"{path[0]}.{path[1]}={yaml.safe_dump(value).split()[0]}"
 
 

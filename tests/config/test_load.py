@@ -85,6 +85,13 @@ def test_cross_field_problems_beside_unknown_keys() -> None:
         (["evaluation.num_samples=65"], "evaluation.num_samples", "evaluation.num_samples=72"),
         (["model.num_key_value_heads=3"], "model.num_key_value_heads", "model.num_key_value_heads=2"),
         (["model.head_dim=7"], "model.head_dim", "model.head_dim=8"),
+        (
+            ["training.document_attention=sepparate"],
+            "training.document_attention",
+            "try: training.document_attention=sep",
+        ),
+        (["guided.schedule=fixflop"], "guided.schedule", "try: guided.schedule=fixedflop"),
+        (["training.precision=xyz"], "training.precision", "try: training.precision=bf16"),
         (["ffn.structure=dense"], "ffn.rank", "no ffn.rank"),
         (["ffn.rank=null"], "ffn.rank", "ffn.rank=32"),
         (["ffn.nblocks=2"], "ffn.nblocks", "no ffn.nblocks"),
@@ -187,7 +194,6 @@ def test_what_may_change_when_a_run_goes_on() -> None:
     [
         ("reliability.spike_factor=-1", "reliability.spike_factor=0.0"),
         ("training.micro_batch_size=0", "training.micro_batch_size=1"),
-        ("training.precision=fp8", "training.precision=bf16"),
         ("schedule.warmup_fraction=2", "schedule.warmup_fraction=0.1"),
         ("logging.progress_bar=7", "logging.progress_bar=true"),
     ],

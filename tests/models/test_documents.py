@@ -201,6 +201,41 @@ def test_other_borders_compile_nothing_new() -> None:
         torch.testing.assert_close(eager.grad, fast.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_with_the_mask_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, compiled: bool, kv_heads: int, recompute: bool
+) -> None:
+    """Logits and gradients are those of the dense mask, and other borders compile nothing new.
+
+    By FlexAttention's reference, whose backward PyTorch keeps from CPUs; test_document_kernel.py has the kernel.
+    """
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    monkeypatch.setattr("megastruct.models.attention._compiled_flex_attention", lambda: flex_attention)
+    torch._dynamo.reset()
+    training = {"activation_checkpointing": recompute, "seq_length": 16}
+    config = tiny_config(model={"num_key_value_heads": kv_heads, "hidden_size": 64, "head_dim": 16}, training=training)
+    dense = build_gpt(config, eod_id=EOD)
+    dense(torch.zeros(4, 16, dtype=torch.int64))  # makes the rotary tables
+    in_blocks = copy.deepcopy(dense)
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in in_blocks.blocks.values() if compiled else ():
+        block.compile(backend=counter)
+    for step in range(4):
+        ids = torch.randint(0, 3 + 20 * step, (4, 16), generator=torch.Generator().manual_seed(step)) % 64
+        wanted = dense(ids)
+        with monkeypatch.context() as patch:
+            patch.setattr("megastruct.models.gpt.attention_mask", lambda documents, *_: block_mask(documents, 8))
+            found = in_blocks(ids)
+        torch.testing.assert_close(found, wanted)
+        for output in (wanted, found):
+            output.square().mean().backward()
+    assert counter.frame_count == (2 if compiled else 0)  # a dense block and a structured one
+    for (name, one), other in zip(dense.named_parameters(), in_blocks.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def with_documents(value: str, **sections: Any) -> Config:
     sections["training"] = {**sections.get("training", {}), "document_attention": value}
     return tiny_config(**sections)

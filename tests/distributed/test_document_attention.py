@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 from torch.nn.attention.flex_attention import BlockMask
 
 from configs import tiny_config
 from guided import guided_config, steps
+from marks import soak
 from megastruct.config.schema import Config
-from megastruct.models.documents import attention_mask
+from megastruct.models import attention, gpt, pipeline
+from megastruct.models.documents import attention_mask, block_mask
 from megastruct.models.steps import total_steps
 from megastruct.parallel.topology import Topology
 from megastruct.training.engine import build_engine
@@ -80,6 +83,26 @@ def test_recomputed_activations_change_nothing(alone: list[float], topology: Top
 
 def test_bf16() -> None:
     assert furthest(run(Topology(2, 1), precision="bf16"), run(ALONE, precision="bf16")) <= BOUNDS["bf16"][0]
+
+
+def losses_with_blocks(config: Config, topology: Topology) -> list[float]:
+    """As `losses_and_evaluation`, with the mask that GPUs take and FlexAttention's reference of its kernel."""
+    for room in (gpt, pipeline):
+        room.attention_mask = lambda documents, *_: block_mask(documents, 4)
+    attention._compiled_flex_attention = lambda: flex_attention.flex_attention
+    flex_attention._validate_device = lambda *_: None  # PyTorch keeps the reference's backward from CPUs
+    return losses_and_evaluation(config, topology)
+
+
+@pytest.mark.skipif(ON_GPUS, reason="test_kernel has the kernel itself")
+@pytest.mark.parametrize(
+    ("topology", "zero"), [(Topology(2, 1, 2), 1), (Topology(1, 2), 3), soak(Topology(1, 2), 2)], ids=str
+)
+@pytest.mark.parametrize("recompute", [False, soak(True)])
+def test_mask_in_blocks(alone: list[float], topology: Topology, zero: int, recompute: bool) -> None:
+    config = config_for(topology, zero, activation_checkpointing=recompute)
+    for results in run_ranks(topology.world_size, losses_with_blocks, config, topology):
+        assert furthest(results, alone) <= BOUNDS["fp32"][0]
 
 
 @pytest.mark.skipif(not ON_GPUS, reason="the kernel runs on GPUs")

@@ -37,9 +37,10 @@ def tensor_parallel_bytes(config: Config, stage: Stage, dp_size: int) -> dict[st
     attention: its input is gathered, its output reduce-scattered, d values per token each. ffn: what `LinearMap` says.
     vocabulary: the embedding's output is reduce-scattered, the head's input gathered, d each; the loss reduces three
     fp32 per token in the forward. The backward of all but the loss sends as much as the forward.
-    guides: those that self-guided training has beside structured linears, as dense ones, for the mean share of tokens,
-    and the all-reduce of a second gradient of fc2's bias, which both branches add.
-    replicated_gradients: an all-reduce of the gradients of what every rank holds.
+    guides: those that self-guided training has beside structured linears, as dense ones, for the mean share of tokens.
+    replicated_gradients: an all-reduce of the gradients of what every rank holds. With ZeRO 0 and 1 once a step, in
+    fp32; with ZeRO 2 and 3, which keep no whole gradient, in every micro-batch, and of fc2's bias twice if it is
+    guided: both branches add it.
     With activation checkpointing the blocks' forward is sent again, but for the reduce-scatter of a dense fc2: the
     second forward ends where nothing more is needed.
     """
@@ -63,9 +64,13 @@ def tensor_parallel_bytes(config: Config, stage: Stage, dp_size: int) -> dict[st
     tokens = training.micro_batch_size * training.seq_length
     sent = {purpose: e * tokens * values for purpose, values in values_per_token.items()}
     sent["vocabulary"] += 2 * 4 * 3 * tokens * stage.has_head
-    sent["guides"] += 2 * e * d * config.model.bias * guided_blocks
-    sent["replicated_gradients"] = 2 * e * stage.replicated_parameters
-    return {purpose: micro_batches * num_bytes * (tp - 1) // tp for purpose, num_bytes in sent.items()}
+    total = {purpose: micro_batches * num_bytes * (tp - 1) // tp for purpose, num_bytes in sent.items()}
+    if config.parallel.zero_stage <= 1:
+        total["replicated_gradients"] = 2 * 4 * stage.replicated_parameters * (tp - 1) // tp
+    else:
+        replicated = stage.replicated_parameters + d * config.model.bias * guided_blocks
+        total["replicated_gradients"] = micro_batches * 2 * e * replicated * (tp - 1) // tp
+    return total
 
 
 def linear_bytes_per_token(config: Config, ffn: FFNConfig) -> dict[str, float]:

@@ -8,7 +8,7 @@ Letters: s sequence, b micro-batch, T = s*b tokens, c features, tp ranks of the 
     reduce_scatter_sequence    reduce-scatter  [s,b,c] -> [s/tp,b,c]     all-gather      [s/tp,b,c] -> [s,b,c]
     gather_tokens              all-gather      [c,T/tp] -> [c,T]         reduce-scatter  [c,T] -> [c,T/tp]
     features_to_tokens         all-to-all      [c/tp,T] -> [c,T/tp]      all-to-all      [c,T/tp] -> [c/tp,T]
-    sum_gradient               nothing                                   all-reduce      of the gradient
+    sum_gradient               nothing                                   all-reduce      of the gradient, or nothing
 
 The two in the middle are feature-major, as the block-diagonal products leave and want their operands: so the order of
 the exchange is the order of the product, and one copy is made where a sequence-first tensor would need two or three.
@@ -19,7 +19,7 @@ long as the ranks compile the same program. Source of the pairs: Korthikanti et 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from megastruct.parallel.groups import TensorGroup
 
+_BUCKET_VALUES = 1 << 24  # of an all-reduce of several gradients; a copy of them is made
 _records: list[tuple[str, int]] | None = None
 
 
@@ -80,9 +81,24 @@ def sum_gradient(w: Tensor, tp: TensorGroup) -> Tensor:
     """w itself; its gradient is summed over the group, to the same bits on all ranks.
 
     For a replicated parameter that is applied to a rank's own tokens: each rank alone knows only their share of its
-    gradient. The all-reduce runs at every backward, 2 (tp-1)/tp values per entry of w.
+    gradient. The all-reduce runs at every backward, 2 (tp-1)/tp values per entry of w; where the group `sums_once`,
+    it is left to `sum_gradients`.
     """
-    return w if tp.size == 1 else _SumGradient.apply(w, _name(tp), tp.size)
+    return w if tp.size == 1 or tp.sums_once else _SumGradient.apply(w, _name(tp), tp.size)
+
+
+@torch.no_grad()
+def sum_gradients(gradients: Sequence[Tensor], tp: TensorGroup) -> None:
+    """Sum gradients of one dtype over the group in place, to the same bits on all ranks; several travel together."""
+    bucket: list[Tensor] = []
+    for index, gradient in enumerate(gradients):
+        bucket.append(gradient)
+        if sum(each.numel() for each in bucket) < _BUCKET_VALUES and index + 1 < len(gradients):
+            continue
+        sums = all_reduce(torch.cat([each.flatten() for each in bucket]), tp)
+        for each, total in zip(bucket, sums.split([each.numel() for each in bucket]), strict=True):
+            each.copy_(total.view_as(each))
+        bucket = []
 
 
 def all_reduce(x: Tensor, tp: TensorGroup, operation: str = "sum") -> Tensor:

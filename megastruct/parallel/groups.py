@@ -13,14 +13,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """`size` ranks that share every block's weights; `group` is None for a process on its own (size 1)."""
+    """`size` ranks that share every block's weights; `group` is None for a process on its own (size 1).
+
+    `sums_once`: whoever trains sums the gradients of replicated parameters over the group once a step (as
+    `collectives.sum_gradients`); otherwise every backward does.
+    """
 
     group: ProcessGroup | None = None
     size: int = 1
     rank: int = 0
+    sums_once: bool = False
 
 
-def make_tensor_group(topology: Topology) -> TensorGroup:
+def make_tensor_group(topology: Topology, sums_once: bool = False) -> TensorGroup:
     """This rank's tensor-parallel group. Collective over the world: every rank makes every group, in one order."""
     import torch.distributed as dist  # here, so that config checks and tools need not load it
 
@@ -28,4 +33,5 @@ def make_tensor_group(topology: Topology) -> TensorGroup:
     if topology.tp_size == 1:
         return TensorGroup()
     groups = [(ranks, dist.new_group(ranks)) for ranks in topology.tp_groups()]
-    return next(TensorGroup(group, len(ranks), ranks.index(rank)) for ranks, group in groups if rank in ranks)
+    ranks, group = next((ranks, group) for ranks, group in groups if rank in ranks)
+    return TensorGroup(group, len(ranks), ranks.index(rank), sums_once)

@@ -45,7 +45,8 @@ class ShardedLayer(nn.Module):
         self.register_parameter(name, parameter)
 
     def replicated(self, parameter: Tensor) -> Tensor:
-        """A replicated parameter, applied to this rank's share of tokens: its gradient is summed over the group."""
+        """A replicated parameter, applied to this rank's share of tokens: its gradient is summed over the group, in the
+        backward or once a step (`TensorGroup.sums_once`)."""
         return sum_gradient(parameter, self.tp)
 
     def replicated_bias(self) -> Tensor | None:

@@ -15,6 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from megastruct.models.guidance import Guidance
 from megastruct.models.loss import make_loss
 from megastruct.models.pipeline import GPTPipeline, deepspeed_topology
 from megastruct.models.steps import guided_steps
+from megastruct.parallel.collectives import sum_gradients
 from megastruct.parallel.groups import TensorGroup, make_tensor_group
 from megastruct.parallel.topology import Topology
 from megastruct.training.optimizer import GradientClipper, build_optimizer, sum_norms_over_stages
@@ -148,14 +150,35 @@ class Engine:
 class PipelineEngine(Engine):
     """ZeRO 0 and 1, any number of stages."""
 
+    def __init__(
+        self, module: GPTPipeline, config: Config, topology: Topology, tp: TensorGroup, device: torch.device
+    ) -> None:
+        super().__init__(module, config, topology, tp, device)
+        if tp.size > 1:
+            self._sum_replicated_gradients()
+
     @classmethod
     def build(
         cls, config: Config, topology: Topology, device: torch.device, guided: bool, eod_id: int | None
     ) -> PipelineEngine:
-        tp = make_tensor_group(topology)
+        tp = make_tensor_group(topology, sums_once=True)
         guidance = make_guidance(config, topology, device) if guided else None
         module = GPTPipeline(config, topology, tp, make_loss(config, tp), guidance, eod_id)
         return cls(module, config, topology, tp, device)
+
+    def _sum_replicated_gradients(self) -> None:
+        """Have DeepSpeed sum the gradients of replicated parameters over the tensor-parallel group, after the last
+        backward of a step and before it sums those of tied weights over stages and all over replicas."""
+        tp, replicated = self.tp, [p for p in self.module.parameters() if not hasattr(p, "shard_spec")]
+        in_bf16 = self.config.training.precision == "bf16"  # there it accumulates in fp32, beside the parameter
+        instructions = self.deepspeed._INSTRUCTION_MAP
+
+        def sum_and_go_on(engine: Any) -> None:
+            gradients = [p._hp_grad if in_bf16 else p.grad for p in replicated]
+            sum_gradients([gradient for gradient in gradients if gradient is not None], tp)
+            instructions[ReduceTiedGrads](engine)
+
+        self.deepspeed._INSTRUCTION_MAP = {**instructions, ReduceTiedGrads: sum_and_go_on}
 
     def without_guides(self) -> PipelineEngine:
         module = self.module  # stays: a new one would make new process groups

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from configs import tiny_config
+from marks import soak
 from megastruct.config.deepspeed import bucket_values
 from megastruct.config.schema import Config
 from megastruct.models.gpt import GPT, build_gpt
@@ -23,6 +24,7 @@ from megastruct.parallel.groups import TensorGroup
 from megastruct.parallel.topology import Topology
 from megastruct.training.engine import build_engine
 from ranks import run_ranks
+from runs import batches
 from saved import saved_bytes
 from sharded import world
 
@@ -47,9 +49,10 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def config_for(tp: int, ffn: str = "lowrank", model: str = "paper", pp: int = 1, **training: Any) -> Config:
-    """One micro-batch a step."""
+    """One micro-batch a step; without pipelines ZeRO 2, which sums replicated gradients in every backward."""
     training = {"global_batch_size": 2, **training}
-    return tiny_config(parallel={"tp": tp, "pp": pp}, ffn=FFNS[ffn], model=MODELS[model], training=training)
+    parallel = {"tp": tp, "pp": pp, "zero_stage": 2 if pp == 1 else 1}
+    return tiny_config(parallel=parallel, ffn=FFNS[ffn], model=MODELS[model], training=training)
 
 
 def count(modules: list[nn.Module]) -> int:
@@ -147,13 +150,41 @@ def test_bytes_by_purpose() -> None:
         "vocabulary": passes * 2 * 16 + 8 * 3 * 4 * 16,
         "replicated_gradients": 8 * 2 * replicated,
     }
+    once = Config.model_validate({**config.model_dump(), "parallel": {"tp": 2, "zero_stage": 1}})
+    assert tensor_parallel_bytes(once, stage, dp_size=1)["replicated_gradients"] == 4 * replicated
     assert sum(tensor_parallel_bytes(config_for(1), pipeline_stages(config_for(1))[0], dp_size=1).values()) == 0
+
+
+def sent_by_a_step(config: Config, topology: Topology) -> int:
+    """Bytes that a training step of the real engine sends within the tensor-parallel group."""
+    engine = build_engine(config, topology, torch.device("cpu"))
+    engine.set_learning_rate(0.1)
+    engine.set_alpha(0.5, 0)
+    with count_bytes() as sent:
+        engine.train_batch(batches(config, topology))
+    return sum(size for _, size in sent)
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), soak(1, "fp32"), soak(3, "bf16")]
+)
+@pytest.mark.parametrize("guided", ["off", soak("fixedstep")])
+def test_bytes_sent_by_a_step(zero: int, precision: str, guided: str) -> None:
+    """Of four micro-batches: replicated gradients travel once where DeepSpeed keeps whole gradients."""
+    config = config_for(2, "lowrank", precision=precision, global_batch_size=8)
+    sections = {"parallel": {"tp": 2, "zero_stage": zero}, "guided": {"schedule": guided, "skip": "none"}}
+    config = Config.model_validate({**config.model_dump(), **sections})
+    planned = tensor_parallel_bytes(config, pipeline_stages(config)[0], dp_size=1)
+    assert run_ranks(2, sent_by_a_step, config, Topology(1, 1, 2)) == [sum(planned.values())] * 2
 
 
 @pytest.mark.parametrize("model", sorted(MODELS))
 def test_stages_send_what_the_whole_model_does(model: str) -> None:
     [whole] = pipeline_stages(config_for(2, model=model))
-    wanted = tensor_parallel_bytes(config_for(2, model=model), whole, dp_size=1)
+    one_stage = Config.model_validate(
+        {**config_for(2, model=model).model_dump(), "parallel": {"tp": 2, "zero_stage": 1}}
+    )
+    wanted = tensor_parallel_bytes(one_stage, whole, dp_size=1)
     config = config_for(2, model=model, pp=3)
     stages = pipeline_stages(config)
     sent = [tensor_parallel_bytes(config, stage, dp_size=1) for stage in stages]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megastruct.config.schema import Config
 from megastruct.models.block import compile_blocks
-from megastruct.models.documents import has_kernel
+from megastruct.models.cost import has_block_kernel
 from megastruct.models.gpt import GPT, build_gpt
 
 EOD = 2
@@ -37,7 +37,11 @@ def measure(config: Config, mean_tokens: float, rounds: int, device: torch.devic
     `mean_tokens`: of a document.
     """
     ways = {"across borders": _model(config, None, device), "inside, dense mask": _model(config, EOD, device)}
-    if device.type == "cuda" and config.training.precision == "bf16" and has_kernel(config.model.attention_head_dim):
+    if (
+        device.type == "cuda"
+        and config.training.precision == "bf16"
+        and has_block_kernel(config.model.attention_head_dim)
+    ):
         ways["inside, kernel"] = _model(config, EOD, device)
     ways["inside, dense mask"].head_dim = 0  # as if there were no kernel
     ids = draw_rows(config, mean_tokens).to(device)

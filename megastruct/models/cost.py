@@ -131,3 +131,9 @@ def _block_cost(config: Config, index: int, norm: int) -> LayerCost:
         ffn_weights,
         0 if ffn.structure == "dense" else sum(linear.weights for linear in ffn_linears(config, FFNConfig())),
     )
+
+
+def has_block_kernel(head_dim: int) -> bool:
+    """Whether FlexAttention's kernels take heads of this width (on a GPU, in half precision): from 16 on, and powers of
+    two, which older releases of PyTorch ask for."""
+    return head_dim >= 16 and head_dim.bit_count() == 1

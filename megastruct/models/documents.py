@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from megastruct.models.cost import has_block_kernel
+
 Mask: TypeAlias = Tensor | BlockMask
 
 KERNEL_BLOCK = 128  # positions; what FlexAttention's kernels are tuned for
-_SMALLEST_KERNEL_HEAD_DIM = 16
 
 
 def document_ids(ids: Tensor, eod_id: int) -> Tensor:
@@ -31,14 +32,8 @@ def document_ids(ids: Tensor, eod_id: int) -> Tensor:
 
 def attention_mask(documents: Tensor, dtype: torch.dtype, head_dim: int) -> Mask:
     """The mask of `documents` int32 [b, s] for attention in `dtype` on their device."""
-    in_blocks = documents.is_cuda and dtype != torch.float32 and has_kernel(head_dim)
+    in_blocks = documents.is_cuda and dtype != torch.float32 and has_block_kernel(head_dim)
     return block_mask(documents) if in_blocks else dense_mask(documents, dtype)
-
-
-def has_kernel(head_dim: int) -> bool:
-    """Whether FlexAttention's kernels take heads of this width (on a GPU, in half precision): a power of two, which
-    older releases of PyTorch ask for."""
-    return head_dim >= _SMALLEST_KERNEL_HEAD_DIM and head_dim.bit_count() == 1
 
 
 def dense_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:

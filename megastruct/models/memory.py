@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from megastruct.config.deepspeed import bucket_values
 from megastruct.config.schema import Config, FFNConfig
-from megastruct.models.cost import ffn_linears
-from megastruct.models.documents import has_kernel
+from megastruct.models.cost import ffn_linears, has_block_kernel
 from megastruct.models.stages import Stage
 from megastruct.parallel.sizes import words_per_rank
 
@@ -137,7 +136,7 @@ def block_activation_bytes(config: Config, ffn: FFNConfig) -> int:
 def has_dense_mask(config: Config) -> bool:
     """Whether attention on a GPU adds a mask to its scores, instead of leaving blocks of them out."""
     training = config.training
-    in_blocks = training.precision == "bf16" and has_kernel(config.model.attention_head_dim)
+    in_blocks = training.precision == "bf16" and has_block_kernel(config.model.attention_head_dim)
     return training.document_attention == "separate" and not in_blocks
 
 

@@ -88,8 +88,10 @@ def described_data(config: Config) -> dict[str, Any]:
     path = run_folder(config) / DATA_FILE
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    except OSError as error:
+        raise UserError(Problem(str(path), f"cannot be read ({error.strerror})", "make it readable")) from None
     except ValueError as error:
         raise UserError(Problem(str(path), f"no valid JSON: {error}", "remove the file")) from None
 

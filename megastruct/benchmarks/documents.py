@@ -37,11 +37,8 @@ def measure(config: Config, mean_tokens: float, rounds: int, device: torch.devic
     `mean_tokens`: of a document.
     """
     ways = {"across borders": _model(config, None, device), "inside, dense mask": _model(config, EOD, device)}
-    if (
-        device.type == "cuda"
-        and config.training.precision == "bf16"
-        and has_block_kernel(config.model.attention_head_dim)
-    ):
+    on_gpu_in_bf16 = device.type == "cuda" and config.training.precision == "bf16"
+    if on_gpu_in_bf16 and has_block_kernel(config.model.attention_head_dim):
         ways["inside, kernel"] = _model(config, EOD, device)
     ways["inside, dense mask"].head_dim = 0  # as if there were no kernel
     ids = draw_rows(config, mean_tokens).to(device)

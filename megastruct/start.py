@@ -18,9 +18,9 @@ from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.launch.deepspeed import LaunchOptions, deepspeed_command, hostfile_slots, run_launcher
 from megastruct.launch.environment import free_port
 from megastruct.launch.signals import STOP_FILE
-from megastruct.models.steps import total_steps
-from megastruct.training.preflight import preflight
-from megastruct.training.run_folder import finished_steps, run_folder
+from megastruct.planning.steps import total_steps
+from megastruct.run.preflight import preflight
+from megastruct.run.run_folder import finished_steps, run_folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megastruct.config import Config, load_config
 from megastruct.data import Batch
+from megastruct.engine.engine import Engine, build_engine
 from megastruct.errors import EXIT_CODE_START_AGAIN, user_errors_exit
 from megastruct.launch.deepspeed import decoded
 from megastruct.launch.distributed import choose_device, join, leave
@@ -27,14 +28,13 @@ from megastruct.launch.watchdog import Watch
 from megastruct.metrics.devices import peak_tflops, read_peak_memory_bytes
 from megastruct.metrics.throughput import Throughput
 from megastruct.metrics.writers import Metrics, MetricWriter, Progress
-from megastruct.models.cost import training_flops_per_token
-from megastruct.models.steps import data_step, guided_steps, total_steps
 from megastruct.parallel.topology import Topology
-from megastruct.training.divergence import Divergence, is_way_back
-from megastruct.training.engine import Engine, build_engine
-from megastruct.training.guided_phase import end_guided_phase, guide_distances
-from megastruct.training.preflight import Data, preflight
-from megastruct.training.resume import (
+from megastruct.planning.cost import training_flops_per_token
+from megastruct.planning.steps import data_step, guided_steps, total_steps
+from megastruct.run.divergence import Divergence, is_way_back
+from megastruct.run.guided_phase import end_guided_phase, guide_distances
+from megastruct.run.preflight import Data, preflight
+from megastruct.run.resume import (
     agreed_finished_steps,
     check_same_data,
     find_checkpoint,
@@ -44,8 +44,8 @@ from megastruct.training.resume import (
     save,
     start_save,
 )
-from megastruct.training.run_folder import lock_run_folder, run_folder, step_of, write_run_folder
-from megastruct.training.schedules import alpha, learning_rate
+from megastruct.run.run_folder import lock_run_folder, run_folder, step_of, write_run_folder
+from megastruct.run.schedules import alpha, learning_rate
 
 
 class Run:

@@ -9,8 +9,8 @@ from typing import Any
 
 from megastruct.config import load_config
 from megastruct.errors import user_errors_exit
-from megastruct.models.memory import PARTS
-from megastruct.models.plan import make_plan, suggest
+from megastruct.planning.memory import PARTS
+from megastruct.planning.plan import make_plan, suggest
 
 
 def main(argv: Sequence[str] | None = None) -> None:

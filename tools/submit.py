@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from megastruct.config import load_config
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.launch.slurm import Resources, TrainingJob, job_text, run_here, submit
-from megastruct.training.preflight import preflight
-from megastruct.training.run_folder import run_folder
+from megastruct.run.preflight import preflight
+from megastruct.run.run_folder import run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS_FOLDER = "jobs"

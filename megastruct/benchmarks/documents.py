@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megastruct.config.schema import Config
 from megastruct.models.block import compile_blocks
-from megastruct.models.cost import has_block_kernel
 from megastruct.models.gpt import GPT, build_gpt
+from megastruct.planning.cost import has_block_kernel
 
 EOD = 2
 NUM_BATCHES = 8  # with other borders each

@@ -176,7 +176,7 @@ class TrainingConfig(Section):
 
     @property
     def base_steps(self) -> int:
-        """Steps over new data; a FLOP-matched self-guided run reads some of it again (`models/steps.py`)."""
+        """Steps over new data; a FLOP-matched self-guided run reads some of it again (`planning/steps.py`)."""
         return self.num_steps or max(1, round((self.num_tokens or 0) / self.tokens_per_step))
 
 

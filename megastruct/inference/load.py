@@ -12,7 +12,7 @@ from megastruct.config.load import load_config
 from megastruct.config.schema import Config
 from megastruct.errors import Problem, UserError
 from megastruct.models.gpt import GPT
-from megastruct.models.steps import guided_steps
+from megastruct.planning.steps import guided_steps
 
 
 def load_model(

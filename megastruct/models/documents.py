@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from megastruct.models.cost import has_block_kernel
+from megastruct.planning.cost import has_block_kernel
 
 Mask: TypeAlias = Tensor | BlockMask
 

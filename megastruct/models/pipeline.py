@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from megastruct.config.schema import Config
 from megastruct.models.block import Block
-from megastruct.models.cost import layer_costs
 from megastruct.models.documents import attention_mask, document_ids
 from megastruct.models.gpt import EMBEDDING, HEAD, NamedLayer, init_weights, named_layers
 from megastruct.models.guidance import NOT_EVALUATED, Guidance
 from megastruct.models.mlp import MLP
-from megastruct.models.stages import balanced_stages
 from megastruct.parallel.groups import TensorGroup
 from megastruct.parallel.topology import Topology
+from megastruct.planning.cost import layer_costs
+from megastruct.planning.stages import balanced_stages
 
 TIED_PREFIX = "tied_modules."
 

@@ -17,10 +17,10 @@ import torch
 
 from configs import tiny_config
 from megastruct.config.schema import Config
+from megastruct.engine.engine import build_engine
+from megastruct.engine.state import saved_fragments
 from megastruct.parallel.topology import Topology
-from megastruct.training.engine import build_engine
-from megastruct.training.resume import find_checkpoint, finish_save, resume, save, start_save
-from megastruct.training.state import saved_fragments
+from megastruct.run.resume import find_checkpoint, finish_save, resume, save, start_save
 from ranks import run_ranks
 
 MIB = 2**20

@@ -11,14 +11,14 @@ import torch
 
 from configs import tiny_config
 from megastruct.config.schema import Config
+from megastruct.engine.engine import Engine, build_engine
 from megastruct.models.guidance import is_guide
-from megastruct.models.steps import data_step, guided_steps, total_steps
 from megastruct.parallel.topology import Topology
-from megastruct.training.engine import Engine, build_engine
-from megastruct.training.guided_phase import REPORT_FILE, end_guided_phase
-from megastruct.training.resume import find_checkpoint, resume, save
-from megastruct.training.run_folder import finished_steps, run_folder
-from megastruct.training.schedules import alpha
+from megastruct.planning.steps import data_step, guided_steps, total_steps
+from megastruct.run.guided_phase import REPORT_FILE, end_guided_phase
+from megastruct.run.resume import find_checkpoint, resume, save
+from megastruct.run.run_folder import finished_steps, run_folder
+from megastruct.run.schedules import alpha
 from ranks import own_device
 from runs import batches
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megastruct.config.schema import Config
 from megastruct.data.batch import Batch
 from megastruct.data.order import deal
+from megastruct.engine.engine import Engine, build_engine
 from megastruct.parallel.topology import Topology
-from megastruct.training.engine import Engine, build_engine
 from ranks import own_device
 
 
@@ -59,7 +59,7 @@ def save_half_way(config: Config, topology: Topology, folder: Path) -> list[tupl
     """Train half of the run, save in the background, go on to the end."""
     import numpy as np
 
-    from megastruct.training.resume import finish_save, start_save
+    from megastruct.run.resume import finish_save, start_save
 
     engine = build_engine(config, topology, own_device())
     half = config.training.base_steps // 2
@@ -72,7 +72,7 @@ def save_half_way(config: Config, topology: Topology, folder: Path) -> list[tupl
 
 def resume_half_way(config: Config, topology: Topology) -> list[tuple[float, float]]:
     """Load what `save_half_way` saved and train to the end."""
-    from megastruct.training.resume import find_checkpoint, resume
+    from megastruct.run.resume import find_checkpoint, resume
 
     engine = build_engine(config, topology, own_device())
     step, cursor, _ = resume(engine, find_checkpoint(engine.config))
@@ -82,7 +82,7 @@ def resume_half_way(config: Config, topology: Topology) -> list[tuple[float, flo
 
 def resume_and_save_again(config: Config, topology: Topology) -> list[tuple[float, float]]:
     """Load what `save_half_way` saved, save it as the step after, and train to the end."""
-    from megastruct.training.resume import find_checkpoint, resume, save
+    from megastruct.run.resume import find_checkpoint, resume, save
 
     engine = build_engine(config, topology, own_device())
     step, cursor, _ = resume(engine, find_checkpoint(engine.config))
@@ -93,7 +93,7 @@ def resume_and_save_again(config: Config, topology: Topology) -> list[tuple[floa
 
 def evaluate_resumed(config: Config, topology: Topology) -> float:
     """Load what `save_half_way` saved; the loss of the first micro-batch that would be trained on."""
-    from megastruct.training.resume import find_checkpoint, resume
+    from megastruct.run.resume import find_checkpoint, resume
 
     engine = build_engine(config, topology, own_device())
     step, _, _ = resume(engine, find_checkpoint(engine.config))

@@ -19,11 +19,11 @@ from configs import tiny_config
 from guided import guided_config, steps
 from marks import soak
 from megastruct.config.schema import Config
+from megastruct.engine.engine import build_engine
 from megastruct.models import attention, gpt, pipeline
 from megastruct.models.documents import attention_mask, block_mask
-from megastruct.models.steps import total_steps
 from megastruct.parallel.topology import Topology
-from megastruct.training.engine import build_engine
+from megastruct.planning.steps import total_steps
 from ranks import ON_GPUS, own_device, run_ranks
 from runs import batches, train_steps
 from test_tensor_parallel import BOUNDS

@@ -17,7 +17,7 @@ from megastruct.config.load import dump_config
 from megastruct.errors import UserError
 from megastruct.inference.load import load_model
 from megastruct.parallel.topology import Topology
-from megastruct.training.run_folder import checkpoints_folder
+from megastruct.run.run_folder import checkpoints_folder
 from ranks import run_ranks
 
 BOUNDS = {"fp32": 1e-5, "bf16": 3e-2}

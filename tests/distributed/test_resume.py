@@ -21,14 +21,14 @@ from megastruct.checkpoint.reading import SafeFileSystemReader
 from megastruct.checkpoint.store import latest_checkpoint, load_tensors, save_checkpoint
 from megastruct.config.load import dump_config
 from megastruct.config.schema import Config
+from megastruct.engine.engine import build_engine
+from megastruct.engine.state import KINDS
 from megastruct.errors import UserError
 from megastruct.inference.load import load_model
 from megastruct.models.gpt import build_gpt
 from megastruct.models.loss import cross_entropy
 from megastruct.parallel.topology import Topology
-from megastruct.training.engine import build_engine
-from megastruct.training.resume import check_same_data, find_checkpoint, resume, save
-from megastruct.training.state import KINDS
+from megastruct.run.resume import check_same_data, find_checkpoint, resume, save
 from ranks import own_device, run_ranks
 from runs import batches, evaluate_resumed, resume_and_save_again, resume_half_way, save_half_way
 

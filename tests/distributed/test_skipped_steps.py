@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from configs import tiny_config
 from megastruct.config.schema import Config
+from megastruct.engine.engine import Engine, build_engine
+from megastruct.engine.state import engine_adam, fragments
 from megastruct.parallel.topology import Topology
-from megastruct.training.engine import Engine, build_engine
-from megastruct.training.state import engine_adam, fragments
 from ranks import own_device, run_ranks
 from runs import batches
 

@@ -13,8 +13,8 @@ import torch
 
 from marks import always, soak
 from megastruct.config.schema import Config
+from megastruct.engine.engine import build_engine
 from megastruct.parallel.topology import Topology
-from megastruct.training.engine import build_engine
 from ranks import own_device, run_ranks
 from runs import resume_half_way, save_half_way, train_steps
 from test_tensor_parallel import BOUNDS, FIRST_STEP, LLAMA, STRUCTURES, config_for, initial_weights

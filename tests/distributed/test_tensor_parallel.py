@@ -15,8 +15,8 @@ import torch.distributed as dist
 from configs import tiny_config
 from marks import always, soak
 from megastruct.config.schema import Config
+from megastruct.engine.engine import build_engine
 from megastruct.parallel.topology import Topology
-from megastruct.training.engine import build_engine
 from ranks import own_device, run_ranks
 from runs import losses, resume_half_way, save_half_way, train_steps
 

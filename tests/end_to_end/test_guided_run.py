@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megastruct.training.guided_phase import REPORT_FILE
+from megastruct.run.guided_phase import REPORT_FILE
 from processes import ROOT, environment, losses, read_metrics, start, start_and_kill
 
 # 12 base steps, guided for the first 6, whose tokens are read again at the end

@@ -143,7 +143,7 @@ def test_hostfiles(config: Path, tmp_path: Path, capsys: Any) -> None:
 
 def test_a_folder_in_use(config: Path, capsys: Any) -> None:
     from megastruct.config import load_config
-    from megastruct.training.run_folder import lock_run_folder
+    from megastruct.run.run_folder import lock_run_folder
 
     with lock_run_folder(load_config(config)):
         assert "another process trains in" in message(capsys, config)

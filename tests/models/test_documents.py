@@ -16,13 +16,13 @@ from torch.nn.attention.flex_attention import flex_attention
 from configs import tiny_config
 from megastruct.config.schema import Config
 from megastruct.layers.rotary import Rotary, rotate
-from megastruct.models.cost import training_flops_per_token
 from megastruct.models.documents import block_mask, dense_mask, document_ids
 from megastruct.models.gpt import GPT, build_gpt
 from megastruct.models.guidance import Guidance
-from megastruct.models.memory import activation_bytes, block_activation_bytes
-from megastruct.models.stages import pipeline_stages
-from megastruct.models.traffic import pipeline_bytes
+from megastruct.planning.cost import training_flops_per_token
+from megastruct.planning.memory import activation_bytes, block_activation_bytes
+from megastruct.planning.stages import pipeline_stages
+from megastruct.planning.traffic import pipeline_bytes
 from saved import saved_bytes
 
 EOD = 2

@@ -13,7 +13,7 @@ from configs import tiny_config
 from megastruct.config.schema import Config
 from megastruct.models.gpt import GPT, build_gpt
 from megastruct.models.loss import cross_entropy
-from megastruct.models.stages import balanced_stages
+from megastruct.planning.stages import balanced_stages
 
 VARIANTS = {
     "paper": {},

@@ -14,11 +14,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from configs import tiny_config
 from megastruct.config import load_config
 from megastruct.config.schema import Config, GuidedConfig
-from megastruct.models.cost import dense_equivalent, training_flops_per_token
 from megastruct.models.gpt import build_gpt
 from megastruct.models.guidance import Decision, Guidance, decide, rows
-from megastruct.models.steps import data_step, guided_steps, total_steps
-from megastruct.training.schedules import alpha, learning_rate
+from megastruct.planning.cost import dense_equivalent, training_flops_per_token
+from megastruct.planning.steps import data_step, guided_steps, total_steps
+from megastruct.run.schedules import alpha, learning_rate
 
 RUNS = Path(__file__).resolve().parents[2] / "configs" / "run"
 STRUCTURES: dict[str, dict[str, Any]] = {

@@ -16,13 +16,13 @@ from megastruct.checkpoint.intact import newest_intact, set_aside
 from megastruct.checkpoint.sharded import ShardedTensor
 from megastruct.checkpoint.store import checkpoint_folder, load_state, load_tensors, save_checkpoint
 from megastruct.config.schema import Config
+from megastruct.engine.engine import Engine
+from megastruct.engine.state import KINDS, Fragment, begin_restore, finish_restore, saved_fragments
 from megastruct.errors import Problem, UserError
 from megastruct.models.guidance import is_guide
-from megastruct.models.steps import guided_steps
 from megastruct.parallel.shards import Box
-from megastruct.training.engine import Engine
-from megastruct.training.run_folder import checkpoints_folder, finished_steps
-from megastruct.training.state import KINDS, Fragment, begin_restore, finish_restore, saved_fragments
+from megastruct.planning.steps import guided_steps
+from megastruct.run.run_folder import checkpoints_folder, finished_steps
 
 _SAVER = BackgroundSaver()  # of the process: a save outlives the engine that it came from
 

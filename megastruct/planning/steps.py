@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from megastruct.config.schema import Config
 from megastruct.errors import Problem
-from megastruct.models.cost import guided_fraction, mean_guide_share, training_flops_per_token
+from megastruct.planning.cost import guided_fraction, mean_guide_share, training_flops_per_token
 
 
 def guided_steps(config: Config) -> int:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from configs import tiny_config
 from megastruct.config.schema import Config
+from megastruct.engine.optimizer import build_optimizer
 from megastruct.models.gpt import build_gpt
 from megastruct.models.loss import cross_entropy
-from megastruct.training.optimizer import build_optimizer
 
 WIDTHS = (128, 256, 512, 1024)
 LEARNING_RATE = 1e-2

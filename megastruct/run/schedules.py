@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megastruct.config.schema import Config
-from megastruct.models.steps import guided_steps, total_steps
+from megastruct.planning.steps import guided_steps, total_steps
 
 
 def learning_rate(config: Config, step: int) -> float:

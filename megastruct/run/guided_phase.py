@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from megastruct.checkpoint.agreement import from_first_rank
 from megastruct.checkpoint.store import checkpoint_folder
+from megastruct.engine.engine import Engine
 from megastruct.metrics.devices import memory_bytes
 from megastruct.models.guidance import LINEARS
 from megastruct.models.mlp import MLP
 from megastruct.parallel.groups import TensorGroup
-from megastruct.training.engine import Engine
-from megastruct.training.resume import finish_save, resume, save
-from megastruct.training.run_folder import checkpoints_folder, run_folder
+from megastruct.run.resume import finish_save, resume, save
+from megastruct.run.run_folder import checkpoints_folder, run_folder
 
 REPORT_FILE = "end_of_guided_phase.json"
 

@@ -19,19 +19,19 @@ from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from torch import Tensor, nn
 
-from megastruct.config.deepspeed import deepspeed_config
 from megastruct.config.schema import Config
 from megastruct.data.batch import Batch
+from megastruct.engine.config import deepspeed_config
+from megastruct.engine.optimizer import GradientClipper, build_optimizer, sum_norms_over_stages
 from megastruct.models.block import compile_blocks
 from megastruct.models.gpt import GPT, build_gpt
 from megastruct.models.guidance import Guidance
 from megastruct.models.loss import make_loss
 from megastruct.models.pipeline import GPTPipeline, deepspeed_topology
-from megastruct.models.steps import guided_steps
 from megastruct.parallel.collectives import sum_gradients
 from megastruct.parallel.groups import TensorGroup, make_tensor_group
 from megastruct.parallel.topology import Topology
-from megastruct.training.optimizer import GradientClipper, build_optimizer, sum_norms_over_stages
+from megastruct.planning.steps import guided_steps
 
 
 class Engine:

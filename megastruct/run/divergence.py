@@ -9,8 +9,8 @@ from typing import Any
 
 from megastruct.config.schema import Config
 from megastruct.errors import Problem, UserError
-from megastruct.models.steps import guided_steps
-from megastruct.training.run_folder import finished_steps, run_folder
+from megastruct.planning.steps import guided_steps
+from megastruct.run.run_folder import finished_steps, run_folder
 
 
 def is_way_back(config: Config, spike: int, to: int, guides_left: bool) -> bool:

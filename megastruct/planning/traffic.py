@@ -8,10 +8,10 @@ Letters: P parameters of a device, D replicas, m micro-batches per step, e bytes
 from __future__ import annotations
 
 from megastruct.config.schema import Config, FFNConfig
-from megastruct.models.cost import ffn_linears, mean_guide_share
-from megastruct.models.memory import value_bytes
-from megastruct.models.stages import Stage
 from megastruct.parallel.sizes import words_per_rank
+from megastruct.planning.cost import ffn_linears, mean_guide_share
+from megastruct.planning.memory import value_bytes
+from megastruct.planning.stages import Stage
 
 
 def traffic_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, dict[str, int]]:

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 from megastruct.config.schema import Config
-from megastruct.models.cost import LayerCost, layer_costs
+from megastruct.planning.cost import LayerCost, layer_costs
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megastruct.config.schema import Config
-
-MAX_BUCKET_VALUES = 500_000_000  # DeepSpeed's own reduce_bucket_size
-
-
-def bucket_values(num_parameters: int) -> int:
-    """Values that DeepSpeed reduces at once, and has room for: no more than the gradients of a device.
-
-    Some of its optimizers allocate the whole bucket, however small the model is.
-    """
-    return min(MAX_BUCKET_VALUES, num_parameters)
+from megastruct.planning.memory import bucket_values
 
 
 def deepspeed_config(config: Config, dp_size: int, num_parameters: int) -> dict[str, Any]:
@@ -30,7 +21,7 @@ def deepspeed_config(config: Config, dp_size: int, num_parameters: int) -> dict[
         "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * dp_size),
         "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": bucket_values(num_parameters)},
         "zero_allow_untested_optimizer": True,
-        # In fp32 without ZeRO, DeepSpeed's norm leaves out later stages: training/optimizer.py clips there.
+        # In fp32 without ZeRO, DeepSpeed's norm leaves out later stages: engine/optimizer.py clips there.
         "gradient_clipping": config.optimizer.gradient_clipping if zero_stage else 0.0,
         "steps_per_print": 2**62,
         # Between stages every tensor-parallel rank sends its own part of the sequence, whole.

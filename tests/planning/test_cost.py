@@ -9,7 +9,8 @@ import torch
 
 from configs import tiny_config
 from megastruct.config import load_config
-from megastruct.models.cost import (
+from megastruct.models.gpt import ALONE, build_gpt, named_layers
+from megastruct.planning.cost import (
     ffn_parameters,
     forward_flops_by_part,
     forward_flops_per_token,
@@ -18,8 +19,7 @@ from megastruct.models.cost import (
     total_parameters,
     training_flops_per_token,
 )
-from megastruct.models.gpt import ALONE, build_gpt, named_layers
-from megastruct.models.steps import check_guided_steps, guided_steps, total_tokens, total_training_flops
+from megastruct.planning.steps import check_guided_steps, guided_steps, total_tokens, total_training_flops
 
 RUNS = Path(__file__).resolve().parents[2] / "configs" / "run"
 

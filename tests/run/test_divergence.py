@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from configs import tiny_config
-from megastruct.models.steps import guided_steps
-from megastruct.training.divergence import Divergence, is_way_back
+from megastruct.planning.steps import guided_steps
+from megastruct.run.divergence import Divergence, is_way_back
 
 # 20 base steps, guided for the first 10, whose tokens are read again at the end
 GUIDED = tiny_config(guided={"schedule": "fixedflop", "fraction": 0.5, "levels": 4})

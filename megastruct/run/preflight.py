@@ -12,9 +12,9 @@ from megastruct.data.cache import FOLDER_NAME
 from megastruct.data.text.data import TextData
 from megastruct.data.tokens.data import TokenData
 from megastruct.errors import Problem, UserError
-from megastruct.models.steps import check_guided_steps
 from megastruct.parallel.topology import Topology
-from megastruct.training.run_folder import check_run_folder, described_data, run_folder
+from megastruct.planning.steps import check_guided_steps
+from megastruct.run.run_folder import check_run_folder, described_data, run_folder
 
 Data = TokenData | TextData
 T = TypeVar("T")

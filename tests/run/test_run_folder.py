@@ -8,7 +8,7 @@ import pytest
 
 from configs import tiny_config
 from megastruct.errors import UserError
-from megastruct.training.run_folder import check_run_folder, lock_run_folder
+from megastruct.run.run_folder import check_run_folder, lock_run_folder
 
 
 def test_ranks_that_check_do_not_refuse_each_other_and_the_one_that_trains_does(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from configs import tiny_config
-from megastruct.training.schedules import learning_rate
+from megastruct.run.schedules import learning_rate
 
 
 def test_warm_up_then_cosine() -> None:

@@ -18,16 +18,16 @@ from megastruct.errors import UserError
 from megastruct.models.gpt import build_gpt
 from megastruct.models.guidance import Guidance
 from megastruct.models.loss import cross_entropy
-from megastruct.models.memory import (
+from megastruct.planning.memory import (
     block_activation_bytes,
     guide_activation_bytes,
     memory_bytes,
     norm_activation_bytes,
     optimizer_bytes,
 )
-from megastruct.models.plan import ffn_share, make_plan, suggest
-from megastruct.models.stages import pipeline_stages
-from megastruct.models.traffic import data_parallel_bytes, pipeline_bytes
+from megastruct.planning.plan import ffn_share, make_plan, suggest
+from megastruct.planning.stages import pipeline_stages
+from megastruct.planning.traffic import data_parallel_bytes, pipeline_bytes
 from saved import saved_bytes
 from tools import plan as plan_tool
 
@@ -266,5 +266,5 @@ def test_tool(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_planning_loads_no_torch() -> None:
-    code = "import megastruct.models.plan, sys; sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
+    code = "import megastruct.planning.plan, sys; sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

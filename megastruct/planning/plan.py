@@ -12,7 +12,9 @@ from typing import Any
 from megastruct.config.checks import check_batch
 from megastruct.config.schema import Config, FFNConfig
 from megastruct.errors import Problem, UserError
-from megastruct.models.cost import (
+from megastruct.parallel.sizes import nearest_multiple
+from megastruct.parallel.topology import Topology
+from megastruct.planning.cost import (
     ffn_linears,
     ffn_parameters,
     forward_flops_by_part,
@@ -20,12 +22,10 @@ from megastruct.models.cost import (
     guided_fraction,
     total_parameters,
 )
-from megastruct.models.memory import memory_bytes
-from megastruct.models.stages import Stage, pipeline_stages
-from megastruct.models.steps import guided_steps, total_steps, total_tokens, total_training_flops
-from megastruct.models.traffic import linear_bytes_per_token, micro_batches_per_step, traffic_bytes
-from megastruct.parallel.sizes import nearest_multiple
-from megastruct.parallel.topology import Topology
+from megastruct.planning.memory import memory_bytes
+from megastruct.planning.stages import Stage, pipeline_stages
+from megastruct.planning.steps import guided_steps, total_steps, total_tokens, total_training_flops
+from megastruct.planning.traffic import linear_bytes_per_token, micro_batches_per_step, traffic_bytes
 
 TILE = 128  # the width of a tile of a GPU's matrix product
 UNBALANCED = 1.15  # largest stage over the mean

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor, nn
 
-from megastruct.training.engine import Engine
+from megastruct.engine.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = ("master", *MOMENTS)

@@ -11,18 +11,18 @@ from torch import nn
 
 from configs import tiny_config
 from marks import soak
-from megastruct.config.deepspeed import bucket_values
 from megastruct.config.schema import Config
+from megastruct.engine.config import bucket_values
+from megastruct.engine.engine import build_engine
 from megastruct.models.gpt import GPT, build_gpt
 from megastruct.models.guidance import Guidance
 from megastruct.models.loss import make_loss
-from megastruct.models.memory import block_activation_bytes, memory_bytes
-from megastruct.models.stages import pipeline_stages
-from megastruct.models.traffic import pipeline_bytes, tensor_parallel_bytes
 from megastruct.parallel.collectives import count_bytes
 from megastruct.parallel.groups import TensorGroup
 from megastruct.parallel.topology import Topology
-from megastruct.training.engine import build_engine
+from megastruct.planning.memory import block_activation_bytes, memory_bytes
+from megastruct.planning.stages import pipeline_stages
+from megastruct.planning.traffic import pipeline_bytes, tensor_parallel_bytes
 from ranks import run_ranks
 from runs import batches
 from saved import saved_bytes

@@ -8,18 +8,26 @@ What is not counted: the device's context, workspaces, fragmentation, and what l
 
 from __future__ import annotations
 
-from megastruct.config.deepspeed import bucket_values
 from megastruct.config.schema import Config, FFNConfig
-from megastruct.models.cost import ffn_linears, has_block_kernel
-from megastruct.models.stages import Stage
 from megastruct.parallel.sizes import words_per_rank
+from megastruct.planning.cost import ffn_linears, has_block_kernel
+from megastruct.planning.stages import Stage
 
 LIVE_VALUES = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
+MAX_BUCKET_VALUES = 500_000_000  # DeepSpeed's own reduce_bucket_size
 PARTS = ("weights", "gradients", "optimizer", "communication", "activations", "logits", "guides")
 
 
 def value_bytes(config: Config) -> int:
     return 2 if config.training.precision == "bf16" else 4
+
+
+def bucket_values(num_parameters: int) -> int:
+    """Values that DeepSpeed reduces at once, and has room for: no more than the gradients of a device.
+
+    Some of its optimizers allocate the whole bucket, however small the model is.
+    """
+    return min(MAX_BUCKET_VALUES, num_parameters)
 
 
 def memory_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, int]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from math import gcd
+import difflib
+from collections.abc import Callable, Iterator, Mapping
 
-from megastruct.config.schema import Config
+from megastruct.config.schema import Config, FFNConfig
 from megastruct.errors import Problem
-from megastruct.ops.cost import STRUCTURES
-from megastruct.parallel.sizes import nearest_multiple, shard_problems
+from megastruct.parallel.sizes import multiple_problems, nearest_divisor, vocabulary_problems
+from megastruct.structures import STRUCTURES, known_sizes, nearest_name
+from megastruct.structures.numbers import Widths
 
 Check = Callable[[Config], Iterator[Problem]]
 
@@ -20,7 +21,7 @@ def check_attention(config: Config) -> Iterator[Problem]:
         yield Problem(
             "model.num_attention_heads",
             f"{heads} does not divide model.hidden_size = {d}",
-            f"model.num_attention_heads={_nearest_divisor(d, heads)}, or set model.head_dim",
+            f"model.num_attention_heads={nearest_divisor(d, heads)}, or set model.head_dim",
         )
     elif model.attention_head_dim % 2:
         yield Problem(
@@ -32,45 +33,48 @@ def check_attention(config: Config) -> Iterator[Problem]:
         yield Problem(
             "model.num_key_value_heads",
             f"{model.kv_heads} does not divide model.num_attention_heads = {heads}",
-            f"model.num_key_value_heads={_nearest_divisor(heads, model.kv_heads)}",
+            f"model.num_key_value_heads={nearest_divisor(heads, model.kv_heads)}",
         )
 
 
 def check_ffn(config: Config) -> Iterator[Problem]:
-    """The keys of the structure and no others, and sizes that divide; each suggestion agrees with the others."""
-    ffn, model = config.ffn, config.model
-    wanted = STRUCTURES[ffn.structure].sizes
-    for key in ("rank", "nblocks"):
-        if key not in wanted and getattr(ffn, key) is not None:
-            others = [name for name, structure in STRUCTURES.items() if key in structure.sizes]
-            yield Problem(
-                f"ffn.{key}",
-                f"{getattr(ffn, key)}, but ffn.structure is {ffn.structure}",
-                f"ffn.structure={' or '.join(others)}, or no ffn.{key} (ffn.{key}=null)",
-            )
-    full_rank, common = min(model.hidden_size, model.ffn_hidden_size), gcd(model.hidden_size, model.ffn_hidden_size)
-    nblocks = 1
-    if "nblocks" in wanted:
-        # With a rank that may stay, blocks that divide it as well.
-        divided = gcd(common, ffn.rank) if "rank" in wanted and ffn.rank and ffn.rank <= full_rank else common
-        nblocks = _nearest_divisor(divided, ffn.nblocks or 4)
-        if ffn.nblocks is None:
-            yield Problem("ffn.nblocks", f"missing, but ffn.structure is {ffn.structure}", f"ffn.nblocks={nblocks}")
-        elif common % ffn.nblocks:
-            sizes = f"model.hidden_size = {model.hidden_size} and model.ffn_hidden_size = {model.ffn_hidden_size}"
-            yield Problem("ffn.nblocks", f"{ffn.nblocks} does not divide {sizes}", f"ffn.nblocks={nblocks}")
+    """A known structure, its sizes and no others, and sizes that fit the widths and the tensor-parallel ranks."""
+    ffn, widths = config.ffn, ffn_widths(config)
+    if ffn.structure not in STRUCTURES:
+        found = f"{ffn.structure!r} is none of {', '.join(map(repr, STRUCTURES))}"
+        yield Problem("ffn.structure", found, f"ffn.structure={nearest_name(ffn.structure)}")
+        return
+    numbers = STRUCTURES[ffn.structure].numbers
+    yield from _foreign_sizes(ffn, numbers.sizes)
+    given = {key: value for key, value in ffn.sizes.items() if key in numbers.sizes}
+    problems = list(numbers.size_problems(widths, given))
+    yield from problems
+    # With the sizes as they are suggested, so that what does not divide over the ranks is said at the same time.
+    suggested = dict(problem.suggestion.removeprefix("ffn.").split("=") for problem in problems)
+    given |= {key: int(value) for key, value in suggested.items()}
+    faulty = {problem.where for problem in problems}
+    yield from (problem for problem in numbers.shard_problems(widths, given) if problem.where not in faulty)
+
+
+def _foreign_sizes(ffn: FFNConfig, wanted: Mapping[str, str]) -> Iterator[Problem]:
+    for key, value in ffn.sizes.items():
+        if key in wanted:
+            continue
+        others = [name for name, structure in STRUCTURES.items() if key in structure.numbers.sizes]
+        if others:
+            suggestion = f"ffn.structure={' or '.join(others)}, or no ffn.{key} (ffn.{key}=null)"
+            yield Problem(f"ffn.{key}", f"{value}, but ffn.structure is {ffn.structure}", suggestion)
         else:
-            nblocks = ffn.nblocks
-    if "rank" in wanted:
-        if ffn.rank is None:
-            rank = nearest_multiple(min(model.hidden_size // 4, full_rank), nblocks)
-            yield Problem("ffn.rank", f"missing, but ffn.structure is {ffn.structure}", f"ffn.rank={rank}")
-        elif ffn.rank > full_rank:
-            rank = nearest_multiple(max(1, full_rank // 2), nblocks)
-            yield Problem("ffn.rank", f"{ffn.rank} is above the full rank {full_rank}", f"ffn.rank={rank}")
-        elif ffn.rank % nblocks:
-            rank = min(nearest_multiple(ffn.rank, nblocks), full_rank)
-            yield Problem("ffn.rank", f"{ffn.rank} is no multiple of ffn.nblocks = {nblocks}", f"ffn.rank={rank}")
+            known = [*FFNConfig.model_fields, *known_sizes()]
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            yield Problem(f"ffn.{key}", "unknown key", f"ffn.{close[0]}" if close else f"one of {', '.join(known)}")
+
+
+def ffn_widths(config: Config) -> Widths:
+    """What the sizes of the FFN must fit, under the names of the config's keys."""
+    model = config.model
+    names = ("model.hidden_size", "model.ffn_hidden_size", "parallel.tp", "ffn.")
+    return Widths(model.hidden_size, model.ffn_hidden_size, config.parallel.tp, *names)
 
 
 def check_length(config: Config) -> Iterator[Problem]:
@@ -113,18 +117,12 @@ def check_parallel(config: Config) -> Iterator[Problem]:
 
 
 def check_tensor_parallel(config: Config) -> Iterator[Problem]:
-    model, ffn = config.model, config.ffn
-    yield from shard_problems(
-        config.parallel.tp,
-        seq_length=config.training.seq_length,
-        vocab_size=model.vocab_size,
-        num_attention_heads=model.num_attention_heads,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        structure=ffn.structure,
-        rank=ffn.rank,
-        nblocks=ffn.nblocks,
-    )
+    """What divides over the ranks of a tensor-parallel group, beside the FFN."""
+    tp, model = config.parallel.tp, config.model
+    by_tp = f"parallel.tp = {tp}"
+    yield from multiple_problems("training.seq_length", config.training.seq_length, tp, by_tp)
+    yield from multiple_problems("model.num_attention_heads", model.num_attention_heads, tp, by_tp)
+    yield from vocabulary_problems("model.vocab_size", model.vocab_size, tp)
 
 
 def check_guided(config: Config) -> Iterator[Problem]:
@@ -134,7 +132,7 @@ def check_guided(config: Config) -> Iterator[Problem]:
             found = f"{guided.fraction:g}, but guided.schedule is off"
             yield Problem("guided.fraction", found, "guided.schedule=fixedstep, or no guided.fraction")
         return
-    if config.ffn.structure == "dense":
+    if config.ffn.is_dense:
         yield Problem(
             "guided.schedule",
             f"{guided.schedule}, but ffn.structure is dense: there is nothing to guide",
@@ -144,7 +142,7 @@ def check_guided(config: Config) -> Iterator[Problem]:
     if guided.skip == "rows" and own and own % guided.levels:
         of = f" / parallel.tp = {own}" if tp > 1 else ""
         found = f"{guided.levels} does not divide training.seq_length = {training.seq_length}{of}"
-        yield Problem("guided.levels", found, f"guided.levels={_nearest_divisor(own, guided.levels)}")
+        yield Problem("guided.levels", found, f"guided.levels={nearest_divisor(own, guided.levels)}")
 
 
 def check_spikes(config: Config) -> Iterator[Problem]:
@@ -172,8 +170,3 @@ CHECKS: tuple[Check, ...] = (
 def cross_field_problems(config: Config) -> list[Problem]:
     """All problems between the keys of a config whose single keys are right."""
     return [problem for check in CHECKS for problem in check(config)]
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    divisors = [k for k in range(1, number + 1) if number % k == 0]
-    return min(divisors, key=lambda k: (abs(k - wanted), k))

@@ -28,8 +28,8 @@ def changes_of_the_run(old: Config, new: Config) -> list[tuple[str, object, obje
     for section, values in new_values.items():
         if section in FREE_SECTIONS:
             continue
-        for key, value in values.items():
-            path, before = f"{section}.{key}", old_values[section][key]
+        for key in values | old_values[section]:  # the sizes of a structure differ from one to another
+            path, before, value = f"{section}.{key}", old_values[section].get(key), values.get(key)
             if path not in FREE_KEYS and value != before:
                 changes.append((path, before, value))
     return changes

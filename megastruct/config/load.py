@@ -182,13 +182,12 @@ def _value_that_is_right(item: Any) -> str:
     """An override: the word that was meant, else the key's default, else the bound that was passed; empty where there
     is none of them."""
     path = tuple(item["loc"])
-    field = _section(path[:1]).model_fields.get(str(path[1])) if len(path) == 2 else None
-    if field is None:
+    if len(path) != 2:
         return ""
-    bounds = item.get("ctx", {})
-    words = [word for word in get_args(field.annotation) if isinstance(word, str)]
+    field, bounds = _section(path[:1]).model_fields.get(str(path[1])), item.get("ctx", {})
+    words = [word for word in get_args(field.annotation) if isinstance(word, str)] if field else []
     meant = difflib.get_close_matches(str(item["input"]), words, n=1)
-    default = None if field.is_required() else field.default
+    default = None if field is None or field.is_required() else field.default
     values = (*meant, default, bounds.get("ge"), bounds.get("le"))
     value = next((v for v in values if isinstance(v, bool | int | float | str)), None)
     return "" if value is None else f"{path[0]}.{path[1]}={yaml.safe_dump(value).split()[0]}"

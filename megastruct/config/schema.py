@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
-from megastruct.ops.cost import STRUCTURES
+from megastruct.structures import DENSE
 
 Size = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -81,17 +81,30 @@ class ModelConfig(Section):
 
 
 class FFNConfig(Section):
-    """The structure of both feed-forward linears, and the sizes that `STRUCTURES[structure]` asks for."""
+    """The structure of both feed-forward linears, and the sizes that it needs: the keys `Numbers.sizes` of the
+    structure, such as `rank` and `nblocks`. A size that is null is left out."""
 
-    structure: Literal["dense", "lowrank", "blockdense", "blockshuffle"] = "dense"
-    rank: Size | None = Field(None, description="LowRank, BlockDense: inner width R")
-    nblocks: Size | None = Field(None, description="BlockDense, BlockShuffle: number of blocks B")
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Size] = Field(init=False)
+
+    structure: str = DENSE
     dense_first_block: bool = Field(True, description="the first block keeps its dense FFN, as in the paper")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if value is not None or key in cls.model_fields}
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The structure's own keys with their values, as cost functions and layers take them."""
-        return {key: getattr(self, key) for key in STRUCTURES[self.structure].sizes}
+        """The sizes that are set, as numbers and layers take them."""
+        return dict(self.__pydantic_extra__)
+
+    @property
+    def is_dense(self) -> bool:
+        return self.structure == DENSE
 
     def of_block(self, index: int) -> FFNConfig:
         """What holds for one block."""

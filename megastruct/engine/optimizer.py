@@ -12,7 +12,7 @@ from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import nn
 
 from megastruct.config.schema import OptimizerConfig
-from megastruct.tensor_parallel import VocabParallelEmbedding, VocabParallelHead
+from megastruct.layers.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 
 def build_optimizer(

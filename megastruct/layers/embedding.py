@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megastruct.layers.linear import Names, draw_normal
+from megastruct.parallel.seeds import Names, draw_normal
 
 
 class Embedding(nn.Module):

@@ -1,4 +1,8 @@
-"""Normalisation over the last dimension."""
+"""Normalisation over the last dimension.
+
+Over tensor-parallel ranks the weights are replicated and each rank normalises its own tokens: the gradients of weight
+and bias are summed over the group.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +10,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megastruct.parallel.collectives import sum_gradient
+from megastruct.parallel.groups import ALONE, TensorGroup
+
 
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) * weight + bias, weight and bias [h]; statistics in float32 for bf16 input."""
 
-    def __init__(self, hidden_size: int, eps: float = 1e-5, bias: bool = True) -> None:
+    def __init__(self, hidden_size: int, eps: float = 1e-5, bias: bool = True, tp: TensorGroup = ALONE) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.tp = eps, tp
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.bias = nn.Parameter(torch.zeros(hidden_size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., h] -> [..., h]"""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        """x [s/tp, b, h] -> [s/tp, b, h]"""
+        bias = None if self.bias is None else sum_gradient(self.bias, self.tp)
+        return F.layer_norm(x, self.weight.shape, sum_gradient(self.weight, self.tp), bias, self.eps)
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, weight [h]. Source: Zhang and Sennrich 2019 (arXiv 1910.07467)."""
 
-    def __init__(self, hidden_size: int, eps: float = 1e-5) -> None:
+    def __init__(self, hidden_size: int, eps: float = 1e-5, tp: TensorGroup = ALONE) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.tp = eps, tp
         self.weight = nn.Parameter(torch.ones(hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., h] -> [..., h]"""
+        """x [s/tp, b, h] -> [s/tp, b, h]"""
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return x32.to(x.dtype) * self.weight
+        return x32.to(x.dtype) * sum_gradient(self.weight, self.tp)

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from megastruct.layers.linear import LinearBuilder
 from megastruct.layers.rotary import Rotary, rotate
 from megastruct.models.documents import Mask
 from megastruct.parallel.collectives import gather_sequence
 from megastruct.parallel.groups import TensorGroup
+from megastruct.structures.linear import LinearBuilder
 
 
 @cache

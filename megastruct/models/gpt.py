@@ -15,29 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from megastruct.config.schema import Config, ModelConfig
-from megastruct.layers import LinearBuilder
+from megastruct.layers.norm import LayerNorm, RMSNorm
+from megastruct.layers.vocabulary import VocabParallelEmbedding, VocabParallelHead
 from megastruct.models.attention import Attention
 from megastruct.models.block import Block
 from megastruct.models.documents import attention_mask, document_ids
 from megastruct.models.guidance import NOT_EVALUATED, Guidance
 from megastruct.models.mlp import MLP
-from megastruct.parallel.groups import TensorGroup
-from megastruct.tensor_parallel import (
-    COLUMN_LINEARS,
-    ROW_LINEARS,
-    ColumnParallelLinear,
-    ReplicatedLinear,
-    RowParallelLinear,
-    SequenceParallelLayerNorm,
-    SequenceParallelRMSNorm,
-    VocabParallelEmbedding,
-    VocabParallelHead,
-)
-from megastruct.tensor_parallel.guide import ColumnGuide, RowGuide
+from megastruct.parallel.groups import ALONE, TensorGroup
+from megastruct.structures import STRUCTURES
+from megastruct.structures.dense.layers import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from megastruct.structures.guide import ColumnGuide, RowGuide
 
 EMBEDDING = "embedding"
 HEAD = "head"
-ALONE = TensorGroup()
 
 
 @dataclass(frozen=True)
@@ -128,8 +119,8 @@ def build_gpt(
 
 def _build_norm(model: ModelConfig, tp: TensorGroup) -> nn.Module:
     if model.norm == "rmsnorm":
-        return SequenceParallelRMSNorm(model.hidden_size, tp, model.norm_eps)
-    return SequenceParallelLayerNorm(model.hidden_size, tp, model.norm_eps, bias=model.bias)
+        return RMSNorm(model.hidden_size, model.norm_eps, tp)
+    return LayerNorm(model.hidden_size, model.norm_eps, model.bias, tp)
 
 
 def _build_block(config: Config, index: int, tp: TensorGroup, guided: bool) -> Block:
@@ -146,9 +137,9 @@ def _build_block(config: Config, index: int, tp: TensorGroup, guided: bool) -> B
         tp=tp,
     )
     ffn = config.ffn.of_block(index)
-    fc1: LinearBuilder = partial(COLUMN_LINEARS[ffn.structure], **ffn.sizes, **common)
-    fc2: LinearBuilder = partial(ROW_LINEARS[ffn.structure], **ffn.sizes, **common)
-    has_guides = guided and ffn.structure != "dense"
+    linears = STRUCTURES[ffn.structure].layers
+    fc1, fc2 = (partial(linear, **ffn.sizes, **common) for linear in (linears.column, linears.row))
+    has_guides = guided and not ffn.is_dense
     guides = [partial(guide, tp=tp, bias=False) for guide in (ColumnGuide, RowGuide)] if has_guides else []
     mlp = MLP(model.hidden_size, model.ffn_hidden_size, model.activation == "swiglu", fc1, fc2, *guides)
     norms = (_build_norm(model, tp), _build_norm(model, tp))

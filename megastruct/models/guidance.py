@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megastruct.config.schema import Config, GuidedConfig
 from megastruct.parallel.seeds import derive_seed
-from megastruct.tensor_parallel.guide import Choice, Rows
+from megastruct.structures.guide import Choice, Rows
 
 LINEARS = ("fc1", "fc2")
 BlockChoices = tuple[Choice | None, Choice | None]  # of fc1 and fc2; None: not evaluated
@@ -101,7 +101,7 @@ class Guidance:
         self._alpha_tensor: Tensor = torch.full((), alpha, device=self.device)  # a fill: nothing waits for a copy
 
     def _block_choices(self, micro_batch: int, block: int) -> BlockChoices:
-        if self.config.ffn.of_block(block).structure == "dense":
+        if self.config.ffn.of_block(block).is_dense:
             return NOT_EVALUATED
         assert self.step is not None
         seed = self.config.run.seed

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megastruct.config.schema import Config
+from megastruct.layers.vocabulary import vocab_parallel_cross_entropy
 from megastruct.parallel.groups import TensorGroup
-from megastruct.tensor_parallel import vocab_parallel_cross_entropy
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megastruct.layers.linear import LinearBuilder, Names
 from megastruct.models.guidance import NOT_EVALUATED, BlockChoices
-from megastruct.tensor_parallel.guide import Choice
+from megastruct.parallel.seeds import Names
+from megastruct.structures.guide import Choice
+from megastruct.structures.linear import LinearBuilder
 
 
 class MLP(nn.Module):

@@ -25,13 +25,16 @@ class TensorGroup:
     sums_once: bool = False
 
 
+ALONE = TensorGroup()  # one process
+
+
 def make_tensor_group(topology: Topology, sums_once: bool = False) -> TensorGroup:
     """This rank's tensor-parallel group. Collective over the world: every rank makes every group, in one order."""
     import torch.distributed as dist  # here, so that config checks and tools need not load it
 
     rank = dist.get_rank()
     if topology.tp_size == 1:
-        return TensorGroup()
+        return ALONE
     groups = [(ranks, dist.new_group(ranks)) for ranks in topology.tp_groups()]
     ranks, group = next((ranks, group) for ranks, group in groups if rank in ranks)
     return TensorGroup(group, len(ranks), ranks.index(rank), sums_once)

@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
+
+
+Names = tuple[str | int, ...]
 
 
 def derive_seed(*names: str | int) -> int:
@@ -28,3 +32,10 @@ def named_generator(*names: str | int) -> torch.Generator:
     import torch  # here, so that config checks and data tools need not load it
 
     return torch.Generator().manual_seed(derive_seed(*names))
+
+
+def draw_normal(shape: tuple[int, ...], std: float, names: Names) -> Tensor:
+    """N(0, std^2) in float32 from the stream `names`."""
+    import torch
+
+    return torch.randn(shape, generator=named_generator(*names)) * std

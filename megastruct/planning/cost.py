@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megastruct.config.schema import Config, FFNConfig
-from megastruct.ops.cost import LinearMap
 from megastruct.parallel.sizes import words_per_rank
+from megastruct.structures import STRUCTURES
+from megastruct.structures.numbers import LinearMap
 
 PARTS = ("attention_projections", "attention_scores", "ffn", "head")
 
@@ -101,10 +102,10 @@ def guided_fraction(config: Config, dense: Config | None = None) -> float:
 
 def ffn_linears(config: Config, ffn: FFNConfig) -> tuple[LinearMap, LinearMap]:
     """fc1 and fc2 of a block whose FFN is `ffn`."""
-    model = config.model
+    model, structure = config.model, STRUCTURES[ffn.structure]
     return (
-        LinearMap(ffn.structure, "column", model.hidden_size, model.fc1_out_features, ffn.sizes),
-        LinearMap(ffn.structure, "row", model.ffn_hidden_size, model.hidden_size, ffn.sizes),
+        structure.linear_map("column", model.hidden_size, model.fc1_out_features, ffn.sizes),
+        structure.linear_map("row", model.ffn_hidden_size, model.hidden_size, ffn.sizes),
     )
 
 
@@ -121,15 +122,20 @@ def _block_cost(config: Config, index: int, norm: int) -> LayerCost:
     # Norms, the biases of the row maps (attention's output, fc2), keys and values of fewer heads than ranks.
     replicated = 2 * norm + with_bias * 2 * d + sum(linear.replicated_weights for linear in linears)
     replicated += 2 * kv * (d + with_bias) if model.kv_heads % tp else 0
+    multiply_adds = sum(linear.multiply_adds for linear in linears)
     scores = 2 * config.training.seq_length * a
     return LayerCost(
         f"blocks.{index}",
         parameters,
         replicated + (parameters - replicated) // tp,
         replicated,
-        {"attention_projections": 2 * attention, "attention_scores": 2 * scores, "ffn": 2 * ffn_weights},
+        {
+            "attention_projections": 2 * attention,
+            "attention_scores": 2 * scores,
+            "ffn": 2 * multiply_adds,
+        },
         ffn_weights,
-        0 if ffn.structure == "dense" else sum(linear.weights for linear in ffn_linears(config, FFNConfig())),
+        0 if ffn.is_dense else sum(linear.weights for linear in ffn_linears(config, FFNConfig())),
     )
 
 

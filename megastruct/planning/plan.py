@@ -6,10 +6,10 @@ Arithmetic alone: no device, no process group, no torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import gcd, lcm
+from functools import partial
 from typing import Any
 
-from megastruct.config.checks import check_batch
+from megastruct.config.checks import check_batch, ffn_widths
 from megastruct.config.schema import Config, FFNConfig
 from megastruct.errors import Problem, UserError
 from megastruct.parallel.sizes import nearest_multiple
@@ -26,11 +26,12 @@ from megastruct.planning.memory import memory_bytes
 from megastruct.planning.stages import Stage, pipeline_stages
 from megastruct.planning.steps import guided_steps, total_steps, total_tokens, total_training_flops
 from megastruct.planning.traffic import linear_bytes_per_token, micro_batches_per_step, traffic_bytes
+from megastruct.structures import DENSE, STRUCTURES
+from megastruct.structures.numbers import Sizes
+from megastruct.structures.sizes import TILE
 
-TILE = 128  # the width of a tile of a GPU's matrix product
 UNBALANCED = 1.15  # largest stage over the mean
 LONG_BUBBLE = 0.2  # share of the time that a pipeline's stages idle
-GRANULES = (TILE, 64, 32, 16, 8, 4, 2, 1)
 
 
 def make_plan(config: Config, num_devices: int | None = None, dense: Config | None = None) -> dict[str, Any]:
@@ -81,39 +82,29 @@ def ffn_share(config: Config, ffn: FFNConfig) -> float:
 def suggest(config: Config, share: float) -> list[dict[str, Any]]:
     """For every structure the sizes nearest to a share of the dense FFN's weights, as {key: value} of overrides.
 
-    A rank is the nearest multiple of 128 if that comes within 5 % of the share, else of 64, 32 ... BlockDense keeps
-    the config's number of blocks, or has 4. Raises UserError for a share that is none.
+    Raises UserError for a share that is none.
     """
     if not 0.0 < share < 1.0:
         raise UserError(Problem("--ffn-share", f"{share:g} is not between 0 and 1", "--ffn-share 0.32"))
-    common = gcd(config.model.hidden_size, config.model.ffn_hidden_size)
-    divisors = [blocks for blocks in range(1, common + 1) if common % blocks == 0]
-    blocks = config.ffn.nblocks or min(divisors, key=lambda number: abs(number - 4))
-    shuffles = [FFNConfig(structure="blockshuffle", nblocks=number) for number in divisors]
-    found = [
-        _nearest_rank(config, share, FFNConfig(structure="lowrank", rank=1)),
-        _nearest_rank(config, share, FFNConfig(structure="blockdense", rank=blocks, nblocks=blocks)),
-        min(shuffles, key=lambda ffn: abs(ffn_share(config, ffn) - share)),
-    ]
-    return [{"structure": ffn.structure, **ffn.sizes, "share": ffn_share(config, ffn)} for ffn in found]
+    found = []
+    for name in sorted(STRUCTURES, key=list(STRUCTURES).index):
+        if name == DENSE:
+            continue
+        sizes = STRUCTURES[name].numbers.nearest_sizes(
+            ffn_widths(config), share, partial(_share_of, config, name), config.ffn.sizes
+        )
+        found.append({"structure": name, **sizes, "share": _share_of(config, name, sizes)})
+    return found
 
 
-def _nearest_rank(config: Config, share: float, smallest: FFNConfig) -> FFNConfig:
-    """`smallest` with the rank that comes nearest; the share is proportional to the rank."""
-    assert smallest.rank is not None
-    exact = share / ffn_share(config, smallest) * smallest.rank
-    full_rank = min(config.model.hidden_size, config.model.ffn_hidden_size)
-    for granule in GRANULES:
-        rank = nearest_multiple(round(exact), lcm(granule, smallest.nblocks or 1))
-        if rank <= full_rank and abs(rank / exact - 1) <= 0.05:
-            break
-    return smallest.model_copy(update={"rank": min(rank, full_rank)})
+def _share_of(config: Config, structure: str, sizes: Sizes) -> float:
+    return ffn_share(config, FFNConfig(structure=structure, **sizes))
 
 
 def warnings(config: Config, stages: list[Stage], dp_size: int) -> Iterator[str]:
     """What works but is slower or larger than it need be, each with a way out."""
     yield from _width_warnings(config)
-    if config.ffn.structure != "dense" and ffn_share(config, config.ffn) >= 1.0:
+    if not config.ffn.is_dense and ffn_share(config, config.ffn) >= 1.0:
         yield f"the {config.ffn.structure} FFN costs as much as the dense one: a smaller rank or more blocks would pay"
     pp, flops = config.parallel.pp, [stage.forward_flops for stage in stages]
     excess = max(flops) * len(flops) / sum(flops)
@@ -132,14 +123,10 @@ def _width_warnings(config: Config) -> Iterator[str]:
     model, ffn = config.model, config.ffn
     if model.hidden_size < 4 * TILE:
         return
-    for where, value in (("ffn.rank", ffn.rank or TILE), ("model.vocab_size", model.vocab_size)):
-        if value % TILE:
-            nearest = nearest_multiple(value, TILE)
-            yield f"{where} = {value} is no multiple of {TILE}: tiles stay half empty; try {where}={nearest}"
-    if ffn.nblocks:
-        width = (ffn.rank or model.hidden_size) // ffn.nblocks
-        if width % (TILE // 2):
-            yield f"ffn.nblocks = {ffn.nblocks} leaves blocks of width {width}, no multiple of {TILE // 2}: try fewer"
+    yield from STRUCTURES[ffn.structure].numbers.tile_warnings(ffn_widths(config), ffn.sizes)
+    if model.vocab_size % TILE:
+        nearest = f"model.vocab_size={nearest_multiple(model.vocab_size, TILE)}"
+        yield f"model.vocab_size = {model.vocab_size} is no multiple of {TILE}: tiles stay half empty; try {nearest}"
 
 
 def _stage(config: Config, stage: Stage, dp_size: int) -> dict[str, Any]:

@@ -41,8 +41,8 @@ def tensor_parallel_bytes(config: Config, stage: Stage, dp_size: int) -> dict[st
     replicated_gradients: an all-reduce of the gradients of what every rank holds. With ZeRO 0 and 1 once a step, in
     fp32; with ZeRO 2 and 3, which keep no whole gradient, in every micro-batch, and of fc2's bias twice if it is
     guided: both branches add it.
-    With activation checkpointing the blocks' forward is sent again, but for the reduce-scatter of a dense fc2: the
-    second forward ends where nothing more is needed.
+    With activation checkpointing the blocks' forward is sent again, but for a collective that ends its map (a dense
+    fc2's): the second forward ends where nothing more is needed.
     """
     training, tp, e = config.training, config.parallel.tp, value_bytes(config)
     micro_batches = micro_batches_per_step(config, dp_size)
@@ -50,9 +50,9 @@ def tensor_parallel_bytes(config: Config, stage: Stage, dp_size: int) -> dict[st
     d, ffn, guides, guided_blocks = config.model.hidden_size, 0, 0.0, 0
     share = mean_guide_share(config) if config.guided.schedule != "off" else 0.0
     for index in stage.blocks:
-        dense = config.ffn.of_block(index).structure == "dense"
-        fc1, fc2 = (linear.exchange(tp)[1] for linear in ffn_linears(config, config.ffn.of_block(index)))
-        ffn += passes * fc1 + (2 if dense else passes) * fc2
+        dense = config.ffn.of_block(index).is_dense
+        for exchange in (linear.exchange(tp) for linear in ffn_linears(config, config.ffn.of_block(index))):
+            ffn += exchange.width * (2 if exchange.ends_the_map else passes)
         guides += 0.0 if dense else share * passes * 2 * d
         guided_blocks += not dense and share > 0.0
     values_per_token = {
@@ -76,7 +76,7 @@ def tensor_parallel_bytes(config: Config, stage: Stage, dp_size: int) -> dict[st
 def linear_bytes_per_token(config: Config, ffn: FFNConfig) -> dict[str, float]:
     """Bytes that a device sends per token of the sequence in the forward of fc1 and of fc2; in the backward again."""
     tp, e = config.parallel.tp, value_bytes(config)
-    fc1, fc2 = (e * linear.exchange(tp)[1] * (tp - 1) / tp for linear in ffn_linears(config, ffn))
+    fc1, fc2 = (e * linear.exchange(tp).width * (tp - 1) / tp for linear in ffn_linears(config, ffn))
     return {"fc1": fc1, "fc2": fc2}
 
 

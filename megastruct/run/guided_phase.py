@@ -11,7 +11,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megastruct.checkpoint.agreement import from_first_rank
 from megastruct.checkpoint.store import checkpoint_folder
@@ -19,9 +19,9 @@ from megastruct.engine.engine import Engine
 from megastruct.metrics.devices import memory_bytes
 from megastruct.models.guidance import LINEARS
 from megastruct.models.mlp import MLP
-from megastruct.parallel.groups import TensorGroup
 from megastruct.run.resume import finish_save, resume, save
 from megastruct.run.run_folder import checkpoints_folder, run_folder
+from megastruct.structures.sharded import ShardedLinear
 
 REPORT_FILE = "end_of_guided_phase.json"
 
@@ -74,19 +74,9 @@ def guide_distances(engine: Engine) -> dict[str, float]:
     return {name: value for name, value in zip(names, distances.tolist(), strict=True) if value > 0.0}
 
 
-def _distance(engine: Engine, structured: nn.Module, guide: nn.Module) -> Tensor:
-    parameters = [structured.v, structured.u, guide.weight]
+def _distance(engine: Engine, structured: ShardedLinear, guide: ShardedLinear) -> Tensor:
     zero3 = engine.config.parallel.zero_stage == 3
+    parameters = [*structured.factors(), *guide.factors()]
     with deepspeed.zero.GatheredParameters(parameters) if zero3 else contextlib.nullcontext():
-        v, u, w = (_whole(parameter, engine.tp).float() for parameter in parameters)
-    return (w - structured.unsharded().ops.to_dense(v, u)).norm() / w.norm()
-
-
-def _whole(parameter: nn.Parameter, tp: TensorGroup) -> Tensor:
-    """The global parameter from the group's parts. Collective over the group."""
-    own, spec = parameter.detach().contiguous(), getattr(parameter, "shard_spec", None)
-    if spec is None:
-        return own.clone()
-    parts = [torch.empty_like(own) for _ in range(tp.size)]
-    dist.all_gather(parts, own, group=tp.group)
-    return spec.unshard(parts)
+        s, w = structured.to_dense(), guide.to_dense()
+    return (w - s).norm() / w.norm()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -15,10 +14,8 @@ from megastruct.config import load_config
 from megastruct.config.checks import cross_field_problems
 from megastruct.config.compare import changes_of_the_run
 from megastruct.config.load import dump_config
-from megastruct.config.schema import FFNConfig
 from megastruct.errors import UserError
-from megastruct.layers import LINEARS
-from megastruct.ops.cost import STRUCTURES
+from megastruct.structures import STRUCTURES
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 QUICKSTART = CONFIGS / "run" / "quickstart.yaml"
@@ -155,9 +152,12 @@ def test_suggestions_for_the_ffn_work_together(
     assert set(config.ffn.sizes) == {key for key in ("rank", "nblocks") if ffn[key] is not None}
 
 
-def test_every_structure_can_be_chosen() -> None:
-    field = FFNConfig.model_fields["structure"]
-    assert set(get_args(field.annotation)) == set(STRUCTURES) == set(LINEARS)
+def test_sizes_and_structures_that_there_are_not() -> None:
+    found = problems(QUICKSTART, "ffn.structure=lowrnk", "ffn.rnak=32", "model.hiden_size=4")
+    assert "try: ffn.structure=lowrank" in found["ffn.structure"]
+    found = problems(QUICKSTART, "ffn.rnak=32", "ffn.rank=null")
+    assert found["ffn.rnak"] == "ffn.rnak: unknown key\n    try: ffn.rank" and "ffn.rank=32" in found["ffn.rank"]
+    assert "greater than or equal to 1" in problems(QUICKSTART, "ffn.rank=0")["ffn.rank"]
 
 
 def test_missing_file_names_a_close_one() -> None:

@@ -1,0 +1,118 @@
+"""The vocabulary over tensor-parallel ranks: embedding, output head, cross-entropy; no rank sees all logits of a token.
+
+Letters: s sequence, b micro-batch, h hidden size, V words, Vt the rank's words, tp ranks. Rank t has the words
+[t * c, min((t + 1) * c, V)) with c = ceil(V / tp): equal shares, the last one shorter where tp does not divide V. There
+are no padding rows: nothing below needs equal shares, so the global parameter is [V, h] for every tp.
+Source of the sharded softmax: Shoeybi et al. 2019 (arXiv 1909.08053), section 3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megastruct.layers.embedding import Embedding
+from megastruct.parallel.collectives import all_reduce, gather_sequence, reduce_scatter_sequence
+from megastruct.parallel.groups import TensorGroup
+from megastruct.parallel.shards import ShardSpec
+from megastruct.parallel.sizes import words_per_rank
+from megastruct.structures.dense.layers import Linear
+from megastruct.structures.sharded import ShardedLayer
+
+
+class VocabParallelEmbedding(ShardedLayer):
+    """weight [Vt, h], the rank's words. `project` is the tied output head, its logits multiplied by `logit_scale`."""
+
+    weight: nn.Parameter
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, tp: TensorGroup, init_std: float = 0.02, logit_scale: float = 1.0
+    ) -> None:
+        super().__init__(tp)
+        self.sizes, self.init_std, self.logit_scale = (vocab_size, hidden_size), init_std, logit_scale
+        self.add_parameter("weight", self.sizes, ShardSpec.along(0, tp.size), uneven=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [b, s], the same on all ranks -> [s/tp, b, h]"""
+        if self.tp.size == 1:
+            return F.embedding(ids.t(), self.weight)
+        local, ours = _local_words(ids.t(), self.weight.shape[0], self.sizes[0], self.tp)  # [s, b]
+        x = F.embedding(local, self.weight) * ours[..., None]  # [s, b, h], zero for the other ranks' words
+        return reduce_scatter_sequence(x, self.tp)
+
+    def project(self, x: Tensor) -> Tensor:
+        """x [s/tp, b, h] -> the rank's logits [s, b, Vt]"""
+        return _logits(x, self.weight, self.logit_scale, self.tp)
+
+    def unsharded(self) -> Embedding:
+        return Embedding(*self.sizes, init_std=self.init_std)
+
+
+class VocabParallelHead(ShardedLayer):
+    """The untied output head: weight [Vt, h], the rank's words, no bias; logits are multiplied by `logit_scale`."""
+
+    weight: nn.Parameter
+
+    def __init__(
+        self, hidden_size: int, vocab_size: int, tp: TensorGroup, init_std: float = 0.02, logit_scale: float = 1.0
+    ) -> None:
+        super().__init__(tp)
+        self.sizes, self.init_std, self.logit_scale = (hidden_size, vocab_size), init_std, logit_scale
+        self.add_parameter("weight", (vocab_size, hidden_size), ShardSpec.along(0, tp.size), uneven=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [s/tp, b, h] -> the rank's logits [s, b, Vt]"""
+        return _logits(x, self.weight, self.logit_scale, self.tp)
+
+    def unsharded(self) -> Linear:
+        return Linear(*self.sizes, bias=False, init_std=self.init_std)
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int, tp: TensorGroup) -> Tensor:
+    """logits [s, b, Vt] of any float dtype, labels int64 [b, s] -> float32 scalar, mean over the b x s tokens.
+
+    Equal to `models.loss.cross_entropy` of the whole logits, on every rank; the softmax is computed in float32. Sends
+    three numbers per token (a maximum, a sum, the label's logit). Kept for the backward: the logits as they came in,
+    and one float32 per token.
+    """
+    return _CrossEntropy.apply(logits, labels.t(), vocab_size, tp)
+
+
+def _logits(x: Tensor, weight: Tensor, scale: float, tp: TensorGroup) -> Tensor:
+    """x [s/tp, b, h], weight [Vt, h] -> [s, b, Vt]; the h values of a token are scaled, not its many more logits."""
+    return F.linear(gather_sequence(x if scale == 1.0 else x * scale, tp), weight)
+
+
+def _local_words(words: Tensor, num_local: int, vocab_size: int, tp: TensorGroup) -> tuple[Tensor, Tensor]:
+    """words int64 [...] -> (row in this rank's shard, 0 for other ranks' words; bool: is it this rank's), both [...]"""
+    local = words - tp.rank * words_per_rank(vocab_size, tp.size)
+    ours = (local >= 0) & (local < num_local)
+    return local * ours, ours
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Forward: log(sum exp(logits)) - logits[label], averaged. Backward: (softmax - one-hot) / tokens, local words."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int, tp: TensorGroup) -> Tensor:
+        logits32 = logits.float()  # [s, b, Vt]
+        local, ours = _local_words(labels, logits.shape[-1], vocab_size, tp)  # [s, b]
+        maximum = all_reduce(logits32.amax(-1), tp, "max")  # [s, b]
+        exp_sum = (logits32 - maximum[..., None]).exp().sum(-1)
+        of_label = logits32.gather(-1, local[..., None])[..., 0]
+        of_label = torch.where(ours, of_label - maximum, 0.0)
+        exp_sum, of_label = all_reduce(torch.stack((exp_sum, of_label)), tp).unbind()
+        log_sum = exp_sum.log()
+        ctx.save_for_backward(logits, maximum + log_sum, local, ours)
+        return (log_sum - of_label).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, log_sum, local, ours = ctx.saved_tensors
+        scale = gradients[0] / log_sum.numel()
+        gradient = (logits.float() - log_sum[..., None]).exp()  # the softmax's share of this rank, [s, b, Vt]
+        gradient = gradient.scatter_add(-1, local[..., None], -ours[..., None].float())
+        return (gradient * scale).to(logits.dtype), None, None, None

@@ -1,0 +1,48 @@
+"""BlockDense(B, R): y = U (V_b x), V_b block-diagonal. Source: arXiv 2406.16450, section 2.
+
+Shapes: v [B, R/B, N/B] (block l maps features l*N/B ... of x to features l*R/B ... of the hidden vector), u [M, R].
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megastruct.structures.block_product import autocast_pair, block_product
+from megastruct.structures.orthonormal import nearest_orthonormal
+
+
+def apply(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., N] -> [..., M]; v [B, R/B, N/B], u [M, R], bias [M].
+
+    The hidden vector is written where U reads it, and the gradient of x in the layout of x: nothing is copied.
+    """
+    x, v = autocast_pair(x, v)
+    hidden = block_product(x, v, shuffled=False, feature_major=False)  # [..., R]
+    return F.linear(hidden, u, bias)
+
+
+def apply_reference(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same map written as its sums, block by block and feature by feature."""
+    nblocks, rank_per_block, n_per_block = v.shape
+    hidden = []
+    for block in range(nblocks):
+        part = x[..., block * n_per_block : (block + 1) * n_per_block]
+        hidden += [(part * v[block, r]).sum(-1) for r in range(rank_per_block)]
+    outputs = []
+    for m in range(u.shape[0]):
+        y = torch.stack([u[m, r] * h for r, h in enumerate(hidden)]).sum(0)
+        outputs.append(y if bias is None else y + bias[m])
+    return torch.stack(outputs, dim=-1)
+
+
+def to_dense(v: Tensor, u: Tensor) -> Tensor:
+    """The equal dense weight [M, N]."""
+    by_block = u.unflatten(1, v.shape[:2]).transpose(0, 1)  # [B, M, R/B]
+    return torch.bmm(by_block, v).transpose(0, 1).flatten(1)  # [B, M, N/B] -> [M, N]
+
+
+def init_factors(v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws from N(0, std^2) -> their nearest orthonormal matrices: of each block of v, and of u as a whole."""
+    return nearest_orthonormal(v), nearest_orthonormal(u)

@@ -1,0 +1,57 @@
+"""BlockShuffle(B), also called Monarch: y = f^-1(U_b f(V_b x)). Source: arXiv 2406.16450, section 2.
+
+Both factors are block-diagonal; the shuffle f between them lets every output depend on every input. With the inner
+width K = min(N, M): v [B, K/B, N/B], u [B, M/B, K/B]. f reads feature r*B + l as block l, position r; f^-1 writes
+block l, position s to feature s*B + l.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megastruct.structures.block_product import autocast_pair, block_product
+from megastruct.structures.orthonormal import nearest_orthonormal
+
+
+def apply(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., N] -> [..., M]; v [B, K/B, N/B], u [B, M/B, K/B], bias [M].
+
+    Hidden vector and output are feature-major, where both shuffles are strides (see `blocks.py`): nothing is copied
+    forward. The output is [..., M] with the strides of its transpose; element-wise functions keep them, and a second
+    map of this kind reads them as they are. Backward, a gradient that arrives token-major is transposed once.
+    """
+    x, v = autocast_pair(x, v)
+    hidden = block_product(x, v, shuffled=False, feature_major=True)  # [..., K]
+    y = block_product(hidden, u.to(hidden.dtype), shuffled=True, feature_major=True)  # [..., M]
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def apply_reference(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same map written as its sums and as the two shuffles of single features."""
+    nblocks, k_per_block, n_per_block = v.shape
+    m_per_block = u.shape[1]
+    hidden = []
+    for block in range(nblocks):
+        part = x[..., block * n_per_block : (block + 1) * n_per_block]
+        hidden += [(part * v[block, r]).sum(-1) for r in range(k_per_block)]
+    outputs = {}
+    for block in range(nblocks):
+        shuffled = [hidden[r * nblocks + block] for r in range(k_per_block)]
+        for s in range(m_per_block):
+            y = torch.stack([u[block, s, r] * h for r, h in enumerate(shuffled)]).sum(0)
+            outputs[s * nblocks + block] = y
+    y = torch.stack([outputs[m] for m in range(nblocks * m_per_block)], dim=-1)
+    return y if bias is None else y + bias
+
+
+def to_dense(v: Tensor, u: Tensor) -> Tensor:
+    """The equal dense weight [M, N]."""
+    nblocks, n = len(v), v.shape[0] * v.shape[2]
+    first = torch.block_diag(*v).unflatten(0, (-1, nblocks)).transpose(0, 1)  # f on [K, N] -> [B, K/B, N]
+    return torch.bmm(u, first).transpose(0, 1).reshape(-1, n)  # f^-1 on [B, M/B, N] -> [M, N]
+
+
+def init_factors(v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws from N(0, std^2) -> the nearest orthonormal matrix of each block."""
+    return nearest_orthonormal(v), nearest_orthonormal(u)

@@ -1,0 +1,23 @@
+"""Dense: y = W x, W [M, N]."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def apply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., N] -> [..., M]; weight [M, N], bias [M]."""
+    return F.linear(x, weight, bias)
+
+
+def apply_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same map written as its sums, one output feature after the other."""
+    y = torch.stack([(x * row).sum(-1) for row in weight], dim=-1)
+    return y if bias is None else y + bias
+
+
+def to_dense(weight: Tensor) -> Tensor:
+    """The weight itself [M, N]."""
+    return weight

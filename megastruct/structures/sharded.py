@@ -1,0 +1,160 @@
+"""What all sharded layers share: parameters that know their part of the global one, and first weights from it.
+
+A layer is handed its `TensorGroup`; a group of one rank makes it the layer of one process. Its parameters have the
+names and the global meaning that they have there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megastruct.parallel.collectives import sum_gradient
+from megastruct.parallel.groups import TensorGroup
+from megastruct.parallel.seeds import Names
+from megastruct.parallel.shards import ShardSpec
+from megastruct.structures.linear import StructuredLinear, check_sizes
+from megastruct.structures.numbers import Form, Widths
+
+
+class ShardedLayer(nn.Module):
+    """A layer of which every rank of `tp` holds a part.
+
+    A sharded parameter carries `shard_spec` and `global_shape` (which part of which tensor it is) and
+    `tensor_model_parallel = True` (DeepSpeed counts it on every rank in the gradient norm). A replicated one carries
+    none of them.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, tp: TensorGroup) -> None:
+        super().__init__()
+        self.tp = tp
+
+    def add_parameter(
+        self, name: str, global_shape: tuple[int, ...], spec: ShardSpec | None = None, uneven: bool = False
+    ) -> None:
+        """Register this rank's part of the parameter `name`. Raises ValueError if the ranks' parts would differ in
+        shape, unless `uneven`; a rank without any part is refused always."""
+        if spec is None or self.tp.size == 1:
+            self.register_parameter(name, nn.Parameter(torch.empty(global_shape)))
+            return
+        shapes = [spec.local_shape(global_shape, rank) for rank in range(self.tp.size)]
+        if 0 in shapes[-1] or (not uneven and len(set(shapes)) > 1):
+            raise ValueError(f"{name} {list(global_shape)} does not divide over {self.tp.size} ranks: {shapes}")
+        parameter = nn.Parameter(torch.empty(shapes[self.tp.rank]))
+        parameter.shard_spec = spec  # type: ignore[attr-defined]
+        parameter.global_shape = torch.Size(global_shape)  # type: ignore[attr-defined]
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        self.register_parameter(name, parameter)
+
+    def replicated(self, parameter: Tensor) -> Tensor:
+        """A replicated parameter, applied to this rank's share of tokens: its gradient is summed over the group, in the
+        backward or once a step (`TensorGroup.sums_once`)."""
+        return sum_gradient(parameter, self.tp)
+
+    def replicated_bias(self) -> Tensor | None:
+        """`self.bias`, if there is one, as `replicated` gives it."""
+        return None if self.bias is None else self.replicated(self.bias)
+
+    def output_bias(self) -> Tensor | None:
+        """`self.bias` as this rank adds it to its outputs: its own part, or the whole for the rank's own tokens."""
+        return self.bias if hasattr(self.bias, "shard_spec") else self.replicated_bias()
+
+    def unsharded(self) -> nn.Module:
+        """A new layer of one process with the same global parameters."""
+        raise NotImplementedError
+
+    def init_weights(self, names: Names) -> nn.Module:
+        """Fill in this rank's part of what the unsharded layer's `init_weights(names)` makes, bit for bit; returns that
+        layer."""
+        whole = self.unsharded()
+        whole.init_weights(names)  # type: ignore[operator]
+        self.load_whole({name: parameter.detach() for name, parameter in whole.named_parameters()})
+        return whole
+
+    @torch.no_grad()
+    def load_whole(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take this rank's part of global parameters, by name."""
+        for name, parameter in self.named_parameters():
+            spec = getattr(parameter, "shard_spec", None)
+            parameter.copy_(parameters[name] if spec is None else spec.shard(parameters[name], self.tp.rank))
+
+
+class ShardedLinear(ShardedLayer):
+    """A linear layer N -> M over the ranks; a structure sets `linear`, the form, and how its factors are cut.
+
+    forward: column form x [s/tp, b, N] -> [s, b, M/tp]; row form x [s, b, N/tp] -> [s/tp, b, M].
+    """
+
+    linear: ClassVar[type[StructuredLinear]]
+    form: ClassVar[Form]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        tp: TensorGroup,
+        bias: bool = True,
+        init_std: float | None = 0.02,
+        **sizes: int,
+    ) -> None:
+        """The bias is sharded with the outputs of a column form, and replicated in a row form.
+
+        Raises ValueError for sizes that do not fit the widths or the ranks, with the nearest that do.
+        """
+        super().__init__(tp)
+        column, numbers = self.form == "column", self.linear.numbers
+        names = ("in_features", "out_features") if column else ("out_features", "in_features")
+        outer, inner = (in_features, out_features) if column else (out_features, in_features)
+        check_sizes(numbers, Widths(outer, inner, tp.size, *names), sizes)
+        self.in_features, self.out_features, self.sizes, self.init_std = in_features, out_features, sizes, init_std
+        self.register_parameter("bias", None)
+        shapes, specs = numbers.factor_shapes(in_features, out_features, **sizes), self.factor_specs(tp.size)
+        self.factor_names = tuple(shapes)
+        for name, shape in shapes.items():
+            self.add_parameter(name, shape, specs.get(name))
+        if bias:
+            self.add_parameter("bias", (out_features,), ShardSpec.along(0, tp.size) if column else None)
+
+    def factor_specs(self, tp_size: int) -> dict[str, ShardSpec]:
+        """How each sharded factor is cut over the ranks. The factors that are not named are replicated."""
+        raise NotImplementedError
+
+    def factors(self) -> list[Tensor]:
+        """This rank's part of every factor."""
+        return [getattr(self, name) for name in self.factor_names]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """On one rank the one `apply` of the structure, as one operator: the compiler keeps it in its neighbours'
+        layout, and a kernel that is put there trains."""
+        if self.tp.size == 1:
+            return self.linear.maths.apply(x, *self.factors(), bias=self.bias)
+        return self.forward_sharded(x)
+
+    def forward_sharded(self, x: Tensor) -> Tensor:
+        """`forward` on more than one rank."""
+        raise NotImplementedError
+
+    def unsharded(self) -> StructuredLinear:
+        bias = self.bias is not None
+        return self.linear(self.in_features, self.out_features, bias=bias, init_std=self.init_std, **self.sizes)
+
+    @torch.no_grad()
+    def to_dense(self) -> Tensor:
+        """The equal dense weight [M, N] of the whole layer, in float32. Collective over the group."""
+        return self.linear.maths.to_dense(*(whole_parameter(factor, self.tp).float() for factor in self.factors()))
+
+
+def whole_parameter(parameter: Tensor, tp: TensorGroup) -> Tensor:
+    """The global parameter from the group's parts, as a copy. Collective over the group."""
+    own, spec = parameter.detach().contiguous(), getattr(parameter, "shard_spec", None)
+    if spec is None:
+        return own.clone()
+    parts = [torch.empty_like(own) for _ in range(tp.size)]
+    dist.all_gather(parts, own, group=tp.group)
+    return spec.unshard(parts)

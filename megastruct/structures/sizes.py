@@ -1,0 +1,119 @@
+"""The two kinds of size that several structures have, a rank and a number of blocks: what they must hold.
+
+Functions yield a `Problem` for what does not fit, with the nearest value that does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import gcd, lcm
+
+from megastruct.errors import Problem
+from megastruct.parallel.sizes import multiple_problems, nearest_divisor, nearest_multiple
+from megastruct.structures.numbers import Sizes, Widths
+
+TILE = 128  # the width of a tile of a GPU's matrix product
+GRANULES = (TILE, 64, 32, 16, 8, 4, 2, 1)
+USUAL_BLOCKS = 4
+
+RANK = "inner width R"
+NBLOCKS = "number of blocks B"
+
+
+def rank_problems(widths: Widths, structure: str, given: Sizes, nblocks: int = 1) -> Iterator[Problem]:
+    """A rank is at most the full rank, and a multiple of the blocks that divide it."""
+    rank, full_rank = given.get("rank"), widths.full_rank
+    if rank is None:
+        nearest = nearest_multiple(min(widths.outer // 4, full_rank), nblocks)
+        yield widths.problem("rank", f"missing, but {widths.prefix}structure is {structure}", nearest)
+    elif rank < 1:
+        yield widths.problem("rank", f"{rank} is less than 1", nearest_multiple(max(1, full_rank // 2), nblocks))
+    elif rank > full_rank:
+        nearest = nearest_multiple(max(1, full_rank // 2), nblocks)
+        yield widths.problem("rank", f"{rank} is above the full rank {full_rank}", nearest)
+    elif rank % nblocks:
+        nearest = min(nearest_multiple(rank, nblocks), full_rank)
+        yield widths.problem("rank", f"{rank} is no multiple of {widths.prefix}nblocks = {nblocks}", nearest)
+
+
+def block_problems(widths: Widths, structure: str, given: Sizes) -> Iterator[Problem]:
+    """A number of blocks divides both widths."""
+    nblocks, nearest = given.get("nblocks"), fitting_blocks(widths, given)
+    if nblocks is None:
+        yield widths.problem("nblocks", f"missing, but {widths.prefix}structure is {structure}", nearest)
+    elif nblocks < 1 or widths.common_divisor % nblocks:
+        sizes = f"{widths.outer_name} = {widths.outer} and {widths.inner_name} = {widths.inner}"
+        yield widths.problem("nblocks", f"{nblocks} does not divide {sizes}", nearest)
+
+
+def fitting_blocks(widths: Widths, given: Sizes) -> int:
+    """The given number of blocks if it divides the widths, else the nearest that does; it divides a given rank that may
+    stay, too."""
+    nblocks, rank, common = given.get("nblocks"), given.get("rank"), widths.common_divisor
+    if nblocks and nblocks > 0 and common % nblocks == 0:
+        return nblocks
+    divided = gcd(common, rank) if rank and 0 < rank <= widths.full_rank else common
+    return nearest_divisor(divided, nblocks or USUAL_BLOCKS)
+
+
+def inner_width_problems(widths: Widths, divisor: int, divisor_name: str) -> Iterator[Problem]:
+    """The inner width divides over the ranks."""
+    yield from multiple_problems(widths.inner_name, widths.inner, divisor, divisor_name)
+
+
+def block_shard_problems(widths: Widths, given: Sizes) -> Iterator[Problem]:
+    """Of blocks and ranks one divides the other."""
+    nblocks = given["nblocks"]
+    if blocks_divide(nblocks, widths.tp):
+        return
+    divided = [widths.outer, widths.inner, *([given["rank"]] if "rank" in given else [])]
+    found = f"{nblocks} blocks over {widths.tp_name} = {widths.tp} ranks: neither divides the other"
+    yield widths.problem("nblocks", found, nearest_nblocks(nblocks, widths.tp, divided))
+
+
+def blocks_divide(nblocks: int, tp_size: int) -> bool:
+    """Whether a rank of a row map has whole blocks, or a block whole ranks."""
+    return nblocks % tp_size == 0 or tp_size % nblocks == 0
+
+
+def nearest_nblocks(nblocks: int, tp_size: int, divided: list[int]) -> int:
+    """The number of blocks nearest to `nblocks` that divides all of `divided` and fits `tp_size`; 1 always does."""
+    fitting = [
+        blocks
+        for blocks in range(1, min(divided) + 1)
+        if blocks_divide(blocks, tp_size) and not any(size % blocks for size in divided)
+    ]
+    return min(fitting, key=lambda blocks: (abs(blocks - nblocks), blocks))
+
+
+def nearest_rank(widths: Widths, share: float, share_of: Callable[[int], float], nblocks: int = 1) -> int:
+    """The rank whose weights come nearest to `share`, which is proportional to it.
+
+    A multiple of 128 if that comes within 5 % of the share, else of 64, 32 ...
+    """
+    exact = share / share_of(nblocks) * nblocks
+    rank = nblocks
+    for granule in GRANULES:
+        rank = nearest_multiple(round(exact), lcm(granule, nblocks))
+        if rank <= widths.full_rank and abs(rank / exact - 1) <= 0.05:
+            break
+    return min(rank, widths.full_rank)
+
+
+def divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def rank_tile_warnings(widths: Widths, given: Sizes) -> Iterator[str]:
+    rank, where = given["rank"], f"{widths.prefix}rank"
+    if rank % TILE:
+        nearest = nearest_multiple(rank, TILE)
+        yield f"{where} = {rank} is no multiple of {TILE}: tiles stay half empty; try {where}={nearest}"
+
+
+def block_tile_warnings(widths: Widths, given: Sizes, blocked_width: int) -> Iterator[str]:
+    """`blocked_width`: what the blocks divide."""
+    nblocks, where = given["nblocks"], f"{widths.prefix}nblocks"
+    width = blocked_width // nblocks
+    if width % (TILE // 2):
+        yield f"{where} = {nblocks} leaves blocks of width {width}, no multiple of {TILE // 2}: try fewer"

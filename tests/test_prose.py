@@ -1,4 +1,4 @@
-"""Prose is tested: what README and docs name exists, and what they show happens."""
+"""Prose is tested: the pages name only what exists, and show only what happens."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
+from megastruct.config.load import load_config
+from megastruct.config.schema import Config
 from megastruct.start import main
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+MANUAL = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *MANUAL]
 
 
 def shell_lines(page: Path) -> list[str]:
@@ -24,19 +29,54 @@ def shell_lines(page: Path) -> list[str]:
     return [line for line in lines if line]
 
 
+def links(page: Path) -> list[tuple[Path, str]]:
+    """(file, anchor) of every link to a file of the project; the anchor is empty if there is none."""
+    found = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text())
+    return [((page.parent / target).resolve() if target else page, anchor) for target, anchor in found]
+
+
+def headings(page: Path) -> list[str]:
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)  # where a # is a comment
+    return re.findall(r"^#+ (.*)$", prose, flags=re.M)
+
+
+def anchor_of(heading: str) -> str:
+    """As GitHub makes it."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
 @functools.cache
 def help_of(tool: str) -> str:
-    command = [sys.executable, ROOT / tool, "--help"]
+    command = [sys.executable, str(ROOT / tool), "--help"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_paths_exist(page: Path) -> None:
-    text = page.read_text()
-    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (page.parent / target).exists(), target
-    for path in re.findall(r"`((?:megastruct|configs|tools|tests|docs)/[\w./-]*)`", text):
+    for target, anchor in links(page):
+        assert target.exists(), target
+        assert not anchor or anchor in map(anchor_of, headings(target)), f"{target}#{anchor}"
+    for path in re.findall(r"`((?:megastruct|configs|tools|tests|docs)/[\w./-]*)`", page.read_text()):
         assert (ROOT / path).exists(), path
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    reached, to_read = {README}, [README]
+    while to_read:
+        new = {target for target, _ in links(to_read.pop()) if target.suffix == ".md"} - reached
+        reached |= new
+        to_read += new
+    assert set(PAGES) - reached == set()
+
+
+def test_pages_and_sections_that_the_code_names_exist() -> None:
+    rooms = ("megastruct", "tools", "configs")
+    files = [path for room in rooms for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".yaml")]
+    assert files
+    for path in files:
+        for page, _, heading in re.findall(r'(docs/\w+\.md)(, "([^"]+)")?', path.read_text()):
+            assert (ROOT / page).exists(), f"{path}: {page}"
+            assert not heading or heading in headings(ROOT / page), f"{path}: {heading}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -52,21 +92,76 @@ def test_commands_have_files_and_options(page: Path) -> None:
             assert not missing, line
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_configs_with_their_overrides_load(page: Path) -> None:
+    for line in shell_lines(page):
+        words = [word for word in shlex.split(line) if not word.startswith("--")]
+        for config in [word for word in words if word.startswith("configs/")]:
+            load_config(ROOT / config, [word for word in words if re.match(r"[a-z]+\.[a-z_]+=", word)])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_targets_exist(page: Path) -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    named = re.findall(r"`make (\w+)`", page.read_text())
+    named += [line.split()[1] for line in shell_lines(page) if line.startswith("make ")]
+    assert set(named) <= set(targets)
+
+
+def tabled_defaults() -> list[tuple[str, str, str]]:
+    """(page, key, default) of every table of keys in the manual."""
+    rows = []
+    for page in MANUAL:
+        for table in re.findall(
+            r"^\| key \| default \| meaning \|\n\|---\|---\|---\|\n((?:\|.*\n)+)", page.read_text(), re.M
+        ):
+            cells = [line.split("|") for line in table.splitlines()]
+            rows += [(page.name, key.strip(" `"), default.strip()) for _, key, default, *_ in cells]
+    return rows
+
+
+def section(name: str) -> type[BaseModel]:
+    model = Config.model_fields[name].annotation
+    assert isinstance(model, type) and issubclass(model, BaseModel)
+    return model
+
+
+def default_of(key: str) -> str:
+    """The default of `section.key` as the tables write it."""
+    section_name, _, name = key.partition(".")
+    field = section(section_name).model_fields[name]
+    if field.is_required():
+        return "required"
+    if field.default is None:
+        return "left out"
+    if isinstance(field.default, bool | str):
+        return str(field.default).lower()
+    return f"{field.default:g}"
+
+
+def test_defaults_in_the_tables_are_those_of_the_config() -> None:
+    rows = tabled_defaults()
+    assert {page for page, *_ in rows} == {"data.md", "guided.md", "reliability.md", "runs.md", "structures.md"}
+    assert {key: default for _, key, default in rows} == {key: default_of(key) for _, key, _ in rows}
+    every = {f"{name}.{key}" for name in ("data", "ffn", "guided", "reliability") for key in section(name).model_fields}
+    assert every <= {key for _, key, _ in rows}, "a key is missing in its table"
+
+
 def test_launch_options_of_the_readme_parse(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["--help"])
     assert exit_.value.code == 0
     options = capsys.readouterr().out
-    for line in shell_lines(ROOT / "README.md"):
+    for line in shell_lines(README):
         if line.startswith("./launch.sh"):
             assert all(word in options for word in shlex.split(line) if word.startswith("--")), line
 
 
 def test_the_message_that_the_readme_shows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    command, _, message = re.search(
-        r"```\n\$ \./launch\.sh (.*?)(\n)(.*?)```", (ROOT / "README.md").read_text(), re.S
-    ).groups()
+    shown = re.search(r"```\n\$ \./launch\.sh (.*?)\n(.*?)```", README.read_text(), re.S)
+    assert shown
+    command, message = shown.groups()
     with pytest.raises(SystemExit) as exit_:
         main(shlex.split(command))
     assert exit_.value.code == 2
@@ -74,7 +169,7 @@ def test_the_message_that_the_readme_shows(capsys: pytest.CaptureFixture[str], m
 
 
 def test_the_table_of_the_study_is_that_of_its_runs() -> None:
-    """docs/guided.md beside the records in docs/dynamics."""
+    """docs/guided.md against the records in docs/dynamics."""
     page = (ROOT / "docs" / "guided.md").read_text()
     rows = re.findall(r"^\| (dense|rows|lowrank|coin) \|(.*)\|$", page, flags=re.M)
     said = {

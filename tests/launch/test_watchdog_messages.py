@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megastruct.launch.watchdog.messages import Answer, End, Heartbeat, Hello, MalformedError, Message, decode, encode
@@ -27,6 +27,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(messages)
 @example(Hello("word", 1, "process 7 on großer Rechner 3"))
 @example(Heartbeat(doing="数据 읽기.py:3 lire les données\n"))
@@ -41,6 +42,7 @@ def test_text_travels_as_utf_8() -> None:
     assert "großer Rechner".encode() in encode(Hello("word", 1, "großer Rechner"))
 
 
+@settings(deadline=None)
 @given(st.binary() | st.text().map(str.encode))
 def test_garbage_is_refused(line: bytes) -> None:
     with pytest.raises(MalformedError):
@@ -53,6 +55,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(messages, st.data())
 def test_a_message_with_another_value_is_refused_or_is_that_message(message: Message, data: st.DataObject) -> None:
     """Nothing is converted: neither 1 to true, nor "1" to 1."""
@@ -66,6 +69,7 @@ def test_a_message_with_another_value_is_refused_or_is_that_message(message: Mes
     assert type(getattr(found, key)) is type(value) and getattr(found, key) == value
 
 
+@settings(deadline=None)
 @given(messages, st.integers(1, 20))
 def test_a_line_that_is_cut_is_refused(message: Message, bytes_missing: int) -> None:
     with pytest.raises(MalformedError):

@@ -34,6 +34,7 @@ class Centre:
         self.connections: dict[int, Connection] = {}  # by rank
         self.state = State()
         self.verdict: Verdict | None = None
+        listener.setblocking(False)  # a connection may be gone again before it is accepted
         self.selector = selectors.DefaultSelector()
         self.selector.register(listener, selectors.EVENT_READ)
         threading.Thread(target=self._hear, name="watch", daemon=True).start()

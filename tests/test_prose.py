@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from megastruct.config.load import load_config
 from megastruct.config.schema import Config
 from megastruct.start import main
+from megastruct.structures import STRUCTURES, known_sizes
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -129,6 +130,8 @@ def section(name: str) -> type[BaseModel]:
 def default_of(key: str) -> str:
     """The default of `section.key` as the tables write it."""
     section_name, _, name = key.partition(".")
+    if section_name == "ffn" and name in known_sizes():
+        return "left out"
     field = section(section_name).model_fields[name]
     if field.is_required():
         return "required"
@@ -144,7 +147,18 @@ def test_defaults_in_the_tables_are_those_of_the_config() -> None:
     assert {page for page, *_ in rows} == {"data.md", "guided.md", "reliability.md", "runs.md", "structures.md"}
     assert {key: default for _, key, default in rows} == {key: default_of(key) for _, key, _ in rows}
     every = {f"{name}.{key}" for name in ("data", "ffn", "guided", "reliability") for key in section(name).model_fields}
+    every |= {f"ffn.{size}" for size in known_sizes()}
     assert every <= {key for _, key, _ in rows}, "a key is missing in its table"
+
+
+def test_the_table_of_structures_is_the_registry() -> None:
+    page = (ROOT / "docs" / "structures.md").read_text()
+    for name, structure in STRUCTURES.items():
+        numbers = structure.numbers
+        [row] = re.findall(rf"^\| `{name}` \| (.*) \|$", page, re.M)
+        formula, sizes, weights = row.split(" | ") if numbers.sizes else [*row.split(" | | ")[:1], "", row[-5:]]
+        assert (formula, weights) == (numbers.formula, numbers.weights_formula)
+        assert set(re.findall(r"`ffn\.(\w+)`", sizes)) == set(numbers.sizes)
 
 
 def test_launch_options_of_the_readme_parse(capsys: pytest.CaptureFixture[str]) -> None:

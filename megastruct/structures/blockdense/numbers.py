@@ -29,7 +29,7 @@ from megastruct.structures.sizes import (
 class BlockDenseNumbers(Numbers):
     name = "blockdense"
     sizes: ClassVar = {"rank": RANK, "nblocks": NBLOCKS}
-    formula = "`U (V_b x)`: V_b block-diagonal with B blocks of R/B × N/B, U is M × R"
+    formula = "`U (V_b x)`: V_b is block-diagonal with B blocks of R/B × N/B, U is M × R"
     weights_formula = "`R (N/B + M)`"
 
     def factor_shapes(  # type: ignore[override]

@@ -23,7 +23,7 @@ from megastruct.structures.sizes import (
 class BlockShuffleNumbers(Numbers):
     name = "blockshuffle"
     sizes: ClassVar = {"nblocks": NBLOCKS}
-    formula = "`f⁻¹(U_b f(V_b x))`: both block-diagonal with B blocks, K = min(N, M) values between them"
+    formula = "`f⁻¹(U_b f(V_b x))`: both are block-diagonal with B blocks, with K = min(N, M) values between them"
     weights_formula = "`K (N + M) / B`"
 
     def factor_shapes(self, n: int, m: int, *, nblocks: int) -> dict[str, tuple[int, ...]]:  # type: ignore[override]

@@ -1,0 +1,99 @@
+"""The face for the training loop, and the thread of all ranks but the first."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from dataclasses import replace
+from types import TracebackType
+
+import torch.distributed as dist
+
+from megastruct.errors import EXIT_CODE_USER_ERROR, UserError
+from megastruct.launch.environment import Process
+from megastruct.launch.watchdog.centre import Centre
+from megastruct.launch.watchdog.judgement import Limits, Peer, State, judge
+from megastruct.launch.watchdog.messages import End, Hello, MalformedError
+from megastruct.launch.watchdog.this_rank import ThisRank, is_of_a_collective, own_name
+from megastruct.launch.watchdog.transport import Connection, connect, listen
+
+
+class Watch:
+    """Watches this rank and is watched. Use as a context, after `join`; collective. A process alone is not watched."""
+
+    def __init__(self, process: Process, silence_seconds: float, collective_seconds: float) -> None:
+        """`silence_seconds`: after which a rank without a heartbeat is stopped; `collective_seconds`: after which a
+        rank that the others wait for hangs, the timeout of the process groups."""
+        self.this_rank = ThisRank(process, Limits(silence_seconds, collective_seconds))
+        self._connection: Connection | None = None  # to rank 0
+
+    def arrived(self, step: int) -> None:
+        """The main thread begins the step after `step` finished ones."""
+        self.this_rank.step = step
+        self.this_rank.arrivals += 1  # last, for the thread that reads both
+
+    def __enter__(self) -> Watch:
+        this, limits = self.this_rank, self.this_rank.limits
+        if this.process.world_size == 1:
+            return self
+        listener = listen() if this.process.rank == 0 else None
+        meeting = [(listener.getsockname()[1], secrets.token_hex(16), own_name()) if listener else None]
+        dist.broadcast_object_list(meeting)
+        assert meeting[0] is not None
+        port, word, name = meeting[0]
+        if listener:
+            Centre(this, listener, word)
+        else:
+            self._connection = connect(os.environ["MASTER_ADDR"], port, this.tick_seconds, limits.silence_seconds)
+            self._connection.send(Hello(word, this.process.rank, own_name()))
+            thread = threading.Thread(target=_report, args=(this, self._connection, name), name="watch", daemon=True)
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Say goodbye. After an error that may be another rank's, wait first for the word which rank that is."""
+        this = self.this_rank
+        if this.process.world_size == 1:
+            return
+        if error is not None and is_of_a_collective(error):
+            this.failed = True
+            self._hurry()
+            time.sleep(this.limits.grace_seconds + 2 * this.tick_seconds)
+        this.goodbye = 0 if error is None else EXIT_CODE_USER_ERROR if isinstance(error, UserError) else 1
+        self._hurry()
+
+    def _hurry(self) -> None:
+        """Send a heartbeat now. Rank 0 hears its own with the next tick, which matters where something failed."""
+        if self._connection is not None:
+            self._connection.send(self.this_rank.heartbeat())
+        elif self.this_rank.goodbye:
+            time.sleep(2 * self.this_rank.tick_seconds)
+
+
+def _report(this: ThisRank, connection: Connection, name: str) -> None:
+    """Send heartbeats to rank 0, called `name`, judge it by its answers, and end when it says so."""
+    centre, state, speaks = Peer(0, time.monotonic(), name), State(), this.process.rank == 1
+    while True:
+        connection.send(this.heartbeat())
+        try:
+            messages = connection.receive()
+        except MalformedError:
+            messages, centre = [], replace(centre, malformed=True)
+        except OSError:
+            messages, centre = [], replace(centre, disconnected=True)
+        if messages:
+            centre = replace(centre, heard_seconds=time.monotonic())
+        for message in messages:
+            if isinstance(message, End):
+                if message.message:
+                    this.end(message.message, message.code)
+                else:
+                    this.end_later(message.code)
+        verdict, state = judge([centre], time.monotonic(), this.limits, state)
+        if verdict and not this.is_ending:  # else rank 0 has ended after the same error
+            this.end(verdict.message, verdict.code, speaks)
+        this.end_if_due()
+        if messages or verdict:
+            time.sleep(this.tick_seconds)

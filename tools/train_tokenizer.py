@@ -22,7 +22,7 @@ import sentencepiece
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout that is not installed
 
 from megastruct.data.preparation.shard import write_atomically
-from megastruct.data.sources.patience import read_patiently
+from megastruct.data.sources.reading import read_patiently
 from megastruct.data.sources.shards import TextShard, check_shards, find_shards
 from megastruct.errors import Problem, UserError, user_errors_exit
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from megastruct.data import Tokenizer, open_data
 from megastruct.data.preparation.prepare import prepare
-from megastruct.data.sources.patience import read_patiently
+from megastruct.data.sources.reading import read_patiently
 from megastruct.data.sources.shards import find_shards
 
 SEQ_LENGTH = 2048

@@ -12,7 +12,7 @@ import numpy as np
 from megastruct.data.cache import cached_array, key_of
 from megastruct.data.mixture import Mixture
 from megastruct.data.order import default_num_streams
-from megastruct.data.sources.retry import DEFAULT_PATIENCE_SECONDS
+from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS
 from megastruct.data.sources.shards import MANIFEST_NAME, TextShard, check_shards, find_shards
 from megastruct.data.text.data import TextData
 from megastruct.data.text.stream import TextSource

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megastruct.data import Tokenizer, open_data
-from megastruct.data.sources.patience import read_patiently
+from megastruct.data.sources.reading import read_patiently
 from megastruct.data.sources.shards import TextShard, find_shards
 from megastruct.data.split import is_validation
 from megastruct.errors import UserError

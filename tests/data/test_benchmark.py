@@ -10,7 +10,7 @@ from megastruct.benchmarks.data import fast_tokenizer
 from megastruct.data import Tokenizer, open_data
 from megastruct.data.preparation.prepare import prepare
 from megastruct.data.preparation.shard import ShardJob, make_shard
-from megastruct.data.sources.patience import read_patiently
+from megastruct.data.sources.reading import read_patiently
 from megastruct.data.sources.shards import find_shards
 from tiny_data import make_texts, write_parquet
 from tools import benchmark, make_sample_corpus, train_tokenizer

@@ -362,7 +362,7 @@ LIBRARIES = """
 import json, sys
 import datasets
 from huggingface_hub import HfFileSystem
-from megastruct.data.sources.patience import read_patiently
+from megastruct.data.sources.reading import read_patiently
 from megastruct.data.sources.shards import find_shards
 shards = find_shards(sys.argv[1], "--input")
 ours = [d.content.decode() for shard in shards for batch in read_patiently(shard, "content") for d in batch]

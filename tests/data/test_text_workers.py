@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import errors as hub_errors
 
 from megastruct.data import Tokenizer, merge_cursors
-from megastruct.data.sources.patience import may_pass, read_patiently
+from megastruct.data.sources.reading import may_pass, read_patiently
 from megastruct.data.sources.shards import TextShard
 from megastruct.data.text import workers as text_workers
 from megastruct.data.text.stream import START, TextSource

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from megastruct.data.preparation.shard import OutputError, ShardJob, ShardRecord, write_atomically
 from megastruct.data.preparation.workers import run_jobs
 from megastruct.data.sources.hub import commit_of
-from megastruct.data.sources.retry import DEFAULT_PATIENCE_SECONDS
+from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS
 from megastruct.data.sources.shards import TextShard, check_shards, find_shards
 from megastruct.data.tokenizer import Tokenizer
 from megastruct.data.tokens.manifest import (

@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 
 from megastruct.data.sources.documents import BROKEN_REASONS, num_rows
-from megastruct.data.sources.patience import read_patiently
-from megastruct.data.sources.retry import DEFAULT_PATIENCE_SECONDS
+from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS
+from megastruct.data.sources.reading import read_patiently
 from megastruct.data.sources.shards import TextShard, check_unchanged
 from megastruct.data.split import is_validation
 from megastruct.data.tokenizer import Tokenizer

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from megastruct.data.cache import cached_json, key_of
 from megastruct.data.sources import hub
-from megastruct.data.sources.retry import DEFAULT_PATIENCE_SECONDS, patiently, reason
+from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS, patiently, reason
 from megastruct.errors import Problem, UserError
 
 JSONL_ENDINGS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from megastruct.data.prefetch import join_soon
-from megastruct.data.sources.retry import unreachable
+from megastruct.data.sources.patience import unreachable
 from megastruct.data.text.stream import Placed, StreamCursor, TextSource, tokenised_documents
 from megastruct.data.text.worker import Chunk, Reading, StreamName
 from megastruct.errors import Problem, UserError

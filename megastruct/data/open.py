@@ -12,11 +12,14 @@ import numpy as np
 from megastruct.data.cache import cached_array, key_of
 from megastruct.data.mixture import Mixture
 from megastruct.data.order import default_num_streams
+from megastruct.data.protocols import Tokenizer
+from megastruct.data.sources.check import check_shards
+from megastruct.data.sources.find import find_shards
 from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS
-from megastruct.data.sources.shards import MANIFEST_NAME, TextShard, check_shards, find_shards
+from megastruct.data.sources.shards import MANIFEST_NAME, TextShard
 from megastruct.data.text.data import TextData
 from megastruct.data.text.stream import TextSource
-from megastruct.data.tokenizer import Tokenizer
+from megastruct.data.tokenizers.open import open_tokenizer
 from megastruct.data.tokens.data import TokenData, TokenSource, source_seed
 from megastruct.data.tokens.manifest import TOKENIZER_NAME, Manifest, check_files, load_manifest
 from megastruct.errors import Problem, UserError
@@ -142,7 +145,7 @@ def _open_text_tokenizer(model: Path | None, vocab_size: int) -> Tokenizer:
     if model is None:
         suggestion = "give a SentencePiece model, for example one made with tools/train_tokenizer.py"
         raise UserError(Problem("data.tokenizer", "is not set, and text shards need it", suggestion))
-    tokenizer = Tokenizer(model, where="data.tokenizer")
+    tokenizer = open_tokenizer(model, "data.tokenizer")
     _check_vocab_size(tokenizer.vocab_size, vocab_size)
     return tokenizer
 
@@ -158,7 +161,7 @@ def _open_shards(
     cache_folder: Path | None,
     commit: str | None,
 ) -> list[TextShard]:
-    shards = find_shards(path, where, base_folder, patience_seconds, cache_folder, commit)
+    shards = find_shards(path, where, patience_seconds, cache_folder, commit)
     key = key_of([(shard.uri, shard.num_bytes) for shard in shards], text_column)
     cached_array(cache_folder, f"checked-{key}", lambda: _checked(shards, text_column, patience_seconds))
     if num_streams is not None and num_streams > len(shards):
@@ -211,10 +214,10 @@ def _check_alike(sources: list[tuple[TokenSource, Tokenizer]]) -> None:
 def _open_matching_tokenizer(folder: Path, manifest: Manifest, model: Path | None) -> Tokenizer:
     wanted = manifest.settings.tokenizer
     if model is not None:
-        tokenizer = Tokenizer(model, where="data.tokenizer")
+        tokenizer = open_tokenizer(model, "data.tokenizer")
         where, suggestion = "data.tokenizer", f"leave it out: the folder carries its own {TOKENIZER_NAME}"
     else:
-        tokenizer = Tokenizer(folder / wanted.file)
+        tokenizer = open_tokenizer(folder / wanted.file)
         where, suggestion = str(tokenizer.path), "make the folder again with tools/prepare_data.py, or copy it again"
     if tokenizer.fingerprint != wanted.fingerprint:
         found = (

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megastruct.data import Tokenizer, open_data
+from megastruct.data import open_data, open_tokenizer
+from megastruct.data.sources.find import find_shards
 from megastruct.data.sources.reading import read_patiently
-from megastruct.data.sources.shards import TextShard, find_shards
+from megastruct.data.sources.shards import TextShard
 from megastruct.data.split import is_validation
 from megastruct.errors import UserError
 from tiny_data import invalid_utf8, train_model, write_parquet
@@ -129,7 +130,7 @@ def test_folder_without_shards_and_folder_of_tokens(tmp_path, tokenizer_path, to
     assert "data.kind=text" in message_of(open_tokens, tmp_path)
 
 
-def test_sources(tmp_path):
+def test_sources(tmp_path, monkeypatch):
     """Folders are searched to the bottom, parquet wins over notes in JSON, hidden files and odd names are handled."""
     folder = tmp_path / "od[d] na*me"
     (folder / "sub").mkdir(parents=True)
@@ -138,7 +139,8 @@ def test_sources(tmp_path):
     (folder / "info.json").write_text("{}")
     shards = find_shards(str(folder), "data.path")
     assert [shard.name for shard in shards] == ["b.parquet", "sub/a.parquet"]
-    assert find_shards("od[[]d] na[*]me/**/*.parquet", "data.path", tmp_path) == shards
+    monkeypatch.chdir(tmp_path)
+    assert find_shards("od[[]d] na[*]me/**/*.parquet", "data.path") == shards
     assert [shard.name for shard in find_shards(str(folder / "b.parquet"), "data.path")] == ["b.parquet"]
     documents = [document for batch in read_patiently(shards[0], "content") for document in batch]
     assert [document.text for document in documents] == GOOD
@@ -248,7 +250,7 @@ def test_tokenizer_files(tmp_path, tokenizer_path):
         message = message_of(open_text, tmp_path, tmp_path / name)
         assert "data.tokenizer" in message and name in message and what in message
         assert "a.parquet" in message  # all problems at once
-        assert name in message_of(Tokenizer, tmp_path / name)
+        assert name in message_of(open_tokenizer, tmp_path / name)
     assert "data.tokenizer" in message_of(open_data, "text", "x", None, seq_length=8, vocab_size=512, seed=0)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from megastruct.benchmarks.data import fast_tokenizer
-from megastruct.data import Tokenizer, open_data
+from megastruct.data import open_data, open_tokenizer
 from megastruct.data.preparation.prepare import prepare
 from megastruct.data.preparation.shard import ShardJob, make_shard
+from megastruct.data.sources.find import find_shards
 from megastruct.data.sources.reading import read_patiently
-from megastruct.data.sources.shards import find_shards
 from tiny_data import make_texts, write_parquet
 from tools import benchmark, make_sample_corpus, train_tokenizer
 
@@ -83,7 +83,7 @@ def test_preparation_costs_little_beside_the_tokenizer(tmp_path):
     (tmp_path / "validation").mkdir()
     best = {"alone": 0.0, "prepared": 0.0}
     for _ in range(5):
-        tokenizer = Tokenizer(tmp_path / "tokenizer.model")
+        tokenizer = open_tokenizer(tmp_path / "tokenizer.model")
         options = (tmp_path, tmp_path / "record", tokenizer, "content", 0.005, 2**29, "uint16")
         make_shard(ShardJob(0, first, *options), lambda *_: None)
         start = time.process_time()
@@ -96,6 +96,6 @@ def test_preparation_costs_little_beside_the_tokenizer(tmp_path):
 
 
 def test_the_fast_tokenizer_has_the_same_ids(tokenizer_path):
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(tokenizer_path)
     text = "river stone light garden winter letter é 42"
     assert fast_tokenizer(tokenizer).encode(text).ids == tokenizer.encode([text])[0].tolist()

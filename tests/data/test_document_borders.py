@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from megastruct.data import Tokenizer, open_data
+from megastruct.data import open_data, open_tokenizer
 from megastruct.data.preparation.prepare import prepare
 from megastruct.errors import UserError
 from megastruct.models.documents import document_ids
@@ -28,7 +28,7 @@ def folders(tmp_path_factory, tokenizer_path):
 
 def rows_with_documents(paths, tokenizer_path, held_out):
     """{row of seq_length + 1 tokens: its documents, counted from 0}, from the documents' own lengths."""
-    tokenizer, tokens, numbers = Tokenizer(tokenizer_path), [], []
+    tokenizer, tokens, numbers = open_tokenizer(tokenizer_path), [], []
     documents = [text for path in paths for text in documents_of(path, held_out, HALF)]
     for number, ids in enumerate(tokenizer.encode_documents(documents)):
         tokens += ids.tolist()
@@ -72,4 +72,4 @@ def test_a_tokenizer_whose_end_token_can_come_out_of_text_is_refused(tmp_path):
     """SentencePiece makes control tokens of no text. Declared as a word of its own, </s> would be one."""
     model = train_model(tmp_path / "x.model", user_defined_symbols=["</s>"])
     with pytest.raises(UserError, match="no end-of-sentence id"):
-        Tokenizer(model)
+        open_tokenizer(model)

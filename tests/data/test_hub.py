@@ -363,7 +363,7 @@ import json, sys
 import datasets
 from huggingface_hub import HfFileSystem
 from megastruct.data.sources.reading import read_patiently
-from megastruct.data.sources.shards import find_shards
+from megastruct.data.sources.find import find_shards
 shards = find_shards(sys.argv[1], "--input")
 ours = [d.content.decode() for shard in shards for batch in read_patiently(shard, "content") for d in batch]
 files = {"train": [shard.uri for shard in shards]}

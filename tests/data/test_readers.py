@@ -130,7 +130,7 @@ def stop_reading_ahead(reader):
 
 def test_resume_reads_only_the_shard_under_the_cursor(text_folder, tokenizer_path, monkeypatch):
     from megastruct.data.text import stream as text_stream
-    from megastruct.data.tokenizer import Tokenizer
+    from megastruct.data.tokenizers.sentence_piece import SentencePieceTokenizer
 
     data = open_tiny("text", text_folder, tokenizer_path, num_streams=1)
     reader = data.train_reader(4, 4, 0, 1)
@@ -141,10 +141,12 @@ def test_resume_reads_only_the_shard_under_the_cursor(text_folder, tokenizer_pat
         num_steps += 1
 
     opened, encoded = [], []
-    read_patiently, encode = text_stream.read_patiently, Tokenizer.encode_documents
+    read_patiently, encode = text_stream.read_patiently, SentencePieceTokenizer.encode_documents
     monkeypatch.setattr(text_stream, "read_patiently", lambda *args: opened.append(args) or read_patiently(*args))
     monkeypatch.setattr(
-        Tokenizer, "encode_documents", lambda self, texts: encoded.append(len(texts)) or encode(self, texts)
+        SentencePieceTokenizer,
+        "encode_documents",
+        lambda self, texts: encoded.append(len(texts)) or encode(self, texts),
     )
     reader = data.train_reader(4, 4, 0, 1, cursor, 4 * num_steps)
     stop_reading_ahead(reader)

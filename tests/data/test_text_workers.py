@@ -13,9 +13,10 @@ import pyarrow as pa
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from megastruct.data import Tokenizer, merge_cursors
-from megastruct.data.sources.reading import may_pass, read_patiently
+from megastruct.data import merge_cursors, open_tokenizer
+from megastruct.data.sources.reading import read_patiently
 from megastruct.data.sources.shards import TextShard
+from megastruct.data.sources.storages import storage_of
 from megastruct.data.text import workers as text_workers
 from megastruct.data.text.stream import START, TextSource
 from megastruct.data.text.workers import CHUNKS_AHEAD, open_chunks
@@ -31,7 +32,7 @@ class Owner:
 
 
 def source_of(shards, tokenizer_path, patience_seconds=60.0) -> TextSource:
-    return TextSource(shards, Tokenizer(tokenizer_path), "content", 0.0, 0, 1, patience_seconds)
+    return TextSource(shards, open_tokenizer(tokenizer_path), "content", 0.0, 0, 1, patience_seconds)
 
 
 def shard_at(path) -> TextShard:
@@ -213,6 +214,7 @@ def answer(status: int) -> hub_errors.HTTPError:
 
 def test_what_passes_of_a_shard_of_the_hub_is_the_network_alone():
     shard = TextShard("hf://datasets/a/b@c/d.parquet", "d.parquet", 1)
+    may_pass = storage_of(shard).may_pass
     passing = [*map(answer, (408, 429, 500, 503)), TimeoutError(), ConnectionResetError(), hub_errors.HTTPError("cut")]
     final = [*map(answer, (400, 401, 403, 404, 416)), pa.ArrowInvalid("no magic"), OSError("thrift"), EOFError()]
     mistakes = [TypeError("ours"), KeyError("ours"), MemoryError()]

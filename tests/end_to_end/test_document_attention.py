@@ -10,7 +10,7 @@ import torch
 from marks import soak
 from megastruct.config import load_config
 from megastruct.config.schema import Config
-from megastruct.data import Tokenizer, open_data
+from megastruct.data import open_data, open_tokenizer
 from megastruct.models.gpt import build_gpt
 from megastruct.models.loss import cross_entropy
 from processes import Corpus, read_metrics, start
@@ -47,7 +47,7 @@ def test_a_run_with_separate_documents(config: Path, tmp_path: Path, corpus: Cor
     run = tmp_path / "runs" / "test"
     records = read_metrics(run)
     resolved = load_config(run / "config.yaml")
-    separate = first_loss(resolved, corpus, Tokenizer(corpus.tokenizer).eod_id)
+    separate = first_loss(resolved, corpus, open_tokenizer(corpus.tokenizer).eod_id)
     assert abs(separate - first_loss(resolved, corpus, None)) > 1e-2
     assert records[0]["loss"] == pytest.approx(separate, abs=1e-5)
     assert "validation_loss" in records[-1]

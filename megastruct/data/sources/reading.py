@@ -1,17 +1,17 @@
-"""Documents of a shard whose source may fail for a while: tried again, ever more slowly, then reported by name."""
+"""Documents of a shard whose storage may fail for a while: tried again, ever more slowly, then reported by name."""
 
 from __future__ import annotations
 
-import gzip
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from megastruct.data.sources import hub
-from megastruct.data.sources.documents import Document, documents_or_error
+from megastruct.data.sources.documents import Document
+from megastruct.data.sources.errors import read_errors, unreadable
+from megastruct.data.sources.formats import format_of
 from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS, Patience, reason
-from megastruct.data.sources.shards import READ_ERRORS, TextShard, unreadable
-from megastruct.errors import UserError
+from megastruct.data.sources.shards import TextShard
+from megastruct.data.sources.storages import storage_of
+from megastruct.errors import Problem, UserError
 
 
 def read_patiently(
@@ -23,7 +23,7 @@ def read_patiently(
 ) -> Iterator[list[Document]]:
     """Documents of `shard` from index `start` on, in lists of a few; only one column is read.
 
-    A source that cannot be reached is tried again for `patience_seconds`. Reading goes on behind the last document
+    A storage that cannot be reached is tried again for `patience_seconds`. Reading goes on behind the last document
     that came, and each document that comes makes the patience whole again. Every failure is a line on stderr. `watch`
     gets the shard and what failed, at the start with an empty text.
 
@@ -37,7 +37,8 @@ def read_patiently(
     patience = Patience(shard.uri, patience_seconds)
     while True:
         try:
-            for documents in documents_or_error(shard, text_column, next_document):
+            check_unchanged(shard)
+            for documents in format_of(shard).documents(shard, text_column, next_document):
                 yield documents
                 next_document = documents[-1].index + 1
                 patience.succeeded()
@@ -45,8 +46,8 @@ def read_patiently(
         except UserError:
             raise
         except Exception as error:  # the libraries below have no common class for what a network does
-            if not may_pass(shard, error):
-                if isinstance(error, READ_ERRORS):
+            if not storage_of(shard).may_pass(shard, error):
+                if isinstance(error, read_errors(shard)):
                     raise unreadable(shard, error) from None
                 raise
             pause_seconds = patience.next_pause(error)
@@ -55,11 +56,19 @@ def read_patiently(
         time.sleep(pause_seconds)
 
 
-def may_pass(shard: TextShard, error: BaseException) -> bool:
-    """Whether an error may be the network's or the file system's, and not the file's."""
+def num_documents(shard: TextShard) -> int | None:
+    """Documents in a local shard, broken ones too; None where only reading it would tell."""
     if not shard.is_local:
-        return hub.of_the_network(error)
-    if isinstance(error, FileNotFoundError):
-        return not Path(shard.uri).parent.is_dir()  # with its folder it may be a mount that comes back
-    # Arrow and gzip speak of damage by an OSError without a number; the system always gives one.
-    return isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and bool(error.errno)
+        return None
+    try:
+        return format_of(shard).num_documents(shard)
+    except read_errors(shard):
+        return None  # whoever reads it says what is wrong
+
+
+def check_unchanged(shard: TextShard) -> None:
+    """Raises UserError if the shard has another size than when it was found, OSError if it is gone."""
+    num_bytes = storage_of(shard).state(shard).num_bytes
+    if num_bytes != shard.num_bytes:
+        found = f"has {num_bytes} bytes, it had {shard.num_bytes} when this run began: it was changed meanwhile"
+        raise UserError(Problem(shard.uri, found, "let it be written to its end, then start again"))

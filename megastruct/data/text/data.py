@@ -9,12 +9,12 @@ import numpy as np
 
 from megastruct.data.batch import Batch, batch_from_rows
 from megastruct.data.mixture import Mixture
+from megastruct.data.protocols import Tokenizer
 from megastruct.data.reader import check_held_out_rows, describe_mixture, validation_samples
-from megastruct.data.sources.hub import commit_of
+from megastruct.data.sources.storages import storage_of
 from megastruct.data.text.held_out import held_out_tokens
 from megastruct.data.text.reader import TextReader
 from megastruct.data.text.stream import CURSOR_COLUMNS, TextSource
-from megastruct.data.tokenizer import Tokenizer
 
 
 class TextData:
@@ -81,7 +81,7 @@ class TextData:
     def _hub_commits(self) -> dict:
         """What was read from the hub, said only if something was."""
         firsts = [source.shards[0] for source in self._sources]
-        commits = [None if shard.is_local else commit_of(shard.uri) for shard in firsts]
+        commits = [storage_of(shard).commit_of(shard) for shard in firsts]
         return {"hub_commits": commits} if any(commits) else {}
 
     def train_reader(

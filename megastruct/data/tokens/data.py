@@ -13,8 +13,8 @@ from megastruct.data.batch import Batch, batch_from_rows
 from megastruct.data.mixture import Mixture
 from megastruct.data.order import locate_rows
 from megastruct.data.prefetch import Prefetched
+from megastruct.data.protocols import Tokenizer
 from megastruct.data.reader import Reader, check_held_out_rows, describe_mixture, validation_samples
-from megastruct.data.tokenizer import Tokenizer
 from megastruct.data.tokens.files import TokenFiles
 from megastruct.data.tokens.manifest import Manifest, TokenFile, verify_files
 from megastruct.errors import Problem, UserError

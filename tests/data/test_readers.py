@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from megastruct.data import merge_cursors, open_data
+from megastruct.data.text import stream as text_stream
+from megastruct.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from slow_order import rows_of, text_samples, token_samples, tokens_of
 from tiny_data import SEED, SEQ_LENGTH, VALIDATION_FRACTION
 
@@ -125,13 +127,10 @@ def test_cursor_inside_a_step_is_refused(opened):
 
 def stop_reading_ahead(reader):
     stream = reader._streams[0, 0]
-    stream._chunks = stream._chunks.chunks
+    stream._chunks = text_stream.tokenised_documents(reader._sources[0], 0, stream.cursor)
 
 
 def test_resume_reads_only_the_shard_under_the_cursor(text_folder, tokenizer_path, monkeypatch):
-    from megastruct.data.text import stream as text_stream
-    from megastruct.data.tokenizers.sentence_piece import SentencePieceTokenizer
-
     data = open_tiny("text", text_folder, tokenizer_path, num_streams=1)
     reader = data.train_reader(4, 4, 0, 1)
     stop_reading_ahead(reader)  # so that nothing is read in the background when reading is watched

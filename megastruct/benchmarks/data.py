@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megastruct.config.schema import DataConfig
 from megastruct.data import open_data
+from megastruct.data.options import DataOptions
 from megastruct.data.preparation.prepare import prepare
 from megastruct.data.sources.find import find_shards
 from megastruct.data.sources.reading import read_patiently
@@ -155,16 +157,9 @@ def fast_tokenizer(tokenizer: SentencePieceTokenizer):
 
 
 def _measure_reading(folder: Path, tokenizer: SentencePieceTokenizer) -> list[Row]:
-    def speed(name: str, kind: str, path: Path, num_workers: int = 0) -> Row:
-        data = open_data(
-            kind,
-            str(path),
-            str(tokenizer.path),
-            seq_length=SEQ_LENGTH,
-            vocab_size=tokenizer.vocab_size,
-            seed=0,
-            num_workers=num_workers,
-        )
+    def speed(name: str, kind: Literal["tokens", "text"], path: Path, num_workers: int = 0) -> Row:
+        config = DataConfig(kind=kind, path=str(path), tokenizer=str(tokenizer.path), num_workers=num_workers)
+        data = open_data(DataOptions(config, SEQ_LENGTH, tokenizer.vocab_size, seed=0))
         reader = data.train_reader(GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE, 0, 1)
         for _ in islice(reader, GLOBAL_BATCH_SIZE // MICRO_BATCH_SIZE):  # workers start, files are opened
             pass

@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 
-from megastruct.data import open_data, open_tokenizer
+from megastruct.data import open_tokenizer
 from megastruct.data.preparation.prepare import prepare
 from megastruct.errors import UserError
 from megastruct.models.documents import document_ids
 from slow_order import documents_of
-from tiny_data import SEED, SEQ_LENGTH, make_texts, train_model, write_parquet
+from tiny_data import SEED, SEQ_LENGTH, make_texts, open_kind, train_model, write_parquet
 
 # Texts that spell the end token, parts of it, or nothing at all once they are normalised.
 SPELLED = ["</s>", "river </s> stone", "<s></s>", "</s></s>", "</s", "/s>", "\u2581</s>", "\x02"]
@@ -48,10 +48,10 @@ def rows_with_documents(paths, tokenizer_path, held_out):
 def test_ids_of_a_row_tell_its_documents(folders, tokenizer_path, kind, held_out):
     expected = rows_with_documents(sorted(folders[0].iterdir()), tokenizer_path, held_out)
     folder = folders[kind == "tokens"]
-    data = open_data(
+    data = open_kind(
         kind,
         str(folder),
-        str(tokenizer_path),
+        tokenizer_path,
         seq_length=SEQ_LENGTH,
         vocab_size=512,
         seed=SEED,

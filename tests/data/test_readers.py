@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from megastruct.data import merge_cursors, open_data
+from megastruct.data import merge_cursors
 from megastruct.data.text import stream as text_stream
 from megastruct.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from slow_order import rows_of, text_samples, token_samples, tokens_of
-from tiny_data import SEED, SEQ_LENGTH, VALIDATION_FRACTION
+from tiny_data import SEED, SEQ_LENGTH, VALIDATION_FRACTION, open_kind
 
 GLOBAL_BATCH_SIZE = 12
 NUM_STEPS = 40  # more than two epochs of either kind
@@ -16,7 +16,7 @@ LAYOUTS = [(1, 12), (1, 1), (2, 3), (3, 2), (4, 1), (6, 2)]  # (dp_size, micro_b
 
 def open_tiny(kind, folder, tokenizer_path, **options):
     defaults = {"seq_length": SEQ_LENGTH, "vocab_size": 512, "seed": SEED, "validation_fraction": VALIDATION_FRACTION}
-    return open_data(kind, str(folder), str(tokenizer_path), **{**defaults, **options})
+    return open_kind(kind, str(folder), tokenizer_path, **{**defaults, **options})
 
 
 @pytest.fixture(scope="module", params=["tokens", "text", "text-3-streams", "text-1-stream"])

@@ -100,13 +100,13 @@ def test_a_worker_that_is_killed_is_a_message(text_folder, tokenizer_path):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
 def test_workers_end_with_a_trainer_that_is_killed(text_folder, tokenizer_path):
     script = (
-        "import sys, time; from megastruct.data import open_data\n"
-        "data = open_data('text', sys.argv[1], sys.argv[2], seq_length=8, vocab_size=512, seed=0, num_workers=2)\n"
+        "import sys, time; from tiny_data import open_kind\n"
+        "data = open_kind('text', *sys.argv[1:], seq_length=8, vocab_size=512, seed=0, num_workers=2)\n"
         "reader = data.train_reader(4, 4, 0, 1); next(reader)\n"
         "print(*{s._chunks.signs.process.pid for s in reader._streams.values()}, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", script, str(text_folder), str(tokenizer_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
     trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     workers = [int(pid) for pid in trainer.stdout.readline().split()]
     assert len(workers) == 2 and all(Path(f"/proc/{pid}").exists() for pid in workers)

@@ -21,7 +21,7 @@ class Document(NamedTuple):
     """One document; either `text` and `content` (the same in UTF-8) are set, or `broken` says why not."""
 
     # In its shard, broken ones counted; for JSON lines the line number.
-    index: int  # type: ignore[assignment] - a tuple has a method of that name
+    index: int  # type: ignore[assignment]
     text: str
     content: bytes
     broken: str | None  # one of BROKEN_REASONS

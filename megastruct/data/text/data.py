@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,8 @@ class TextData:
         self._cache_folder = cache_folder
         self._held_out: dict[tuple[int, ...], list[np.ndarray]] = {}
 
+    validation_is_costly = True
+
     @property
     def tokenizer(self) -> Tokenizer:
         return self._sources[0].tokenizer
@@ -53,7 +56,7 @@ class TextData:
         """Broken documents passed over so far, from the merged cursor of all ranks."""
         return int(cursor[:, -1].sum())
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
         """Plain values for the record of a run; what only reading everything could tell is None."""
         first = self._sources[0]
         parts = [

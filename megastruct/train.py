@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megastruct.config import Config, load_config
-from megastruct.data import Batch
+from megastruct.data import Batch, TrainingData
 from megastruct.engine.engine import Engine, build_engine
 from megastruct.errors import EXIT_CODE_START_AGAIN, user_errors_exit
 from megastruct.launch.deepspeed import decoded
@@ -33,7 +33,7 @@ from megastruct.planning.cost import training_flops_per_token
 from megastruct.planning.steps import data_step, guided_steps, total_steps
 from megastruct.run.divergence import Divergence, is_way_back
 from megastruct.run.guided_phase import end_guided_phase, guide_distances
-from megastruct.run.preflight import Data, preflight
+from megastruct.run.preflight import preflight
 from megastruct.run.resume import (
     agreed_finished_steps,
     check_same_data,
@@ -52,7 +52,13 @@ class Run:
     """One run on one rank, from its newest checkpoint to its last step."""
 
     def __init__(
-        self, config: Config, topology: Topology, data: Data, device: torch.device, stop: StopRequest, watch: Watch
+        self,
+        config: Config,
+        topology: Topology,
+        data: TrainingData,
+        device: torch.device,
+        stop: StopRequest,
+        watch: Watch,
     ) -> None:
         self.config, self.topology, self.data, self.device = config, topology, data, device
         self.stop, self.watch = stop, watch

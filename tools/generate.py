@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout that is not installed
 
-from megastruct.data import Tokenizer
+from megastruct.data import open_tokenizer
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.inference.generate import generate
 from megastruct.inference.load import load_model
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors_exit():
         _check(args)
         model, config = load_model(args.run, args.device, allow_guided=args.allow_guided)
-        tokenizer = Tokenizer(args.tokenizer or args.run / "tokenizer.model")
+        tokenizer = open_tokenizer(args.tokenizer or args.run / "tokenizer.model")
         prompt = torch.from_numpy(tokenizer.encode([args.prompt])[0].astype("int64")).to(args.device)
         if not 0 < len(prompt) < config.training.seq_length:
             found = f"{len(prompt)} tokens, the model reads {config.training.seq_length} in all"

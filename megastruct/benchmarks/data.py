@@ -14,15 +14,18 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megastruct.data import Tokenizer, open_data
+from megastruct.config.schema import DataConfig
+from megastruct.data import open_data
+from megastruct.data.options import DataOptions
 from megastruct.data.preparation.prepare import prepare
-from megastruct.data.sources.patience import read_patiently
-from megastruct.data.sources.shards import find_shards
+from megastruct.data.sources.find import find_shards
+from megastruct.data.sources.reading import read_patiently
+from megastruct.data.tokenizers.sentence_piece import SentencePieceTokenizer
 
 SEQ_LENGTH = 2048
 GLOBAL_BATCH_SIZE = 32
@@ -54,7 +57,7 @@ def measure(input_path: str, tokenizer_path: str, text_column: str, max_characte
     Raises:
         UserError: the text or the tokenizer cannot be read.
     """
-    tokenizer = Tokenizer(tokenizer_path, where="--tokenizer")
+    tokenizer = SentencePieceTokenizer(tokenizer_path, where="--tokenizer")
     texts = _texts(input_path, text_column, max_characters)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -78,7 +81,7 @@ def _texts(input_path: str, text_column: str, max_characters: int) -> list[str]:
     return texts
 
 
-def _measure_preparing(folder: Path, tokenizer: Tokenizer, texts: list[str], rounds: int) -> list[Row]:
+def _measure_preparing(folder: Path, tokenizer: SentencePieceTokenizer, texts: list[str], rounds: int) -> list[Row]:
     outputs = iter(range(1000))
 
     def bare() -> int:
@@ -104,7 +107,7 @@ def _measure_preparing(folder: Path, tokenizer: Tokenizer, texts: list[str], rou
     return rows if fast in best else [*rows, Row(fast, 0, 0.0, "not measured: the package tokenizers is not installed")]
 
 
-def _mapped(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> Callable[[], int]:
+def _mapped(folder: Path, tokenizer: SentencePieceTokenizer, texts: list[str]) -> Callable[[], int]:
     """Tokenising by `datasets.map` into its cache file, with one process and one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import datasets
@@ -125,7 +128,7 @@ def _mapped(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> Callable[[]
     return run
 
 
-def fast_tokenizer(tokenizer: Tokenizer):
+def fast_tokenizer(tokenizer: SentencePieceTokenizer):
     """A `tokenizers.Tokenizer` with the pieces and merges of a SentencePiece BPE model.
 
     It splits at spaces before it merges, as fast tokenizers do where they can; where several spaces follow each other
@@ -153,17 +156,10 @@ def fast_tokenizer(tokenizer: Tokenizer):
     return fast
 
 
-def _measure_reading(folder: Path, tokenizer: Tokenizer) -> list[Row]:
-    def speed(name: str, kind: str, path: Path, num_workers: int = 0) -> Row:
-        data = open_data(
-            kind,
-            str(path),
-            str(tokenizer.path),
-            seq_length=SEQ_LENGTH,
-            vocab_size=tokenizer.vocab_size,
-            seed=0,
-            num_workers=num_workers,
-        )
+def _measure_reading(folder: Path, tokenizer: SentencePieceTokenizer) -> list[Row]:
+    def speed(name: str, kind: Literal["tokens", "text"], path: Path, num_workers: int = 0) -> Row:
+        config = DataConfig(kind=kind, path=str(path), tokenizer=str(tokenizer.path), num_workers=num_workers)
+        data = open_data(DataOptions(config, SEQ_LENGTH, tokenizer.vocab_size, seed=0))
         reader = data.train_reader(GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE, 0, 1)
         for _ in islice(reader, GLOBAL_BATCH_SIZE // MICRO_BATCH_SIZE):  # workers start, files are opened
             pass

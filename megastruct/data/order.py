@@ -118,6 +118,11 @@ def locate_rows(samples: np.ndarray, num_rows: int, seed: int) -> np.ndarray:
     return rows
 
 
+def source_seed(seed: int, source: int) -> int:
+    """The seed of the order inside of one source; the first one's is the run's."""
+    return derive_seed("data", "source", seed, source) if source else seed
+
+
 def epoch_permutation(seed: int, epoch: int, num_rows: int) -> Permutation:
     """The order in which the rows of the token shards are read in one epoch."""
     return Permutation(num_rows, derive_seed("data", "rows", seed, epoch))

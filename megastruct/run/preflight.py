@@ -7,20 +7,18 @@ from typing import TypeVar
 
 from megastruct.config.checks import check_batch
 from megastruct.config.schema import Config
-from megastruct.data import open_data
+from megastruct.data import TrainingData, open_data
 from megastruct.data.cache import FOLDER_NAME
-from megastruct.data.text.data import TextData
-from megastruct.data.tokens.data import TokenData
+from megastruct.data.options import DataOptions
 from megastruct.errors import Problem, UserError
 from megastruct.parallel.topology import Topology
 from megastruct.planning.steps import check_guided_steps
 from megastruct.run.run_folder import check_run_folder, described_data, run_folder
 
-Data = TokenData | TextData
 T = TypeVar("T")
 
 
-def preflight(config: Config, world_size: int) -> tuple[Topology, Data]:
+def preflight(config: Config, world_size: int) -> tuple[Topology, TrainingData]:
     """Check layout, batch, data and run folder for `world_size` processes.
 
     Raises UserError with all that is wrong.
@@ -34,7 +32,7 @@ def preflight(config: Config, world_size: int) -> tuple[Topology, Data]:
     data = _collect(problems, lambda: _open(config))
     if data and topology and not problems:
         _collect(problems, lambda: check_run_folder(config, data.describe()))
-        if isinstance(data, TokenData) or not problems:  # of text much may have to be read for it
+        if not data.validation_is_costly or not problems:
             _collect(problems, lambda: _check_held_out(config, data, topology))
     if problems or topology is None or data is None:
         raise UserError(problems)
@@ -49,24 +47,11 @@ def _collect(problems: list[Problem], function: Callable[[], T]) -> T | None:
         return None
 
 
-def _open(config: Config) -> Data:
-    return open_data(
-        config.data.kind,
-        config.data.path if isinstance(config.data.path, str) else config.data.sources,
-        config.data.tokenizer,
-        seq_length=config.training.seq_length,
-        vocab_size=config.model.vocab_size,
-        seed=config.run.seed,
-        text_column=config.data.text_column,
-        validation_fraction=config.data.validation_fraction,
-        num_streams=config.data.num_streams,
-        num_workers=config.data.num_workers,
-        patience_seconds=config.data.patience_seconds,
-        cache_folder=run_folder(config) / FOLDER_NAME,
-        hub_commits=described_data(config).get("hub_commits", ()),
-    )
+def _open(config: Config) -> TrainingData:
+    commits = described_data(config).get("hub_commits", ())
+    return open_data(DataOptions.of(config, run_folder(config) / FOLDER_NAME, commits))
 
 
-def _check_held_out(config: Config, data: Data, topology: Topology) -> None:
+def _check_held_out(config: Config, data: TrainingData, topology: Topology) -> None:
     if config.evaluation.num_samples:
         data.validation_batches(config.evaluation.num_samples, config.training.micro_batch_size, 0, topology.dp_size)

@@ -4,7 +4,7 @@ import hashlib
 
 import pyarrow.parquet as pq
 
-from megastruct.data import Tokenizer
+from megastruct.data import open_tokenizer
 from megastruct.data.order import epoch_permutation, shard_order
 
 
@@ -18,7 +18,7 @@ def documents_of(path, held_out: bool, fraction: float) -> list[str]:
 
 
 def tokens_of(paths, tokenizer_path, held_out: bool, fraction: float) -> list[int]:
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(tokenizer_path)
     tokens = []
     for path in paths:
         for text in documents_of(path, held_out, fraction):

@@ -9,24 +9,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megastruct.data import Tokenizer, open_data
-from megastruct.data.sources.patience import read_patiently
-from megastruct.data.sources.shards import TextShard, find_shards
+from megastruct.data import open_tokenizer
+from megastruct.data.sources.find import find_shards
+from megastruct.data.sources.reading import read_patiently
+from megastruct.data.sources.shards import TextShard
 from megastruct.data.split import is_validation
 from megastruct.errors import UserError
-from tiny_data import invalid_utf8, train_model, write_parquet
+from tiny_data import invalid_utf8, open_kind, train_model, write_parquet
 
 GOOD = ["some words that are here", "and a few more of them"] * 40
 
 
 def open_text(folder, tokenizer_path, **options):
     defaults = {"seq_length": 8, "vocab_size": 512, "seed": 0, "validation_fraction": 0.0}
-    return open_data("text", str(folder), str(tokenizer_path), **{**defaults, **options})
+    return open_kind("text", str(folder), tokenizer_path, **{**defaults, **options})
 
 
 def open_tokens(folder, tokenizer_path=None, **options):
-    tokenizer = tokenizer_path and str(tokenizer_path)
-    return open_data("tokens", str(folder), tokenizer, **{"seq_length": 8, "vocab_size": 512, "seed": 0, **options})
+    defaults = {"seq_length": 8, "vocab_size": 512, "seed": 0}
+    return open_kind("tokens", str(folder), tokenizer_path, **{**defaults, **options})
 
 
 def message_of(function, *arguments, **options) -> str:
@@ -116,9 +117,10 @@ def test_a_shard_that_changes_is_a_message_when_it_is_opened(tmp_path, tokenizer
 
 
 @pytest.mark.parametrize("name", ["nothing/here", "no*thing", "a/b/c", "file.txt"])
-def test_paths_that_lead_nowhere(tmp_path, tokenizer_path, name):
+def test_paths_that_lead_nowhere(tmp_path, tokenizer_path, monkeypatch, name):
     (tmp_path / "file.txt").write_text("x")
-    message = message_of(open_text, name, tokenizer_path, base_folder=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    message = message_of(open_text, name, tokenizer_path)
     assert "data.path" in message and name.split("/")[-1] in message
 
 
@@ -129,7 +131,7 @@ def test_folder_without_shards_and_folder_of_tokens(tmp_path, tokenizer_path, to
     assert "data.kind=text" in message_of(open_tokens, tmp_path)
 
 
-def test_sources(tmp_path):
+def test_sources(tmp_path, monkeypatch):
     """Folders are searched to the bottom, parquet wins over notes in JSON, hidden files and odd names are handled."""
     folder = tmp_path / "od[d] na*me"
     (folder / "sub").mkdir(parents=True)
@@ -138,7 +140,8 @@ def test_sources(tmp_path):
     (folder / "info.json").write_text("{}")
     shards = find_shards(str(folder), "data.path")
     assert [shard.name for shard in shards] == ["b.parquet", "sub/a.parquet"]
-    assert find_shards("od[[]d] na[*]me/**/*.parquet", "data.path", tmp_path) == shards
+    monkeypatch.chdir(tmp_path)
+    assert find_shards("od[[]d] na[*]me/**/*.parquet", "data.path") == shards
     assert [shard.name for shard in find_shards(str(folder / "b.parquet"), "data.path")] == ["b.parquet"]
     documents = [document for batch in read_patiently(shards[0], "content") for document in batch]
     assert [document.text for document in documents] == GOOD
@@ -248,8 +251,8 @@ def test_tokenizer_files(tmp_path, tokenizer_path):
         message = message_of(open_text, tmp_path, tmp_path / name)
         assert "data.tokenizer" in message and name in message and what in message
         assert "a.parquet" in message  # all problems at once
-        assert name in message_of(Tokenizer, tmp_path / name)
-    assert "data.tokenizer" in message_of(open_data, "text", "x", None, seq_length=8, vocab_size=512, seed=0)
+        assert name in message_of(open_tokenizer, tmp_path / name)
+    assert "data.tokenizer" in message_of(open_kind, "text", "x", None, seq_length=8, vocab_size=512, seed=0)
 
 
 def test_vocabulary_of_the_model_is_too_small(text_folder, token_folder, tokenizer_path):

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from megastruct.benchmarks.data import fast_tokenizer
-from megastruct.data import Tokenizer, open_data
+from megastruct.data import open_tokenizer
 from megastruct.data.preparation.prepare import prepare
 from megastruct.data.preparation.shard import ShardJob, make_shard
-from megastruct.data.sources.patience import read_patiently
-from megastruct.data.sources.shards import find_shards
-from tiny_data import make_texts, write_parquet
+from megastruct.data.sources.find import find_shards
+from megastruct.data.sources.reading import read_patiently
+from tiny_data import make_texts, open_kind, write_parquet
 from tools import benchmark, make_sample_corpus, train_tokenizer
 
 
@@ -57,7 +57,7 @@ def test_token_shards_are_read_at_five_million_tokens_a_second(tmp_path, tokeniz
     for shard in range(3):
         write_parquet(text / f"{shard}.parquet", [text for text in make_texts(shard) if text] * 100)
     prepare(str(text), tmp_path / "tokens", str(tokenizer_path), max_shard_tokens=50_000)
-    data = open_data("tokens", str(tmp_path / "tokens"), None, seq_length=2048, vocab_size=512, seed=0)
+    data = open_kind("tokens", str(tmp_path / "tokens"), None, seq_length=2048, vocab_size=512, seed=0)
     reader = data.train_reader(64, 8, 0, 1)
     best = 0.0
     for _ in range(5):  # the machine may have other work
@@ -83,7 +83,7 @@ def test_preparation_costs_little_beside_the_tokenizer(tmp_path):
     (tmp_path / "validation").mkdir()
     best = {"alone": 0.0, "prepared": 0.0}
     for _ in range(5):
-        tokenizer = Tokenizer(tmp_path / "tokenizer.model")
+        tokenizer = open_tokenizer(tmp_path / "tokenizer.model")
         options = (tmp_path, tmp_path / "record", tokenizer, "content", 0.005, 2**29, "uint16")
         make_shard(ShardJob(0, first, *options), lambda *_: None)
         start = time.process_time()
@@ -96,6 +96,6 @@ def test_preparation_costs_little_beside_the_tokenizer(tmp_path):
 
 
 def test_the_fast_tokenizer_has_the_same_ids(tokenizer_path):
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(tokenizer_path)
     text = "river stone light garden winter letter é 42"
     assert fast_tokenizer(tokenizer).encode(text).ids == tokenizer.encode([text])[0].tolist()

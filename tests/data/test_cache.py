@@ -6,12 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
-from megastruct.data import open as open_module
-from megastruct.data import open_data
 from megastruct.data.cache import cached_array, key_of
 from megastruct.data.text import held_out
+from megastruct.data.text import open as open_module
 from megastruct.errors import UserError
 from test_readers import open_tiny
+from tiny_data import open_kind
 
 
 def count_and_find(folder, counter, barrier):
@@ -76,8 +76,8 @@ def test_held_out_text_is_read_at_the_first_start_only(tmp_path, text_folder, to
 def test_a_shard_that_changed_is_checked_again(tmp_path, text_folder, tokenizer_path):
     text = shutil.copytree(text_folder, tmp_path / "text")
     options = {"seq_length": 8, "vocab_size": 512, "seed": 0, "cache_folder": tmp_path / "cache"}
-    open_data("text", str(text), str(tokenizer_path), **options)
+    open_kind("text", str(text), tokenizer_path, **options)
     path = text / "shard-2.parquet"
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(UserError, match=r"shard-2\.parquet"):
-        open_data("text", str(text), str(tokenizer_path), **options)
+        open_kind("text", str(text), tokenizer_path, **options)

@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 
-from megastruct.data import Tokenizer, open_data
+from megastruct.data import open_tokenizer
 from megastruct.data.preparation.prepare import prepare
 from megastruct.errors import UserError
 from megastruct.models.documents import document_ids
 from slow_order import documents_of
-from tiny_data import SEED, SEQ_LENGTH, make_texts, train_model, write_parquet
+from tiny_data import SEED, SEQ_LENGTH, make_texts, open_kind, train_model, write_parquet
 
 # Texts that spell the end token, parts of it, or nothing at all once they are normalised.
 SPELLED = ["</s>", "river </s> stone", "<s></s>", "</s></s>", "</s", "/s>", "\u2581</s>", "\x02"]
@@ -28,7 +28,7 @@ def folders(tmp_path_factory, tokenizer_path):
 
 def rows_with_documents(paths, tokenizer_path, held_out):
     """{row of seq_length + 1 tokens: its documents, counted from 0}, from the documents' own lengths."""
-    tokenizer, tokens, numbers = Tokenizer(tokenizer_path), [], []
+    tokenizer, tokens, numbers = open_tokenizer(tokenizer_path), [], []
     documents = [text for path in paths for text in documents_of(path, held_out, HALF)]
     for number, ids in enumerate(tokenizer.encode_documents(documents)):
         tokens += ids.tolist()
@@ -48,10 +48,10 @@ def rows_with_documents(paths, tokenizer_path, held_out):
 def test_ids_of_a_row_tell_its_documents(folders, tokenizer_path, kind, held_out):
     expected = rows_with_documents(sorted(folders[0].iterdir()), tokenizer_path, held_out)
     folder = folders[kind == "tokens"]
-    data = open_data(
+    data = open_kind(
         kind,
         str(folder),
-        str(tokenizer_path),
+        tokenizer_path,
         seq_length=SEQ_LENGTH,
         vocab_size=512,
         seed=SEED,
@@ -72,4 +72,4 @@ def test_a_tokenizer_whose_end_token_can_come_out_of_text_is_refused(tmp_path):
     """SentencePiece makes control tokens of no text. Declared as a word of its own, </s> would be one."""
     model = train_model(tmp_path / "x.model", user_defined_symbols=["</s>"])
     with pytest.raises(UserError, match="no end-of-sentence id"):
-        Tokenizer(model)
+        open_tokenizer(model)

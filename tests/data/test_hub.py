@@ -16,12 +16,11 @@ import pytest
 
 from local_hub import LocalHub
 from marks import soak
-from megastruct.data import open_data
 from megastruct.data.preparation.prepare import prepare
 from megastruct.data.tokens.manifest import load_manifest
 from test_prepare import ROOT, arguments_for, contents
 from test_readers import open_tiny
-from tiny_data import SEED, SEQ_LENGTH, VALIDATION_FRACTION, make_texts, write_parquet
+from tiny_data import SEED, SEQ_LENGTH, VALIDATION_FRACTION, make_texts, open_kind, write_parquet
 
 NAME = "org/name"
 
@@ -123,11 +122,13 @@ TRAIN = """
 import json, sys
 from pathlib import Path
 import numpy as np
+from megastruct.config.schema import DataConfig
 from megastruct.data import open_data
+from megastruct.data.options import DataOptions
 from megastruct.errors import user_errors_exit
-options, start, cursor, num_batches = json.loads(sys.argv[1])
+keys, values, start, cursor, num_batches = json.loads(sys.argv[1])
 with user_errors_exit():
-    data = open_data("text", **options, cache_folder=Path(sys.argv[2]))
+    data = open_data(DataOptions(DataConfig(kind="text", **keys), cache_folder=Path(sys.argv[2]), **values))
     reader = data.train_reader(4, 4, 0, 1, cursor and np.array(cursor), start)
     rows = [next(reader).ids.tolist() for _ in range(num_batches)]
     held_out = [batch.ids.tolist() for batch in data.validation_batches(4, 4, 0, 1)]
@@ -135,10 +136,13 @@ with user_errors_exit():
 """
 
 
-def train_from(hub, tmp_path, tokenizer_path, num_batches, start=0, cursor=None, options=None, **environment):
-    defaults = {"path": NAME, "tokenizer": str(tokenizer_path), "seq_length": SEQ_LENGTH, "vocab_size": 512}
-    more = {"seed": SEED, "validation_fraction": VALIDATION_FRACTION, "num_streams": 1, **(options or {})}
-    given = json.dumps([defaults | more, start, cursor, num_batches])
+def train_from(
+    hub, tmp_path, tokenizer_path, num_batches, start=0, cursor=None, options=None, hub_commits=(), **environment
+):
+    keys = {"path": NAME, "tokenizer": str(tokenizer_path), "validation_fraction": VALIDATION_FRACTION}
+    keys |= {"num_streams": 1, "num_workers": 0, **(options or {})}
+    values = {"seq_length": SEQ_LENGTH, "vocab_size": 512, "seed": SEED, "hub_commits": hub_commits}
+    given = json.dumps([keys, values, start, cursor, num_batches])
     return run(hub, tmp_path, "-c", TRAIN, given, tmp_path / "cache", **environment)
 
 
@@ -185,12 +189,12 @@ def test_training_goes_on_where_it_was_and_downloads_what_it_needs(hub, tokenize
 def test_a_mixture_and_processes_that_read_it_list_the_hub_once(hub, files, text_folder, tokenizer_path, tmp_path):
     hub.commit(NAME, files)
     hub.commit("org/other", files)
-    paths = [(NAME, 0.5), ("org/other", 0.5)]
+    paths = [{"path": NAME, "weight": 0.5}, {"path": "org/other", "weight": 0.5}]
     result = train_from(hub, tmp_path, tokenizer_path, 6, options={"path": paths, "num_workers": 2, "num_streams": 2})
     assert result.returncode == 0, result.stderr
     folders = [(str(text_folder), 0.5), (str(text_folder), 0.5)]
     options = {"seq_length": SEQ_LENGTH, "vocab_size": 512, "seed": SEED, "validation_fraction": VALIDATION_FRACTION}
-    local = open_data("text", folders, str(tokenizer_path), num_streams=2, **options).train_reader(4, 4, 0, 1)
+    local = open_kind("text", folders, tokenizer_path, num_streams=2, **options).train_reader(4, 4, 0, 1)
     assert json.loads(result.stdout)[0] == batches_of(local, 6)
     assert sum(request.path.startswith("/api/datasets/") for request in hub.requests) == 2 * 2
 
@@ -273,8 +277,8 @@ def test_a_server_that_is_asked_too_often_is_left_alone_for_as_long_as_it_says(h
 def test_without_its_cache_a_run_goes_on_with_the_commit_that_it_is_known_by(hub, few, tokenizer_path, tmp_path):
     """The folder of the cache is made with those above it, so that whoever starts first is the only one to list."""
     old = hub.commit(NAME, few)
-    for folder, options in (("new/a", {}), ("new/b", {"hub_commits": [old]})):
-        result = train_from(hub, tmp_path / folder, tokenizer_path, 1, options=options)
+    for folder, hub_commits in (("new/a", []), ("new/b", [old])):
+        result = train_from(hub, tmp_path / folder, tokenizer_path, 1, hub_commits=hub_commits)
         assert result.returncode == 0, result.stderr
         assert json.loads(result.stdout)[3]["hub_commits"] == [old]
         assert list((tmp_path / folder / "cache").glob("hub-*"))
@@ -362,8 +366,8 @@ LIBRARIES = """
 import json, sys
 import datasets
 from huggingface_hub import HfFileSystem
-from megastruct.data.sources.patience import read_patiently
-from megastruct.data.sources.shards import find_shards
+from megastruct.data.sources.reading import read_patiently
+from megastruct.data.sources.find import find_shards
 shards = find_shards(sys.argv[1], "--input")
 ours = [d.content.decode() for shard in shards for batch in read_patiently(shard, "content") for d in batch]
 files = {"train": [shard.uri for shard in shards]}

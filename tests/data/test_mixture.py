@@ -8,14 +8,23 @@ import numpy as np
 import pytest
 
 from megastruct.config import load_config
-from megastruct.data import merge_cursors, open_data
+from megastruct.data import merge_cursors
 from megastruct.data.mixture import Mixture
+from megastruct.data.order import source_seed
 from megastruct.data.preparation.prepare import prepare
-from megastruct.data.tokens.data import source_seed
 from megastruct.errors import UserError
 from slow_order import text_samples, token_samples, tokens_of
 from test_readers import make_readers, run_step
-from tiny_data import NUM_SHARDS, SEED, SEQ_LENGTH, VALIDATION_FRACTION, make_texts, train_model, write_parquet
+from tiny_data import (
+    NUM_SHARDS,
+    SEED,
+    SEQ_LENGTH,
+    VALIDATION_FRACTION,
+    make_texts,
+    open_kind,
+    train_model,
+    write_parquet,
+)
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = [(1.0,), (3, 1), (1, 1, 1), (0.7, 0.2, 0.1), (0.05, 0.95), (1e-3, 1.0), (1 / 3, 2 / 3), (math.pi, 1e-9, 2.0)]
@@ -105,10 +114,10 @@ def second_tokens(tmp_path_factory, second_text, tokenizer_path):
 
 
 def open_mixture(kind, paths, tokenizer_path):
-    return open_data(
+    return open_kind(
         kind,
-        [(str(path), weight) for path, weight in paths],
-        str(tokenizer_path),
+        list(paths),
+        tokenizer_path,
         seq_length=SEQ_LENGTH,
         vocab_size=512,
         seed=SEED,
@@ -193,13 +202,8 @@ def test_mistakes_name_the_source(token_folder, text_folder, second_text, tokeni
     other = train_model(tmp_path / "other.model", vocab_size=300)
     prepare(str(second_text), tmp_path / "other", str(other))
     with pytest.raises(UserError, match="another tokenizer"):
-        open_data(
-            "tokens",
-            [(str(token_folder), 1.0), (str(tmp_path / "other"), 1.0)],
-            None,
-            seq_length=8,
-            vocab_size=512,
-            seed=0,
+        open_kind(
+            "tokens", [(token_folder, 1.0), (tmp_path / "other", 1.0)], None, seq_length=8, vocab_size=512, seed=0
         )
 
 

@@ -12,7 +12,7 @@ import itertools
 import numpy as np
 import pytest
 
-from megastruct.data import Tokenizer
+from megastruct.data import open_tokenizer
 from megastruct.data.mixture import Mixture
 from megastruct.data.order import deal, epoch_permutation, locate_rows
 from megastruct.data.tokens.data import TokenData, TokenSource
@@ -38,7 +38,7 @@ LAYOUTS = [(1, 480), (2, 8), (3, 20), (8, 5), (16, 30), (5, 1)]  # dp_size, micr
 def numbered(tmp_path_factory, tokenizer_path):
     """Token shards of which the k-th row begins with the id k."""
     folder = tmp_path_factory.mktemp("numbered")
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(tokenizer_path)
     ids = (np.arange(NUM_ROWS * SEQ_LENGTH + 1) // SEQ_LENGTH).astype("<u4")
     files = []
     for index, part in enumerate(np.split(ids, [70_001, 70_002, 150_000])):

@@ -16,7 +16,7 @@ import pytest
 
 from megastruct.data.preparation import shard as prepare_shard
 from megastruct.data.preparation import workers as prepare_workers
-from megastruct.data.sources.patience import read_patiently
+from megastruct.data.sources.reading import read_patiently
 from megastruct.data.tokens.manifest import load_manifest, verify_files
 from test_prepare import ROOT, arguments_for, contents, refused, start
 from tiny_data import make_texts, write_parquet

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from megastruct.data import merge_cursors, open_data
+from megastruct.data import merge_cursors
+from megastruct.data.text import stream as text_stream
+from megastruct.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from slow_order import rows_of, text_samples, token_samples, tokens_of
-from tiny_data import SEED, SEQ_LENGTH, VALIDATION_FRACTION
+from tiny_data import SEED, SEQ_LENGTH, VALIDATION_FRACTION, open_kind
 
 GLOBAL_BATCH_SIZE = 12
 NUM_STEPS = 40  # more than two epochs of either kind
@@ -14,7 +16,7 @@ LAYOUTS = [(1, 12), (1, 1), (2, 3), (3, 2), (4, 1), (6, 2)]  # (dp_size, micro_b
 
 def open_tiny(kind, folder, tokenizer_path, **options):
     defaults = {"seq_length": SEQ_LENGTH, "vocab_size": 512, "seed": SEED, "validation_fraction": VALIDATION_FRACTION}
-    return open_data(kind, str(folder), str(tokenizer_path), **{**defaults, **options})
+    return open_kind(kind, str(folder), tokenizer_path, **{**defaults, **options})
 
 
 @pytest.fixture(scope="module", params=["tokens", "text", "text-3-streams", "text-1-stream"])
@@ -125,13 +127,10 @@ def test_cursor_inside_a_step_is_refused(opened):
 
 def stop_reading_ahead(reader):
     stream = reader._streams[0, 0]
-    stream._chunks = stream._chunks.chunks
+    stream._chunks = text_stream.tokenised_documents(reader._sources[0], 0, stream.cursor)
 
 
 def test_resume_reads_only_the_shard_under_the_cursor(text_folder, tokenizer_path, monkeypatch):
-    from megastruct.data.text import stream as text_stream
-    from megastruct.data.tokenizer import Tokenizer
-
     data = open_tiny("text", text_folder, tokenizer_path, num_streams=1)
     reader = data.train_reader(4, 4, 0, 1)
     stop_reading_ahead(reader)  # so that nothing is read in the background when reading is watched
@@ -141,10 +140,12 @@ def test_resume_reads_only_the_shard_under_the_cursor(text_folder, tokenizer_pat
         num_steps += 1
 
     opened, encoded = [], []
-    read_patiently, encode = text_stream.read_patiently, Tokenizer.encode_documents
+    read_patiently, encode = text_stream.read_patiently, SentencePieceTokenizer.encode_documents
     monkeypatch.setattr(text_stream, "read_patiently", lambda *args: opened.append(args) or read_patiently(*args))
     monkeypatch.setattr(
-        Tokenizer, "encode_documents", lambda self, texts: encoded.append(len(texts)) or encode(self, texts)
+        SentencePieceTokenizer,
+        "encode_documents",
+        lambda self, texts: encoded.append(len(texts)) or encode(self, texts),
     )
     reader = data.train_reader(4, 4, 0, 1, cursor, 4 * num_steps)
     stop_reading_ahead(reader)

@@ -6,7 +6,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from megastruct.data import Tokenizer
+from megastruct.data import open_tokenizer
 from tools import make_sample_corpus, train_tokenizer
 
 
@@ -56,7 +56,7 @@ def test_tokenizer_is_like_llamas_and_deterministic(corpus, tmp_path, capsys):
     train_tokenizer.main([*options, "--output", str(tmp_path / "b")])
     path = tmp_path / "a" / "tokenizer.model"
     assert path.read_bytes() == (tmp_path / "b.model").read_bytes()
-    tokenizer = Tokenizer(path)
+    tokenizer = open_tokenizer(path)
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (700, 2)
     text = "Keep  every\n\tcharacter: é 日 🙂 12"
     assert tokenizer.decode(tokenizer.encode([text])[0]) == text
@@ -78,7 +78,7 @@ def test_vocabulary_that_does_not_fit_names_one_that_does(corpus, tmp_path, caps
     error = fails(train_tokenizer.main, [*options, "--vocab-size", vocab_size], capsys)
     works = error.split("try: --vocab-size ")[1].split()[0]
     train_tokenizer.main([*map(str, options), "--vocab-size", works])
-    assert Tokenizer(tmp_path / "x.model").vocab_size == int(works)
+    assert open_tokenizer(tmp_path / "x.model").vocab_size == int(works)
 
 
 def test_bad_options(corpus, tmp_path, capsys):

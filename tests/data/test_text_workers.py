@@ -13,12 +13,14 @@ import pyarrow as pa
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from megastruct.data import Tokenizer, merge_cursors
-from megastruct.data.sources.patience import may_pass, read_patiently
+from megastruct.data import merge_cursors, open_tokenizer
+from megastruct.data.sources.reading import read_patiently
 from megastruct.data.sources.shards import TextShard
-from megastruct.data.text import workers as text_workers
+from megastruct.data.sources.storages import storage_of
+from megastruct.data.text import chunks as text_chunks
+from megastruct.data.text.ahead import open_chunks
+from megastruct.data.text.processes import CHUNKS_AHEAD
 from megastruct.data.text.stream import START, TextSource
-from megastruct.data.text.workers import CHUNKS_AHEAD, open_chunks
 from megastruct.errors import UserError
 from test_readers import make_readers, open_tiny, run_step
 from tiny_data import make_texts, write_parquet
@@ -31,7 +33,7 @@ class Owner:
 
 
 def source_of(shards, tokenizer_path, patience_seconds=60.0) -> TextSource:
-    return TextSource(shards, Tokenizer(tokenizer_path), "content", 0.0, 0, 1, patience_seconds)
+    return TextSource(shards, open_tokenizer(tokenizer_path), "content", 0.0, 0, 1, patience_seconds)
 
 
 def shard_at(path) -> TextShard:
@@ -46,7 +48,7 @@ def wait_for(condition, seconds=20.0):
 
 
 def worker_of(chunks):
-    return next(iter(chunks.values()))._worker
+    return next(iter(chunks.values())).signs
 
 
 @pytest.mark.parametrize("before, after", [(0, 2), (2, 0), (1, 3)])
@@ -72,9 +74,9 @@ def test_a_worker_is_ahead_by_so_many_chunks_and_no_more(tmp_path, tokenizer_pat
     chunks = open_chunks(owner, [source_of([shard_at(tmp_path / "a.parquet")], tokenizer_path)], {(0, 0): START}, 1)
     worker, stream = worker_of(chunks), chunks[0, 0]
     for _ in range(5):  # taken slowly: full again after each, and never fuller
-        wait_for(lambda: worker.queues[0, 0].qsize() == CHUNKS_AHEAD)
+        wait_for(lambda: stream.made.qsize() == CHUNKS_AHEAD)
         time.sleep(0.1)
-        assert worker.queues[0, 0].qsize() == CHUNKS_AHEAD
+        assert stream.made.qsize() == CHUNKS_AHEAD
         next(stream)
     maps = Path(f"/proc/{worker.process.pid}/maps")
     if maps.exists():
@@ -86,7 +88,7 @@ def test_a_worker_is_ahead_by_so_many_chunks_and_no_more(tmp_path, tokenizer_pat
 def test_a_worker_that_is_killed_is_a_message(text_folder, tokenizer_path):
     reader = open_tiny("text", text_folder, tokenizer_path, num_workers=1).train_reader(4, 4, 0, 1)
     next(reader)
-    worker = next(iter(reader._streams.values()))._chunks._worker
+    worker = next(iter(reader._streams.values()))._chunks.signs
     worker.process.send_signal(signal.SIGKILL)
     with pytest.raises(UserError, match=r"data\.num_workers: .*signal 9"):
         for _ in range(10_000):
@@ -98,13 +100,13 @@ def test_a_worker_that_is_killed_is_a_message(text_folder, tokenizer_path):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
 def test_workers_end_with_a_trainer_that_is_killed(text_folder, tokenizer_path):
     script = (
-        "import sys, time; from megastruct.data import open_data\n"
-        "data = open_data('text', sys.argv[1], sys.argv[2], seq_length=8, vocab_size=512, seed=0, num_workers=2)\n"
+        "import sys, time; from tiny_data import open_kind\n"
+        "data = open_kind('text', *sys.argv[1:], seq_length=8, vocab_size=512, seed=0, num_workers=2)\n"
         "reader = data.train_reader(4, 4, 0, 1); next(reader)\n"
-        "print(*{s._chunks._worker.process.pid for s in reader._streams.values()}, flush=True); time.sleep(60)"
+        "print(*{s._chunks.signs.process.pid for s in reader._streams.values()}, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", script, str(text_folder), str(tokenizer_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
     trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     workers = [int(pid) for pid in trainer.stdout.readline().split()]
     assert len(workers) == 2 and all(Path(f"/proc/{pid}").exists() for pid in workers)
@@ -144,7 +146,7 @@ def test_a_stream_that_failed_does_not_end_the_others_of_its_worker(tmp_path, to
     owner = Owner()
     chunks = open_chunks(owner, sources, {(0, 0): START, (1, 0): START}, 1)
     worker = worker_of(chunks)
-    wait_for(lambda: worker.queues[0, 0].qsize() == CHUNKS_AHEAD)
+    wait_for(lambda: chunks[0, 0].made.qsize() == CHUNKS_AHEAD)
     for _ in range(5):
         assert next(chunks[1, 0])
     for _ in range(3):
@@ -192,7 +194,7 @@ def test_a_source_that_stays_away_is_named_when_patience_ends(tmp_path, tokenize
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_source_that_hangs_is_named_when_patience_ends(tmp_path, tokenizer_path, num_workers, monkeypatch):
     """A pipe that nobody writes to: opening it neither succeeds nor fails."""
-    monkeypatch.setattr(text_workers, "_LEAST_LIMIT_SECONDS", 1.0)
+    monkeypatch.setattr(text_chunks, "_LEAST_LIMIT_SECONDS", 1.0)
     os.mkfifo(tmp_path / "a.jsonl")
     owner = Owner()
     source = source_of([shard_at(tmp_path / "a.jsonl")], tokenizer_path, 2.0)
@@ -213,6 +215,7 @@ def answer(status: int) -> hub_errors.HTTPError:
 
 def test_what_passes_of_a_shard_of_the_hub_is_the_network_alone():
     shard = TextShard("hf://datasets/a/b@c/d.parquet", "d.parquet", 1)
+    may_pass = storage_of(shard).may_pass
     passing = [*map(answer, (408, 429, 500, 503)), TimeoutError(), ConnectionResetError(), hub_errors.HTTPError("cut")]
     final = [*map(answer, (400, 401, 403, 404, 416)), pa.ArrowInvalid("no magic"), OSError("thrift"), EOFError()]
     mistakes = [TypeError("ours"), KeyError("ours"), MemoryError()]
@@ -222,7 +225,7 @@ def test_what_passes_of_a_shard_of_the_hub_is_the_network_alone():
 
 @pytest.mark.parametrize("patience_seconds, limit_seconds", [(0.0, 60.0), (30.0, 60.0), (300.0, 450.0)])
 def test_little_patience_with_failures_leaves_time_to_work(patience_seconds, limit_seconds):
-    assert text_workers._limit_seconds(patience_seconds) == limit_seconds
+    assert text_chunks.limit_seconds(patience_seconds) == limit_seconds
 
 
 def test_a_file_that_was_removed_is_said_at_once(tmp_path):

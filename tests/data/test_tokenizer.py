@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megastruct.data import Tokenizer
-from megastruct.data import tokenizer as tokenizer_module
-from megastruct.data import words as words_module
+from megastruct.data import open_tokenizer
+from megastruct.data.tokenizers import sentence_piece as tokenizer_module
+from megastruct.data.tokenizers import words as words_module
 from tiny_data import WORDS, train_model
 from tools.train_tokenizer import TRAINING_OPTIONS
 
@@ -24,7 +24,7 @@ def tokenizer(request, tmp_path_factory):
         "default": {},
         "high-eos": {"bos_id": -1, "eos_id": 5, "pad_id": 0, "unk_id": 1},
     }
-    return Tokenizer(train_model(tmp_path_factory.mktemp("model") / "x.model", **options[request.param]))
+    return open_tokenizer(train_model(tmp_path_factory.mktemp("model") / "x.model", **options[request.param]))
 
 
 def test_documents_end_with_the_only_eod(tokenizer):
@@ -78,7 +78,7 @@ def models_of_indented_lines(tmp_path_factory):
         train_model(folder / f"{number}.model", INDENTED, **options, user_defined_symbols=defined)
         for number, defined in enumerate(symbols)
     ]
-    return [Tokenizer(path) for path in paths]
+    return [open_tokenizer(path) for path in paths]
 
 
 def assert_same_ids(tokenizer, text):
@@ -124,7 +124,7 @@ def test_unknown_characters_next_to_each_other_are_one_id(tmp_path, has_space):
         piece, other = (b"\x0a\x03" + character.encode() for character in "\u2581\u2582")
         assert path.read_bytes().count(piece) == 1
         path.write_bytes(path.read_bytes().replace(piece, other))
-    tokenizer = Tokenizer(path)
+    tokenizer = open_tokenizer(path)
     assert (tokenizer._words is not None) == has_space
     for text in ["日\n本", "日\n", "river\n\nstone", "日 本 語", "日  本", "~ ~ ~", "river ~ stone"]:
         assert tokenizer.encode([text])[0].tolist() == tokenizer.processor.encode(text)
@@ -150,7 +150,7 @@ def test_the_memory_for_words_is_bounded(tokenizer, monkeypatch):
 )
 def test_other_models_are_encoded_as_a_whole(tmp_path, options):
     """Of them the ids of a word may depend on its neighbours, or on whether it is the first."""
-    tokenizer = Tokenizer(train_model(tmp_path / "x.model", **options))
+    tokenizer = open_tokenizer(train_model(tmp_path / "x.model", **options))
     assert tokenizer._words is None
     for text in TEXTS:
         assert tokenizer.encode([text])[0].tolist() == tokenizer.processor.encode(text)
@@ -158,7 +158,7 @@ def test_other_models_are_encoded_as_a_whole(tmp_path, options):
 
 def test_a_model_whose_pieces_span_words_is_not_cut_between_them(tmp_path, monkeypatch):
     path = train_model(tmp_path / "spans.model", split_by_whitespace=False, vocab_size=400)
-    tokenizer = Tokenizer(path)
+    tokenizer = open_tokenizer(path)
     monkeypatch.setattr(tokenizer_module, "_PART_CHARACTERS", 20)
     assert len(list(tokenizer._parts("river stone light " * 30))) == 1
 
@@ -170,7 +170,7 @@ def test_pickled_tokenizer_is_the_same(tokenizer):
 
 
 def test_llama_options_keep_every_character(tmp_path):
-    tokenizer = Tokenizer(train_model(tmp_path / "llama.model", **TRAINING_OPTIONS))
+    tokenizer = open_tokenizer(train_model(tmp_path / "llama.model", **TRAINING_OPTIONS))
     assert tokenizer.eod_id == 2
     for text in TEXTS:
         assert tokenizer.decode(tokenizer.encode([text])[0]) == text

@@ -7,6 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import sentencepiece
 
+from megastruct.config.schema import DataConfig
+from megastruct.data import open_data
+from megastruct.data.options import DataOptions
+
 VALIDATION_FRACTION = 0.15
 SEED = 1234
 SEQ_LENGTH = 32
@@ -34,6 +38,15 @@ def invalid_utf8(*contents: bytes) -> pa.Array:
     """A column that says it is text and holds these bytes."""
     array = pa.array(contents, pa.binary())
     return pa.Array.from_buffers(pa.string(), len(array), array.buffers())
+
+
+def open_kind(kind, path, tokenizer_path, *, seq_length, vocab_size, seed, cache_folder=None, **keys):
+    """Open data by keys of the config's section `data`; text is tokenised by a thread if they do not say otherwise."""
+    if isinstance(path, list):
+        path = [{"path": str(name), "weight": weight} for name, weight in path]
+    tokenizer = None if tokenizer_path is None else str(tokenizer_path)
+    data = DataConfig(kind=kind, path=path, tokenizer=tokenizer, **{"num_workers": 0, **keys})
+    return open_data(DataOptions(data, seq_length, vocab_size, seed, cache_folder))
 
 
 def train_model(path, more_lines=(), **options):

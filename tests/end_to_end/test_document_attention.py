@@ -10,26 +10,20 @@ import torch
 from marks import soak
 from megastruct.config import load_config
 from megastruct.config.schema import Config
-from megastruct.data import Tokenizer, open_data
+from megastruct.data import open_data, open_tokenizer
+from megastruct.data.options import DataOptions
 from megastruct.models.gpt import build_gpt
 from megastruct.models.loss import cross_entropy
 from processes import Corpus, read_metrics, start
 
 
 @torch.no_grad()
-def first_loss(config: Config, corpus: Corpus, eod_id: int | None) -> float:
+def first_loss(config: Config, eod_id: int | None) -> float:
     """Of the first step, by the model alone."""
-    training, data = config.training, config.data
-    opened = open_data(
-        data.kind,
-        data.path,
-        str(corpus.tokenizer),
-        seq_length=training.seq_length,
-        vocab_size=config.model.vocab_size,
-        seed=config.run.seed,
-        validation_fraction=data.validation_fraction,
+    training = config.training
+    batch = next(
+        open_data(DataOptions.of(config)).train_reader(training.global_batch_size, training.global_batch_size, 0, 1)
     )
-    batch = next(opened.train_reader(training.global_batch_size, training.global_batch_size, 0, 1))
     return float(cross_entropy(build_gpt(config, eod_id=eod_id)(batch.ids), batch.labels))
 
 
@@ -47,7 +41,7 @@ def test_a_run_with_separate_documents(config: Path, tmp_path: Path, corpus: Cor
     run = tmp_path / "runs" / "test"
     records = read_metrics(run)
     resolved = load_config(run / "config.yaml")
-    separate = first_loss(resolved, corpus, Tokenizer(corpus.tokenizer).eod_id)
-    assert abs(separate - first_loss(resolved, corpus, None)) > 1e-2
+    separate = first_loss(resolved, open_tokenizer(corpus.tokenizer).eod_id)
+    assert abs(separate - first_loss(resolved, None)) > 1e-2
     assert records[0]["loss"] == pytest.approx(separate, abs=1e-5)
     assert "validation_loss" in records[-1]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megastruct.data.tokenizer import Tokenizer
+from megastruct.data.tokenizers.open import open_tokenizer
 from megastruct.data.tokens.manifest import SPLITS, Manifest, TokenFile
 from megastruct.errors import Problem, UserError
 
@@ -105,7 +105,7 @@ def sample_documents(
     Raises:
         UserError: a file cannot be read.
     """
-    tokenizer = Tokenizer(folder / manifest.settings.tokenizer.file)
+    tokenizer = open_tokenizer(folder / manifest.settings.tokenizer.file)
     files: tuple[TokenFile, ...] = getattr(manifest.splits, split)
     ends = np.cumsum([file.num_tokens for file in files], dtype=np.int64)
     rng = np.random.default_rng(seed)

@@ -20,16 +20,18 @@ from pydantic import ValidationError
 
 from megastruct.data.preparation.shard import OutputError, ShardJob, ShardRecord, write_atomically
 from megastruct.data.preparation.workers import run_jobs
-from megastruct.data.sources.hub import commit_of
-from megastruct.data.sources.retry import DEFAULT_PATIENCE_SECONDS
-from megastruct.data.sources.shards import TextShard, check_shards, find_shards
-from megastruct.data.tokenizer import Tokenizer
+from megastruct.data.protocols import Tokenizer
+from megastruct.data.sources.check import check_shards
+from megastruct.data.sources.find import find_shards
+from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS
+from megastruct.data.sources.shards import TextShard
+from megastruct.data.sources.storages import storage_of
+from megastruct.data.tokenizers.open import open_tokenizer
 from megastruct.data.tokens.manifest import (
     FORMAT_NAME,
     FORMAT_VERSION,
     MANIFEST_NAME,
     SPLITS,
-    TOKENIZER_NAME,
     Manifest,
     Settings,
     SourceRecord,
@@ -68,10 +70,10 @@ def prepare(
         UserError: bad input, an output folder that holds something else or cannot be written, or a worker process
             that died. What is finished stays.
     """
-    tokenizer = Tokenizer(tokenizer_path, where="--tokenizer")
+    tokenizer = open_tokenizer(tokenizer_path, "--tokenizer")
     shards = find_shards(input_path, "--input", patience_seconds=patience_seconds)
-    if not shards[0].is_local:
-        report(f"{input_path} is read at commit {commit_of(shards[0].uri)}: {len(shards)} shards")
+    if commit := storage_of(shards[0]).commit_of(shards[0]):
+        report(f"{input_path} is read at commit {commit}: {len(shards)} shards")
     settings = _settings(tokenizer, shards, text_column, validation_fraction, max_shard_tokens)
     _refuse_other_contents(output)
     with _output_errors(output), _locked(output):
@@ -112,7 +114,7 @@ def _settings(
 ) -> Settings:
     return Settings(
         tokenizer=TokenizerRecord(
-            file=TOKENIZER_NAME,
+            file=tokenizer.file_name,
             fingerprint=tokenizer.fingerprint,
             vocab_size=tokenizer.vocab_size,
             eod_id=tokenizer.eod_id,
@@ -181,7 +183,7 @@ def _begin(output: Path, tokenizer: Tokenizer, settings: Settings) -> None:
     for folder in (PROGRESS_NAME, *SPLITS):
         (output / folder).mkdir(exist_ok=True)
     write_atomically(path, settings.model_dump_json(indent=1).encode())
-    write_atomically(output / TOKENIZER_NAME, tokenizer.content)
+    write_atomically(output / tokenizer.file_name, tokenizer.content)
 
 
 def _jobs(

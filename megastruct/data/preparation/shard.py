@@ -13,12 +13,13 @@ from typing import Literal
 
 import numpy as np
 
-from megastruct.data.sources.documents import BROKEN_REASONS, num_rows
-from megastruct.data.sources.patience import read_patiently
-from megastruct.data.sources.retry import DEFAULT_PATIENCE_SECONDS
-from megastruct.data.sources.shards import TextShard, check_unchanged
+from megastruct.data.protocols import Tokenizer
+from megastruct.data.sources.documents import BROKEN_REASONS
+from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS
+from megastruct.data.sources.reading import check_unchanged, num_documents, read_patiently
+from megastruct.data.sources.shards import TextShard
+from megastruct.data.sources.storages import storage_of
 from megastruct.data.split import is_validation
-from megastruct.data.tokenizer import Tokenizer
 from megastruct.data.tokens.manifest import SPLITS, Count, Record, Splits, TokenFile
 from megastruct.errors import Problem, UserError
 
@@ -53,7 +54,7 @@ class ShardJob:
 
     def source_version(self) -> str:
         """Another one whenever the shard was written: of a local one the time in nanoseconds."""
-        return str(os.stat(self.shard.uri).st_mtime_ns) if self.shard.is_local else self.shard.content_id
+        return storage_of(self.shard).state(self.shard).version
 
 
 class ShardRecord(Record):
@@ -90,7 +91,7 @@ def _make_files(job: ShardJob, version: str, on_progress: Callable[[int, int, in
     writers = {split: _TokenWriter(job, split) for split in SPLITS}
     skipped = Counter(dict.fromkeys(BROKEN_REASONS, 0))
     try:
-        rows = num_rows(job.shard)
+        rows = num_documents(job.shard)
         left_bytes = job.shard.num_bytes  # a compressed shard holds more text than it has bytes
         for documents in read_patiently(job.shard, job.text_column, patience_seconds=job.patience_seconds):
             whole = [document for document in documents if not document.broken]

@@ -1,65 +1,81 @@
-"""Documents of a shard whose source may fail for a while: tried again, ever more slowly, then reported by name."""
+"""Waiting between tries of what fails for a while: ever longer, and named when patience is at its end."""
 
 from __future__ import annotations
 
-import gzip
+import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from typing import TypeVar
 
-from megastruct.data.sources import hub
-from megastruct.data.sources.documents import Document, documents_or_error
-from megastruct.data.sources.retry import DEFAULT_PATIENCE_SECONDS, Patience, reason
-from megastruct.data.sources.shards import READ_ERRORS, TextShard, unreadable
-from megastruct.errors import UserError
+from megastruct.errors import Problem, UserError
+
+DEFAULT_PATIENCE_SECONDS = 300.0
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 30.0
+T = TypeVar("T")
 
 
-def read_patiently(
-    shard: TextShard,
-    text_column: str,
-    start: int = 0,
-    patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
-    watch: Callable[[str, str], None] | None = None,
-) -> Iterator[list[Document]]:
-    """Documents of `shard` from index `start` on, in lists of a few; only one column is read.
+class Patience:
+    """Waits between the tries of one thing, `seconds` in all from a first failure to the last; a success starts anew.
 
-    A source that cannot be reached is tried again for `patience_seconds`. Reading goes on behind the last document
-    that came, and each document that comes makes the patience whole again. Every failure is a line on stderr. `watch`
-    gets the shard and what failed, at the start with an empty text.
-
-    Raises:
-        UserError: the file could not be reached for that long; or at once: it is damaged, cut short, lacks the
-            column, has changed since it was found, or the hub refuses it.
+    Every failure is a line on stderr.
     """
-    if watch:
-        watch(shard.uri, "")
-    next_document = start
-    patience = Patience(shard.uri, patience_seconds)
+
+    def __init__(self, uri: str, seconds: float, wanted: str = "document") -> None:
+        self._uri, self._seconds, self._wanted = uri, seconds, wanted
+        self.succeeded()
+
+    def succeeded(self) -> None:
+        self._failing_since: float | None = None
+        self._pause_seconds = _FIRST_PAUSE_SECONDS
+
+    def next_pause(self, error: BaseException) -> float:
+        """How long to sleep before the next try.
+
+        Raises:
+            UserError: patience is at its end.
+        """
+        self._failing_since = self._failing_since or time.monotonic()
+        left_seconds = self._seconds - (time.monotonic() - self._failing_since)
+        if left_seconds <= 0:
+            raise unreachable(self._uri, self._seconds, reason(error), self._wanted) from None
+        pause_seconds = min(max(self._pause_seconds, _wanted_pause(error)), left_seconds)
+        self._pause_seconds = min(2 * self._pause_seconds, _LONGEST_PAUSE_SECONDS)
+        line = f"warning: {self._uri}: {reason(error)}; trying again in {pause_seconds:.1f} s"
+        print(line, file=sys.stderr, flush=True)
+        return pause_seconds
+
+
+def patiently(
+    action: Callable[[], T], uri: str, seconds: float, may_pass: Callable[[Exception], bool], wanted: str = "document"
+) -> T:
+    """What `action` returns, which is called again for `seconds` while it fails with what `may_pass`."""
+    patience = Patience(uri, seconds, wanted)
     while True:
         try:
-            for documents in documents_or_error(shard, text_column, next_document):
-                yield documents
-                next_document = documents[-1].index + 1
-                patience.succeeded()
-            return
-        except UserError:
-            raise
-        except Exception as error:  # the libraries below have no common class for what a network does
-            if not may_pass(shard, error):
-                if isinstance(error, READ_ERRORS):
-                    raise unreadable(shard, error) from None
+            return action()
+        except Exception as error:
+            if isinstance(error, UserError) or not may_pass(error):
                 raise
             pause_seconds = patience.next_pause(error)
-            if watch:
-                watch(shard.uri, reason(error))
         time.sleep(pause_seconds)
 
 
-def may_pass(shard: TextShard, error: BaseException) -> bool:
-    """Whether an error may be the network's or the file system's, and not the file's."""
-    if not shard.is_local:
-        return hub.of_the_network(error)
-    if isinstance(error, FileNotFoundError):
-        return not Path(shard.uri).parent.is_dir()  # with its folder it may be a mount that comes back
-    # Arrow and gzip speak of damage by an OSError without a number; the system always gives one.
-    return isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and bool(error.errno)
+def unreachable(uri: str, seconds: float, why: str, wanted: str = "document") -> UserError:
+    """The user's message when patience is at its end."""
+    found = f"gave no {wanted} for {seconds:g} s ({why})"
+    suggestion = "check the network or the file system, then start again; or raise data.patience_seconds"
+    suggestion += " (--patience-seconds of tools/prepare_data.py)"
+    return UserError(Problem(uri, found, suggestion))
+
+
+def _wanted_pause(error: BaseException) -> float:
+    """Seconds that a server which is asked too often wants to be left alone (Retry-After), else 0."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    wanted = headers.get("Retry-After", "")
+    return float(wanted) if wanted.isdecimal() else 0.0
+
+
+def reason(error: BaseException) -> str:
+    """One line that says what failed."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

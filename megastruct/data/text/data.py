@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megastruct.data.batch import Batch, batch_from_rows
 from megastruct.data.mixture import Mixture
+from megastruct.data.protocols import Tokenizer
 from megastruct.data.reader import check_held_out_rows, describe_mixture, validation_samples
-from megastruct.data.sources.hub import commit_of
+from megastruct.data.sources.storages import storage_of
 from megastruct.data.text.held_out import held_out_tokens
 from megastruct.data.text.reader import TextReader
 from megastruct.data.text.stream import CURSOR_COLUMNS, TextSource
-from megastruct.data.tokenizer import Tokenizer
 
 
 class TextData:
@@ -40,6 +41,8 @@ class TextData:
         self._cache_folder = cache_folder
         self._held_out: dict[tuple[int, ...], list[np.ndarray]] = {}
 
+    validation_is_costly = True
+
     @property
     def tokenizer(self) -> Tokenizer:
         return self._sources[0].tokenizer
@@ -53,7 +56,7 @@ class TextData:
         """Broken documents passed over so far, from the merged cursor of all ranks."""
         return int(cursor[:, -1].sum())
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
         """Plain values for the record of a run; what only reading everything could tell is None."""
         first = self._sources[0]
         parts = [
@@ -81,7 +84,7 @@ class TextData:
     def _hub_commits(self) -> dict:
         """What was read from the hub, said only if something was."""
         firsts = [source.shards[0] for source in self._sources]
-        commits = [None if shard.is_local else commit_of(shard.uri) for shard in firsts]
+        commits = [storage_of(shard).commit_of(shard) for shard in firsts]
         return {"hub_commits": commits} if any(commits) else {}
 
     def train_reader(

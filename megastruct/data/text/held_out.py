@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from megastruct.data.cache import cached_array, key_of
-from megastruct.data.sources.patience import read_patiently
+from megastruct.data.sources.reading import read_patiently
 from megastruct.data.split import is_validation
 from megastruct.data.text.stream import TextSource
 

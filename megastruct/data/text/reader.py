@@ -9,6 +9,7 @@ import numpy as np
 from megastruct.data.mixture import Mixture
 from megastruct.data.order import locate_streams, rows_consumed, shard_order
 from megastruct.data.reader import Reader
+from megastruct.data.text.ahead import open_chunks
 from megastruct.data.text.stream import (
     CURSOR_COLUMNS,
     START,
@@ -17,7 +18,6 @@ from megastruct.data.text.stream import (
     TextStream,
 )
 from megastruct.data.text.worker import StreamName
-from megastruct.data.text.workers import open_chunks
 from megastruct.errors import Problem, UserError
 
 

@@ -19,12 +19,12 @@ from typing import NamedTuple
 import numpy as np
 
 from megastruct.data.order import shard_order
+from megastruct.data.protocols import Tokenizer
 from megastruct.data.sources.documents import Document
-from megastruct.data.sources.patience import read_patiently
-from megastruct.data.sources.retry import DEFAULT_PATIENCE_SECONDS
+from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS
+from megastruct.data.sources.reading import read_patiently
 from megastruct.data.sources.shards import TextShard
 from megastruct.data.split import is_validation
-from megastruct.data.tokenizer import Tokenizer
 from megastruct.errors import Problem, UserError
 
 

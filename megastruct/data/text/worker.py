@@ -1,6 +1,6 @@
 """The process that tokenises the streams of a training rank ahead of it.
 
-It is started by workers.py and speaks with it over a socket that it inherits:
+It is started by processes.py and speaks with it over a socket that it inherits:
 
     in:   first the sources and the streams with the places where they begin, then one stream name per wanted chunk
     out:  Reading (a shard was opened, or failed and will be tried again), Chunk, Failed

@@ -6,19 +6,19 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megastruct.data.batch import Batch, batch_from_rows
 from megastruct.data.mixture import Mixture
-from megastruct.data.order import locate_rows
+from megastruct.data.order import locate_rows, source_seed
 from megastruct.data.prefetch import Prefetched
+from megastruct.data.protocols import Tokenizer
 from megastruct.data.reader import Reader, check_held_out_rows, describe_mixture, validation_samples
-from megastruct.data.tokenizer import Tokenizer
 from megastruct.data.tokens.files import TokenFiles
 from megastruct.data.tokens.manifest import Manifest, TokenFile, verify_files
 from megastruct.errors import Problem, UserError
-from megastruct.parallel.seeds import derive_seed
 
 # Rows are located, and fetched by the system, for so many samples of a rank ahead: the permutation's cost is per call.
 _SAMPLES_AHEAD = 1024
@@ -147,11 +147,6 @@ class TokenReader(Reader):
         return self._located.popleft()
 
 
-def source_seed(seed: int, source: int) -> int:
-    """The seed of the order inside of one source; the first one's is the run's."""
-    return derive_seed("data", "source", seed, source) if source else seed
-
-
 def read_places(rows: Sequence[TokenRows], places: np.ndarray) -> np.ndarray:
     """Tokens at `places` (int64 [n, 2]: source, row) as int64 [n, seq_length + 1]."""
     if len(rows) == 1:
@@ -175,12 +170,13 @@ class TokenData:
         self._seed = seed
 
     cursor_shape = (1, 1)
+    validation_is_costly = False
 
     def skipped_documents(self, cursor: np.ndarray) -> int:
         """Broken documents that prepare_data passed over; `cursor` does not change it."""
         return sum(sum(source.manifest.skipped_documents.values()) for source in self._sources)
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
         """Plain values for the record of a run."""
         parts = [
             {

@@ -24,7 +24,6 @@ from megastruct.errors import Problem, UserError
 
 FORMAT_NAME = "megastruct-tokens"
 FORMAT_VERSION = 1
-TOKENIZER_NAME = "tokenizer.model"
 SPLITS = ("train", "validation")
 _MAKE_AGAIN = "make the folder again with tools/prepare_data.py, or copy it again"
 _READ_BYTES = 1 << 20

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by a SentencePiece model file (a LLaMA `tokenizer.model` works as it is)."""
+"""Tokenizers that are SentencePiece model files (a LLaMA `tokenizer.model` works as it is)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
 
-from megastruct.data.words import keeps_words_apart, words_of
+from megastruct.data.tokenizers.words import keeps_words_apart, words_of
 from megastruct.errors import Problem, UserError
 
 _PART_CHARACTERS = 1 << 16  # a longer text is encoded in parts: memory and time grow faster than its length
@@ -21,20 +22,17 @@ _BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 _TRAIN_ONE = "a SentencePiece model file, for example a LLaMA tokenizer.model or what tools/train_tokenizer.py writes"
 
 
-class Tokenizer:
-    """A SentencePiece model.
+class SentencePieceTokenizer:
+    """A SentencePiece model; see `Tokenizer` of protocols.py. Its `</s>` is the end of a document.
 
     Attributes:
-        path: absolute path of the model file.
-        vocab_size: number of ids; all ids are in [0, vocab_size).
-        eod_id: the end-of-document id (the model's `</s>`); it follows every document and never occurs inside one.
-        content: the file's bytes as they were read.
-        fingerprint: sha256 of them in hex.
         processor: the SentencePiece library's object.
 
     Raises:
         UserError: the file is missing, is not a SentencePiece model, or defines no end-of-sentence id.
     """
+
+    file_name = "tokenizer.model"
 
     def __init__(self, path: str | Path, where: str = "") -> None:
         """`where` names the key or option that `path` came from in error messages."""
@@ -80,7 +78,7 @@ class Tokenizer:
         """The text of `ids` [num_tokens]; ids of control tokens such as `eod_id` give no text."""
         return self.processor.decode(np.asarray(ids).tolist())
 
-    def __reduce__(self):  # worker processes load the file themselves
+    def __reduce__(self) -> tuple[Any, ...]:  # worker processes load the file themselves
         return (_load_same, (self.path, self._where, self.fingerprint))
 
     def _encode_parts(self, text: str) -> np.ndarray:
@@ -135,9 +133,9 @@ class Tokenizer:
 
 
 @lru_cache(maxsize=1)  # a worker process gets the same one with every shard
-def _load_same(path: Path, where: str, fingerprint: str) -> Tokenizer:
+def _load_same(path: Path, where: str, fingerprint: str) -> SentencePieceTokenizer:
     """The tokenizer that was pickled. Raises UserError if its file is another one now."""
-    tokenizer = Tokenizer(path, where)
+    tokenizer = SentencePieceTokenizer(path, where)
     if tokenizer.fingerprint != fingerprint:
         found = f"{path} was replaced by another model while this run was using it"
         raise UserError(Problem(where or str(path), found, "put the first one back, or start again with a new output"))

@@ -1,0 +1,64 @@
+"""Shards in files of this machine, or of a file system that is mounted on it."""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megastruct.data.protocols import FileState
+from megastruct.data.sources.shards import MANIFEST_NAME, TextShard
+from megastruct.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from megastruct.data.sources.find import Search
+
+
+class LocalFiles:
+    """A folder, which is searched to the bottom, a glob or a single file; relative to the current directory."""
+
+    request_bytes = io.DEFAULT_BUFFER_SIZE
+
+    def find(self, search: Search) -> list[TextShard] | None:
+        local = Path(search.path).expanduser().absolute()
+        if local.is_dir():
+            if (local / MANIFEST_NAME).is_file():
+                found = f"{local} holds token shards ({MANIFEST_NAME})"
+                suggestion = "train with data.kind=tokens, or give the text they were made from"
+                raise UserError(Problem(search.where, found, suggestion))
+            files = [Path(folder) / name for folder, _, names in os.walk(local) for name in names if name[0] != "."]
+            return _shards(search, files, local, f"the folder {local}")
+        if local.is_file():
+            return _shards(search, [local], local.parent, str(local))
+        if glob.has_magic(search.path) and "://" not in search.path:
+            files = [Path(name) for name in glob.glob(str(local), recursive=True) if os.path.isfile(name)]
+            root = os.path.commonpath([file.parent for file in files]) if files else local
+            return _shards(search, files, Path(root), f"the pattern {local}")
+        return None
+
+    def open(self, shard: TextShard) -> io.RawIOBase:
+        return open(shard.uri, "rb", buffering=0)
+
+    def state(self, shard: TextShard) -> FileState:
+        """`version`: the time of the last write in nanoseconds."""
+        status = os.stat(shard.uri)
+        return FileState(status.st_size, str(status.st_mtime_ns))
+
+    def commit_of(self, shard: TextShard) -> str | None:
+        return None
+
+    def may_pass(self, shard: TextShard, error: Exception) -> bool:
+        if isinstance(error, FileNotFoundError):
+            return not Path(shard.uri).parent.is_dir()  # with its folder it may be a mount that comes back
+        # Arrow and gzip speak of damage by an OSError without a number; the system always gives one.
+        return isinstance(error, OSError) and bool(error.errno)
+
+    def refusal(self, shard: TextShard, error: Exception) -> Problem | None:
+        return None
+
+
+def _shards(search: Search, files: list[Path], root: Path, what: str) -> list[TextShard]:
+    names = search.text_names([file.relative_to(root).as_posix() for file in files], what)
+    return [TextShard(str(root / name), name, (root / name).stat().st_size) for name in names]

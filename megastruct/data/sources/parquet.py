@@ -1,0 +1,96 @@
+"""Parquet shards: one column of text, read a few rows at a time through a small buffer.
+
+Not by `datasets`, because Arrow's dataset scanner beneath it holds a whole row group in memory, and a shard written
+with default settings is one row group of many GB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from megastruct.data.sources.documents import (
+    BYTES_PER_READ,
+    COLUMN_SUGGESTION,
+    DOCUMENTS_PER_READ,
+    Document,
+    document_from_bytes,
+    missing_column,
+)
+from megastruct.data.sources.shards import TextShard
+from megastruct.data.sources.storages import storage_of
+from megastruct.errors import Problem, UserError
+
+_BUFFER_BYTES = 1 << 20  # of a column
+_TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "null")
+
+
+class Parquet:
+    """A document is a row. A shard is judged by its footer: what lies before it is found when it is read."""
+
+    endings = (".parquet",)
+    damage = (pa.ArrowException,)
+
+    def check(self, shard: TextShard, text_column: str) -> Problem | None:
+        with _open(shard) as file:
+            schema = file.schema_arrow
+        if text_column not in schema.names:
+            return missing_column(shard, text_column, schema.names)
+        column_type = schema.field(text_column).type
+        if pa.types.is_dictionary(column_type):
+            column_type = column_type.value_type
+        if str(column_type) not in _TEXT_TYPES:
+            return Problem(shard.uri, f"column {text_column!r} is of type {column_type}, not text", COLUMN_SUGGESTION)
+        return None
+
+    def num_documents(self, shard: TextShard) -> int | None:
+        with _open(shard) as file:
+            return file.metadata.num_rows
+
+    def documents(self, shard: TextShard, text_column: str, start: int) -> Iterator[list[Document]]:
+        index = start
+        for column in _columns(shard, text_column, start):
+            null = pa.types.is_null(column.type)
+            # Arrow hands out bytes: it would refuse a whole column for one value that is not UTF-8.
+            contents = [None] * len(column) if null else column.cast(pa.large_binary()).to_pylist()
+            yield [document_from_bytes(index + i, content) for i, content in enumerate(contents)]
+            index += len(contents)
+
+
+def _open(shard: TextShard) -> pq.ParquetFile:
+    """Read through a buffer for each column, so that what is asked for is all that is read."""
+    storage = storage_of(shard)
+    file = shard.uri if shard.is_local else storage.open(shard)  # Arrow reads local files without Python's lock
+    return pq.ParquetFile(file, buffer_size=max(_BUFFER_BYTES, storage.request_bytes), pre_buffer=False)
+
+
+def _columns(shard: TextShard, text_column: str, start: int) -> Iterator[pa.Array]:
+    """The text column from row `start` on; row groups before `start` and other columns are not read."""
+    with _open(shard) as file:
+        if text_column not in file.schema_arrow.names:
+            raise UserError(missing_column(shard, text_column, file.schema_arrow.names))
+        first_group, to_skip = 0, start
+        while first_group < file.num_row_groups and to_skip >= file.metadata.row_group(first_group).num_rows:
+            to_skip -= file.metadata.row_group(first_group).num_rows
+            first_group += 1
+        groups = range(first_group, file.num_row_groups)
+        for batch in file.iter_batches(_rows_per_read(file, text_column), row_groups=groups, columns=[text_column]):
+            column = batch.column(0)[to_skip:]
+            to_skip = max(0, to_skip - len(batch))
+            if len(column):
+                yield column
+
+
+def _rows_per_read(file: pq.ParquetFile, text_column: str) -> int:
+    """Rows that hold about BYTES_PER_READ of text in the row group with the longest documents."""
+    groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
+    sizes = [
+        group.column(index).total_uncompressed_size / group.num_rows
+        for group in groups
+        if group.num_rows
+        for index in range(group.num_columns)
+        if group.column(index).path_in_schema == text_column
+    ]
+    return max(1, min(DOCUMENTS_PER_READ, int(BYTES_PER_READ / max([1, *sizes]))))

@@ -1,0 +1,15 @@
+"""All storages, by the scheme of the addresses of their shards."""
+
+from __future__ import annotations
+
+from megastruct.data.protocols import Storage
+from megastruct.data.sources.hub_files import HubFiles
+from megastruct.data.sources.local_files import LocalFiles
+from megastruct.data.sources.shards import TextShard
+
+# A path belongs to the first that knows it.
+STORAGES: dict[str, Storage] = {"": LocalFiles(), "hf": HubFiles()}
+
+
+def storage_of(shard: TextShard) -> Storage:
+    return STORAGES[shard.scheme]

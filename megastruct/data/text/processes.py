@@ -1,0 +1,89 @@
+"""A process that tokenises ahead of the trainer (worker.py is what runs in it), seen from the trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from megastruct.data.read_ahead import Supply
+from megastruct.data.text.chunks import Signs
+from megastruct.data.text.stream import Placed, StreamCursor, TextSource
+from megastruct.data.text.worker import Chunk, Failed, Reading, StreamName
+from megastruct.errors import Problem, UserError
+
+CHUNKS_AHEAD = 2  # of a stream, of 64 documents each: about 160,000 tokens of web pages
+_ROOT = Path(__file__).resolve().parents[3]
+
+
+class TextProcess(Signs):
+    """One process, and the thread that takes in what it sends, so that it never waits for the trainer to listen.
+
+    It begins with `CHUNKS_AHEAD` chunks of each stream.
+    """
+
+    def __init__(self, sources: Sequence[TextSource], starts: dict[StreamName, StreamCursor]) -> None:
+        super().__init__()
+        self._made: dict[StreamName, queue.SimpleQueue[list[Placed] | BaseException]] = {
+            name: queue.SimpleQueue() for name in starts
+        }
+        ours, theirs = socket.socketpair()
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
+        # Not multiprocessing: it would import the trainer's main module, and with it torch, into every worker.
+        command = [sys.executable, "-c", f"from megastruct.data.text.worker import main; main({theirs.fileno()})"]
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
+        theirs.close()
+        self._connection = Connection(ours.detach())
+        self._thread = threading.Thread(target=self._take_in, name="text-worker", daemon=True)
+        self._thread.start()
+        self._send((sources, starts))
+        for _ in range(CHUNKS_AHEAD):
+            for name in starts:
+                self._send(name)
+
+    def supply(self, name: StreamName) -> Supply[list[Placed]]:
+        """The chunks of a stream."""
+        return Supply(partial(self._send, name), self._made[name])
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        self.process.kill()
+        self.process.wait()
+        self._thread.join(timeout=5)
+        self._connection.close()
+
+    def _send(self, message: object) -> None:
+        with contextlib.suppress(OSError):  # if it is dead, the thread has said so
+            self._connection.send(message)
+
+    def _take_in(self) -> None:
+        try:
+            while True:
+                message = self._connection.recv()
+                self.heard(message if isinstance(message, Reading) else None)
+                if isinstance(message, Chunk):
+                    self._made[message.stream].put(message.documents)
+                elif isinstance(message, Failed):
+                    self._fail(message.error, self._made if message.stream is None else [message.stream])
+        except Exception as error:  # whatever ends this thread must end the wait for it
+            if not isinstance(error, (EOFError, OSError)):
+                self.process.kill()
+            code = self.process.wait()
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+            found = f"a process that tokenises {how}; perhaps the machine ran out of memory"
+            suggestion = "start again, the run goes on from its checkpoint; or data.num_workers=0"
+            self._fail(UserError(Problem("data.num_workers", found, suggestion)), self._made)
+            if not isinstance(error, (EOFError, OSError)):
+                raise
+
+    def _fail(self, error: UserError, streams: Iterable[StreamName]) -> None:
+        for name in streams:
+            self._made[name].put(error)

@@ -1,0 +1,83 @@
+"""Opening token shards for training (kind: tokens)."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from megastruct.data.mixture import Mixture
+from megastruct.data.opening import check_vocab_size, collect
+from megastruct.data.options import DataOptions
+from megastruct.data.protocols import Tokenizer
+from megastruct.data.tokenizers.open import open_tokenizer
+from megastruct.data.tokens.data import TokenData, TokenSource
+from megastruct.data.tokens.manifest import MANIFEST_NAME, Manifest, check_files, load_manifest
+from megastruct.errors import Problem, UserError
+
+
+def open_tokens(options: DataOptions) -> TokenData:
+    """Check the folders of all sources, and the tokenizer that they were made with.
+
+    Raises:
+        UserError: with all that is missing, damaged or does not fit.
+    """
+    problems: list[Problem] = []
+    found = [collect(problems, partial(_open_folder, options, where, path)) for where, path in options.paths]
+    if problems:
+        raise UserError(problems)
+    opened = [pair for pair in found if pair is not None]
+    _check_alike(opened)
+    sources, tokenizer = [source for source, _ in opened], opened[0][1]
+    return TokenData(sources, Mixture(options.weights), tokenizer, options.seed)
+
+
+def _open_folder(options: DataOptions, where: str, path: str) -> tuple[TokenSource, Tokenizer]:
+    folder = Path(path).expanduser().absolute()
+    if not (folder / MANIFEST_NAME).is_file():
+        what = f"has no {MANIFEST_NAME}" if folder.is_dir() else "is no folder"
+        suggestion = "make token shards with tools/prepare_data.py, or read text directly with data.kind=text"
+        raise UserError(Problem(where, f"{folder} {what}", suggestion))
+    manifest = load_manifest(folder)
+    problems: list[Problem] = []
+    collect(problems, lambda: check_files(folder, manifest))
+    tokenizer = collect(problems, lambda: _open_matching_tokenizer(folder, manifest, options.tokenizer_path))
+    collect(problems, lambda: check_vocab_size(manifest.settings.tokenizer.vocab_size, options.vocab_size))
+    if problems or tokenizer is None:
+        raise UserError(problems)
+    return TokenSource.open(folder, manifest, options.seq_length, options.vocab_size), tokenizer
+
+
+def _open_matching_tokenizer(folder: Path, manifest: Manifest, given: Path | None) -> Tokenizer:
+    """The tokenizer that was given, or else the folder's own, if it is the one that made the tokens."""
+    wanted = manifest.settings.tokenizer
+    if given is not None:
+        tokenizer = open_tokenizer(given, "data.tokenizer")
+        where, suggestion = "data.tokenizer", f"leave it out: the folder carries its own {wanted.file}"
+    else:
+        tokenizer = open_tokenizer(folder / wanted.file)
+        where, suggestion = str(tokenizer.path), "make the folder again with tools/prepare_data.py, or copy it again"
+    if tokenizer.fingerprint != wanted.fingerprint:
+        found = (
+            f"{tokenizer.path} is not the tokenizer that {folder} was made with "
+            f"(sha256 {tokenizer.fingerprint[:12]}... instead of {wanted.fingerprint[:12]}...)"
+        )
+        raise UserError(Problem(where, found, suggestion))
+    return tokenizer
+
+
+def _check_alike(sources: list[tuple[TokenSource, Tokenizer]]) -> None:
+    """One tokenizer and one split: a document of two folders is held out from both or from none."""
+    (first, tokenizer), *others = sources
+    fraction = first.manifest.settings.validation_fraction
+    for source, other in others:
+        if other.fingerprint != tokenizer.fingerprint:
+            found = f"{source.folder} was made with another tokenizer than {first.folder}"
+            raise UserError(Problem("data.path", found, "make all folders with one tokenizer"))
+        own = source.manifest.settings.validation_fraction
+        if own != fraction:
+            found = (
+                f"{source.folder} was made with --validation-fraction {own}, {first.folder} with {fraction}: "
+                "documents that one holds out would be trained on from the other"
+            )
+            suggestion = f"make it again with --validation-fraction {fraction}"
+            raise UserError(Problem("data.path", found, suggestion))

@@ -174,7 +174,7 @@ def tensor_hashes(checkpoint: Path) -> dict[str, str]:
 def compare(folder: Path, other: Path) -> list[str]:
     """A line for everything that differs between two records."""
     found = []
-    names = sorted({path.stem for path in (*folder.glob("*.json"), *other.glob("*.json"))})
+    names = [name for name in RUNS if any((one / f"{name}.json").exists() for one in (folder, other))]
     for name in names:
         paths = [one / f"{name}.json" for one in (folder, other)]
         if not all(path.exists() for path in paths):

@@ -20,7 +20,7 @@ from megastruct.launch.environment import free_port
 from megastruct.launch.signals import STOP_FILE
 from megastruct.planning.steps import total_steps
 from megastruct.run.preflight import preflight
-from megastruct.run.run_folder import finished_steps, run_folder
+from megastruct.run.run_folder import RunFolder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,12 +30,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         options, world_size = _launch_options(config, args)
         preflight(config, world_size)
         command = deepspeed_command(options, [args.config, *args.overrides])
-    folder = run_folder(config)
-    if finished_steps(config) >= total_steps(config):
+    folder = RunFolder(config).path
+    finished = RunFolder(config).finished_steps()
+    if finished >= total_steps(config):
         print(f"{folder} is finished: {total_steps(config)} steps are done.")
     else:
-        if finished_steps(config):
-            print(f"{folder}: resuming after step {finished_steps(config)}.")
+        if finished:
+            print(f"{folder}: resuming after step {finished}.")
         if not args.node_rank:  # the first node's start: another's may come when the run is already asked to stop
             (folder / STOP_FILE).unlink(missing_ok=True)
         stop_file = folder / STOP_FILE if options.by_ssh else None

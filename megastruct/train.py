@@ -13,9 +13,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
+from megastruct.checkpoint.store import step_of
 from megastruct.config import Config, load_config
 from megastruct.data import Batch, TrainingData
 from megastruct.engine.engine import Engine, build_engine
@@ -31,21 +33,14 @@ from megastruct.metrics.writers import Metrics, MetricWriter, Progress
 from megastruct.parallel.topology import Topology
 from megastruct.planning.cost import training_flops_per_token
 from megastruct.planning.steps import data_step, guided_steps, total_steps
-from megastruct.run.divergence import Divergence, is_way_back
+from megastruct.run.agreement import check_same_data, gather_cursor
+from megastruct.run.checkpoints import Checkpoints, load_checkpoint
+from megastruct.run.divergence import Divergence
 from megastruct.run.guided_phase import end_guided_phase, guide_distances
 from megastruct.run.preflight import preflight
-from megastruct.run.resume import (
-    agreed_finished_steps,
-    check_same_data,
-    find_checkpoint,
-    finish_save,
-    gather_cursor,
-    resume,
-    save,
-    start_save,
-)
-from megastruct.run.run_folder import lock_run_folder, run_folder, step_of, write_run_folder
-from megastruct.run.schedules import alpha, learning_rate
+from megastruct.run.run_folder import RunFolder
+from megastruct.run.schedules import Scheduled, scheduled
+from megastruct.run.way_back import go_back
 
 
 class Run:
@@ -57,15 +52,16 @@ class Run:
         topology: Topology,
         data: TrainingData,
         device: torch.device,
+        checkpoints: Checkpoints,
         stop: StopRequest,
         watch: Watch,
     ) -> None:
         self.config, self.topology, self.data, self.device = config, topology, data, device
-        self.stop, self.watch = stop, watch
-        checkpoint = find_checkpoint(config)
-        first_step, eod_id = step_of(checkpoint) if checkpoint else 0, data.tokenizer.eod_id
-        self.engine: Engine = build_engine(config, topology, device, first_step, eod_id)
-        self.step, cursor, state = resume(self.engine, checkpoint)
+        self.checkpoints, self.stop, self.watch = checkpoints, stop, watch
+        newest = checkpoints.newest()
+        eod_id = data.tokenizer.eod_id
+        self.engine: Engine = build_engine(config, topology, device, step_of(newest) if newest else 0, eod_id)
+        self.step, cursor, state = load_checkpoint(self.engine, newest)
         self.divergence = Divergence(config, state)
         self.reader = self._open_reader(cursor if data_step(config, self.step) else None)
         self.validation = self._validation_batches()
@@ -76,10 +72,11 @@ class Run:
         )
         self.writer: MetricWriter | None = None
         if dist.get_rank() == 0:
-            self.lock = lock_run_folder(config)
-            stop.watch(run_folder(config) / STOP_FILE)
-            texts = write_run_folder(config, data.describe(), data.tokenizer.path)
-            self.writer = MetricWriter(run_folder(config), self.step, texts)
+            folder = checkpoints.folder
+            self.lock = folder.lock()
+            stop.watch(folder.path / STOP_FILE)
+            texts = folder.write(data.describe(), data.tokenizer.path)
+            self.writer = MetricWriter(folder.path, self.step, texts)
         self.progress = Progress(
             total_steps(config), self.step, enabled=dist.get_rank() == 0 and config.logging.progress_bar
         )
@@ -89,41 +86,38 @@ class Run:
         total, stopping = total_steps(self.config), False
         while self.step < total and not stopping:
             if self.engine.guidance and self.step >= guided_steps(self.config):
-                self.engine = end_guided_phase(self.engine, self.step, self._cursor(), self._state())
+                self.engine = end_guided_phase(self.engine, self.checkpoints, self.step, *self._place())
             if self.step == self.config.training.base_steps:  # the guided steps' data, once more
                 self.divergence.skipped_data_steps = 0
                 self.reader = self._open_reader(None)
             self.watch.arrived(self.step)
             self.stop.ask(self.device)
-            loss = self._train_step()
+            now = scheduled(self.config, self.step)
+            loss = self._train_step(now)
             stopping = self.stop.agreed()
             if self.divergence.note(self.step, loss, self.engine.gradient_norm()) and self._went_back(loss):
                 continue
             last = self.step == total
-            metrics = self._metrics(loss) if last or self.step % self.config.logging.interval_steps == 0 else {}
+            metrics = self._metrics(loss, now) if _due(self.step, self.config.logging.interval_steps, last) else {}
             if _due(self.step, self.config.evaluation.interval_steps, last):
                 metrics |= self._validate()
             if self.writer and metrics:
                 self.writer.write(self.step, metrics)
             if _due(self.step, self.config.checkpoint.interval_steps, last or stopping):
-                start_save(self.engine, self.step, self._cursor(), self._state())
-        finish_save()
+                self.checkpoints.start_save(self.engine, self.step, *self._place())
+        self.checkpoints.finish_save()
         self.progress.close()
         if self.writer:
             self.writer.close()
             if self.step < total:
-                self.stop.say(self.step, run_folder(self.config))
+                self.stop.say(self.step, self.checkpoints.folder.path)
         return self.step == total
 
-    @property
-    def tokens(self) -> int:
-        return self.step * self.config.training.tokens_per_step
-
-    def _train_step(self) -> float:
+    def _train_step(self, now: Scheduled) -> float:
         start = time.perf_counter()
         with self.throughput.step():
-            self.engine.set_learning_rate(learning_rate(self.config, self.step))
-            self.engine.set_alpha(alpha(self.config, self.step), self.step)
+            self.engine.set_learning_rate(now.learning_rate)
+            self.engine.set_alpha(now.alpha, self.step)
             loss = self.engine.train_batch(self._timed(self.reader) if self.reader else None)
         if self.engine.guidance:
             self.throughput.guided(self.engine.guidance.read_share())
@@ -133,17 +127,11 @@ class Run:
 
     def _went_back(self, loss: float) -> bool:
         """After a spike: to the newest checkpoint, and on with the data after the spike; false if there is no way."""
-        cursor, spike, guides_left = self._cursor(), self.step, not self.engine.guidance
-        finish_save()  # it may be the newest
-        checkpoint = None  # to read all of its files only for a way back that there is
-        if is_way_back(self.config, spike, agreed_finished_steps(self.config), guides_left):
-            checkpoint = find_checkpoint(self.config)
-        if checkpoint is None or not is_way_back(self.config, spike, step_of(checkpoint), guides_left):
-            self.divergence.recent_losses.append(loss)  # else every loss after a lasting rise would be a spike
+        spike, cursor = self.step, self._cursor()
+        returned = go_back(self.engine, self.checkpoints, self.divergence, spike, loss, cursor)
+        if returned is None:
             return False
-        self.step, _, state = resume(self.engine, checkpoint)
-        self.divergence = self.divergence.went_back(spike, self.step, state)
-        save(self.engine, self.step, cursor, self._state())  # a restart must not read the skipped data, either
+        self.step, self.divergence = returned
         if self.writer:
             self.writer.go_back(self.step)
             self.progress.say(
@@ -152,18 +140,18 @@ class Run:
         self.progress.go_back(self.step)
         return True
 
-    def _metrics(self, loss: float) -> Metrics:
+    def _metrics(self, loss: float, now: Scheduled) -> Metrics:
         memory = torch.tensor(read_peak_memory_bytes(self.device), device=self.device)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
         share = self.throughput.guide_share  # of steps before the guides left, too
-        guided = {"alpha": alpha(self.config, self.step - 1), "guide_share": share} if self.engine.guidance else {}
+        guided = {"alpha": now.alpha, "guide_share": share} if self.engine.guidance else {}
         return {
             "loss": loss,
             "perplexity": _perplexity(loss),
             **guided,
-            "learning_rate": learning_rate(self.config, self.step - 1),
+            "learning_rate": now.learning_rate,
             "grad_norm": self.engine.gradient_norm(),
-            "tokens": self.tokens,
+            "tokens": self.step * self.config.training.tokens_per_step,
             "skipped_steps": self.divergence.skipped_steps,
             "skipped_data_steps": self.divergence.skipped_data_steps,
             "memory_bytes": int(memory),
@@ -184,7 +172,7 @@ class Run:
             self.progress.say(f"step {self.step}: validation loss {loss:.4f}, perplexity {_perplexity(loss):.2f}")
         metrics |= {"validation_loss": loss, "validation_perplexity": _perplexity(loss)}
         if self.engine.guidance:
-            blended = alpha(self.config, self.step)
+            blended = scheduled(self.config, self.step).alpha
             metrics["validation_loss_guided"] = self.engine.evaluate(self.validation, count, blended)
         return metrics
 
@@ -212,13 +200,14 @@ class Run:
             self.topology.dp_size,
         )
 
-    def _cursor(self) -> Any:
+    def _cursor(self) -> np.ndarray:
         """Where the whole run stands in the data. Collective."""
-        return gather_cursor(self.engine, self.reader.cursor() if self.reader else None, self.data.cursor_shape)
+        own = self.reader.cursor() if self.reader else None
+        return gather_cursor(own, self.data.cursor_shape, self.device)
 
-    def _state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside tensors and the place in the data."""
-        return {"tokens": self.tokens, **self.divergence.state}
+    def _place(self) -> tuple[np.ndarray, dict[str, Any]]:
+        """What a checkpoint keeps beside tensors: the run's place in the data, and plain values. Collective."""
+        return self._cursor(), self.divergence.state_at(self.step)
 
     def _timed(self, reader: Iterator[Batch]) -> Iterator[Batch]:
         while True:
@@ -252,10 +241,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         join(device, limits.collective_seconds)
         with Watch(process, limits.silence_seconds, limits.collective_seconds) as watch:
             check_same_data(data.describe())
-            if agreed_finished_steps(config) < total_steps(config):
-                finished = Run(config, topology, data, device, stop, watch).train()
+            checkpoints = Checkpoints(RunFolder(config))
+            if checkpoints.agreed_finished_steps() < total_steps(config):
+                finished = Run(config, topology, data, device, checkpoints, stop, watch).train()
             elif process.rank == 0:
-                print(f"{run_folder(config)} is finished: {total_steps(config)} steps are done.", file=sys.stderr)
+                print(f"{checkpoints.folder.path} is finished: {total_steps(config)} steps are done.", file=sys.stderr)
         leave()
     if not finished:
         raise SystemExit(EXIT_CODE_START_AGAIN)

@@ -19,7 +19,7 @@ from megastruct.config import load_config
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.launch.slurm import Resources, TrainingJob, job_text, run_here, submit
 from megastruct.run.preflight import preflight
-from megastruct.run.run_folder import run_folder
+from megastruct.run.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS_FOLDER = "jobs"
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             gpus_per_node=args.gpus_per_node,
             minutes=minutes,
             name=config.run.name,
-            folder=run_folder(config) / JOBS_FOLDER,
+            folder=RunFolder(config).path / JOBS_FOLDER,
             uses_gpus=config.hardware.device != "cpu",
             cpus_per_task=args.cpus_per_node,
             signal_seconds=args.signal_seconds,

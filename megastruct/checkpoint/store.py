@@ -41,6 +41,11 @@ def checkpoint_folder(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The steps that a checkpoint's folder has in its name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def complete_checkpoints(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of all complete checkpoints below `root`, oldest first."""
     if not root.is_dir():

@@ -9,18 +9,7 @@ from typing import Any
 
 from megastruct.config.schema import Config
 from megastruct.errors import Problem, UserError
-from megastruct.planning.steps import guided_steps
-from megastruct.run.run_folder import finished_steps, run_folder
-
-
-def is_way_back(config: Config, spike: int, to: int, guides_left: bool) -> bool:
-    """Whether a run can go back from a spike at step `spike` to the checkpoint of step `to`, 0 without one.
-
-    Not over the start of the data's second reading, where the reader begins anew and would undo what is left out; and
-    not to before the guides left.
-    """
-    over_the_start = to <= config.training.base_steps < spike
-    return to > 0 and not over_the_start and not (guides_left and to < guided_steps(config))
+from megastruct.run.run_folder import RunFolder
 
 
 class Divergence:
@@ -38,18 +27,19 @@ class Divergence:
             state.get("recent_losses", []), maxlen=config.reliability.spike_window_steps
         )
 
-    @property
-    def state(self) -> dict[str, Any]:
-        state = {"skipped_steps": self.skipped_steps}
+    def state_at(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of `step` keeps beside tensors and the place in the data."""
+        state: dict[str, Any] = {"tokens": step * self.config.training.tokens_per_step}
+        state |= {"skipped_steps": self.skipped_steps}
         if self.config.reliability.spike_factor:
             state |= {"spikes": self.spikes, "recent_losses": list(self.recent_losses)}
         return state | {"skipped_data_steps": self.skipped_data_steps}
 
     def note(self, step: int, loss: float, gradient_norm: float) -> bool:
-        """Count a step that the optimizer skipped, because the norm is not finite; `step`: with it finished ones.
+        """Count a step that the optimizer skipped because the norm is not finite. `step`: finished steps with this one.
 
-        Returns whether the loss is a spike. Raises UserError on all ranks when either is one too many, or where the
-        gradient does not show what the loss does: before weights that are lost take the place of a good checkpoint.
+        Returns whether the loss is a spike. Raises UserError on all ranks if there are too many skipped steps or too
+        many spikes, or if the loss is not finite while the gradient is: before lost weights replace a good checkpoint.
         """
         if math.isfinite(loss) and math.isfinite(gradient_norm):
             return self._is_spike(step, loss)
@@ -70,7 +60,7 @@ class Divergence:
         return back
 
     def _is_spike(self, step: int, loss: float) -> bool:
-        """A loss that is none is one of the next ones' median; before there are enough for it, none is."""
+        """Normal losses enter the median window. Until it is full, nothing counts as a spike."""
         limits = self.config.reliability
         full = len(self.recent_losses) == self.recent_losses.maxlen
         if limits.spike_factor and full and loss > limits.spike_factor * median(self.recent_losses):
@@ -82,6 +72,7 @@ class Divergence:
         return False
 
     def _end(self, found: str) -> UserError:
-        saved = f"step {finished_steps(self.config)} is saved in {run_folder(self.config)}"
+        folder = RunFolder(self.config)
+        saved = f"step {folder.finished_steps()} is saved in {folder.path}"
         suggestion = f"a lower optimizer.learning_rate or a longer warm-up, as another run ({saved})"
         return UserError(Problem("training", found, suggestion), on_all_ranks=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -19,14 +20,15 @@ from megastruct.engine.engine import Engine
 from megastruct.metrics.devices import memory_bytes
 from megastruct.models.guidance import LINEARS
 from megastruct.models.mlp import MLP
-from megastruct.run.resume import finish_save, resume, save
-from megastruct.run.run_folder import checkpoints_folder, run_folder
+from megastruct.run.checkpoints import Checkpoints, load_checkpoint
 from megastruct.structures.sharded import ShardedLinear
 
 REPORT_FILE = "end_of_guided_phase.json"
 
 
-def end_guided_phase(engine: Engine, step: int, cursor: np.ndarray, state: dict[str, Any]) -> Engine:
+def end_guided_phase(
+    engine: Engine, checkpoints: Checkpoints, step: int, cursor: np.ndarray, state: dict[str, Any]
+) -> Engine:
     """Go on without guides: their weights, gradients, fp32 masters and Adam moments are freed on every rank, the
     factors' state goes on untouched. Collective.
 
@@ -35,27 +37,27 @@ def end_guided_phase(engine: Engine, step: int, cursor: np.ndarray, state: dict[
     before and after, of every rank, is written to REPORT_FILE in the run folder.
     """
     before = memory_bytes(engine.device)
-    folder = checkpoint_folder(checkpoints_folder(engine.config), step)
-    finish_save()
+    folder = checkpoint_folder(checkpoints.root, step)
+    checkpoints.finish_save()
     if not from_first_rank(folder.is_dir()):
-        save(engine, step, cursor, state)
+        checkpoints.save(engine, step, cursor, state)
     engine = engine.without_guides()
-    resume(engine, folder)
+    load_checkpoint(engine, folder)
     gc.collect()
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()
-    _report(engine, step, before, memory_bytes(engine.device))
+    _report(engine, checkpoints.folder.path / REPORT_FILE, step, before, memory_bytes(engine.device))
     return engine
 
 
-def _report(engine: Engine, step: int, before_bytes: int, after_bytes: int) -> None:
+def _report(engine: Engine, path: Path, step: int, before_bytes: int, after_bytes: int) -> None:
     own = torch.tensor([before_bytes, after_bytes], device=engine.device)
     ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(ranks, own)
     if dist.get_rank() == 0:
         memory = [{"before_bytes": int(rank[0]), "after_bytes": int(rank[1])} for rank in ranks]
         text = json.dumps({"step": step, "ranks": memory}, indent=1)
-        (run_folder(engine.config) / REPORT_FILE).write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
 
 
 @torch.no_grad()

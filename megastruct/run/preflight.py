@@ -13,7 +13,7 @@ from megastruct.data.options import DataOptions
 from megastruct.errors import Problem, UserError
 from megastruct.parallel.topology import Topology
 from megastruct.planning.steps import check_guided_steps
-from megastruct.run.run_folder import check_run_folder, described_data, run_folder
+from megastruct.run.run_folder import RunFolder
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ def preflight(config: Config, world_size: int) -> tuple[Topology, TrainingData]:
         problems += check_batch(config, topology.dp_size)
     data = _collect(problems, lambda: _open(config))
     if data and topology and not problems:
-        _collect(problems, lambda: check_run_folder(config, data.describe()))
+        _collect(problems, lambda: RunFolder(config).check(data.describe()))
         if not data.validation_is_costly or not problems:
             _collect(problems, lambda: _check_held_out(config, data, topology))
     if problems or topology is None or data is None:
@@ -48,8 +48,9 @@ def _collect(problems: list[Problem], function: Callable[[], T]) -> T | None:
 
 
 def _open(config: Config) -> TrainingData:
-    commits = described_data(config).get("hub_commits", ())
-    return open_data(DataOptions.of(config, run_folder(config) / FOLDER_NAME, commits))
+    folder = RunFolder(config)
+    commits = folder.described_data().get("hub_commits", ())
+    return open_data(DataOptions.of(config, folder.path / FOLDER_NAME, commits))
 
 
 def _check_held_out(config: Config, data: TrainingData, topology: Topology) -> None:

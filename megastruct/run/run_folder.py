@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megastruct.checkpoint.intact import newest_of_right_size
+from megastruct.checkpoint.store import step_of
 from megastruct.config.compare import changes_of_the_run
 from megastruct.config.load import dump_config, load_config
 from megastruct.config.schema import Config
@@ -24,92 +25,85 @@ TOKENIZER_FILE = "tokenizer.model"
 LOCK_FILE = ".lock"
 
 
-def run_folder(config: Config) -> Path:
-    return Path(config.run.folder) / config.run.name
+class RunFolder:
+    """The folder of the run of `config`. Making the object touches no disk."""
 
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.path = Path(config.run.folder) / config.run.name
 
-def checkpoints_folder(config: Config) -> Path:
-    return run_folder(config) / "checkpoints"
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints."""
+        return self.path / "checkpoints"
 
+    def finished_steps(self) -> int:
+        """Steps of the newest complete checkpoint of which no file is cut off, 0 if there is none."""
+        latest = newest_of_right_size(self.checkpoints)
+        return step_of(latest) if latest else 0
 
-def finished_steps(config: Config) -> int:
-    """Steps of the newest complete checkpoint of which no file is cut off, 0 if there is none."""
-    latest = newest_of_right_size(checkpoints_folder(config))
-    return step_of(latest) if latest else 0
+    def check(self, data: dict[str, Any]) -> None:
+        """Raises UserError if the folder cannot be written, is in use, or holds a run of another config or data."""
+        self.lock(shared=True).close()  # all ranks ask at once: they must not refuse each other
+        if not (self.path / CONFIG_FILE).exists():
+            return
+        changes = changes_of_the_run(load_config(self.path / CONFIG_FILE), self.config)
+        problems = [Problem(path, f"{new!r}, but the run was started with {old!r}") for path, old, new in changes]
+        problems += [
+            Problem(f"data ({key})", f"{data.get(key)!r}, but the run was started with {value!r}")
+            for key, value in self.described_data().items()
+            if data.get(key) != value
+        ]
+        if problems:
+            raise UserError(
+                [*problems, Problem("", "a run folder holds one run", f"run.name={self.path.name}-2 for a new run")],
+                headline=f"{self.path} holds a run of another config",
+            )
 
+    def lock(self, shared: bool = False) -> IO[str]:
+        """Make the folder and take its lock, which is held until the returned file is closed or the process ends.
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
+        `shared`: beside others that only ask. The one that trains has it alone.
+        Raises UserError if the folder cannot be written or another process trains in it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK_FILE).open("a+", encoding="utf-8")  # NFS wants it readable for a shared lock
+        except OSError as error:
+            raise UserError(Problem("run.folder", f"{self.path}: {error.strerror}", "run.folder=runs")) from None
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            found = f"another process trains in {self.path}"
+            raise UserError(Problem("run.name", found, f"wait for it, or run.name={self.path.name}-2")) from None
+        return lock
 
+    def described_data(self) -> dict[str, Any]:
+        """What the data was when the run was started; empty if it has not been yet."""
+        path = self.path / DATA_FILE
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except OSError as error:
+            raise UserError(Problem(str(path), f"cannot be read ({error.strerror})", "make it readable")) from None
+        except ValueError as error:
+            raise UserError(Problem(str(path), f"not valid JSON: {error}", "remove the file")) from None
 
-def check_run_folder(config: Config, data: dict[str, Any]) -> None:
-    """Raises UserError if the folder cannot be written, is in use, or holds a run of another config or other data."""
-    folder = run_folder(config)
-    lock_run_folder(config, shared=True).close()  # all ranks ask at once: they must not refuse each other
-    if not (folder / CONFIG_FILE).exists():
-        return
-    changes = changes_of_the_run(load_config(folder / CONFIG_FILE), config)
-    problems = [Problem(path, f"{new!r}, but the run was started with {old!r}") for path, old, new in changes]
-    problems += [
-        Problem(f"data ({key})", f"{data.get(key)!r}, but the run was started with {value!r}")
-        for key, value in described_data(config).items()
-        if data.get(key) != value
-    ]
-    if problems:
-        raise UserError(
-            [*problems, Problem("", "a run folder holds one run", f"run.name={config.run.name}-2 for a new run")],
-            headline=f"{folder} holds a run of another config",
-        )
-
-
-def lock_run_folder(config: Config, shared: bool = False) -> IO[str]:
-    """Make the folder and take its lock, which is held until the returned file is closed or the process ends.
-
-    `shared`: beside others that only ask. The one that trains has it alone.
-    Raises UserError if the folder cannot be written or another process trains in it.
-    """
-    folder = run_folder(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("a+", encoding="utf-8")  # NFS wants it readable for a shared lock
-    except OSError as error:
-        raise UserError(Problem("run.folder", f"{folder}: {error.strerror}", "run.folder=runs")) from None
-    try:
-        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        found = f"another process trains in {folder}"
-        raise UserError(Problem("run.name", found, f"wait for it, or run.name={config.run.name}-2")) from None
-    return lock
-
-
-def described_data(config: Config) -> dict[str, Any]:
-    """What the data was when the run was started; empty if it has not been yet."""
-    path = run_folder(config) / DATA_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except OSError as error:
-        raise UserError(Problem(str(path), f"cannot be read ({error.strerror})", "make it readable")) from None
-    except ValueError as error:
-        raise UserError(Problem(str(path), f"no valid JSON: {error}", "remove the file")) from None
-
-
-def write_run_folder(config: Config, data: dict[str, Any], tokenizer: Path) -> dict[str, str]:
-    """Write the descriptions and copy the tokenizer, on rank 0; returns them as title -> text for TensorBoard."""
-    folder = run_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{TOKENIZER_FILE}.writing"
-    aside.write_bytes(tokenizer.read_bytes())  # which may be the file in this folder
-    aside.replace(folder / TOKENIZER_FILE)
-    texts = {
-        CONFIG_FILE: dump_config(config),
-        ENVIRONMENT_FILE: json.dumps(describe_environment(), indent=1),
-        DATA_FILE: json.dumps(data, indent=1),
-    }
-    for name, text in texts.items():
-        aside = folder / f".{name}.writing"
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(folder / name)
-    return texts
+    def write(self, data: dict[str, Any], tokenizer: Path) -> dict[str, str]:
+        """Write the descriptions and copy the tokenizer, on rank 0; returns them as title -> text for TensorBoard."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        aside = self.path / f".{TOKENIZER_FILE}.writing"
+        aside.write_bytes(tokenizer.read_bytes())  # which may be the file in this folder
+        aside.replace(self.path / TOKENIZER_FILE)
+        texts = {
+            CONFIG_FILE: dump_config(self.config),
+            ENVIRONMENT_FILE: json.dumps(describe_environment(), indent=1),
+            DATA_FILE: json.dumps(data, indent=1),
+        }
+        for name, text in texts.items():
+            aside = self.path / f".{name}.writing"
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(self.path / name)
+        return texts

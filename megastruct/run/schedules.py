@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from megastruct.config.schema import Config
 from megastruct.planning.steps import guided_steps, total_steps
+
+
+class Scheduled(NamedTuple):
+    """The scheduled values of one step."""
+
+    learning_rate: float
+    alpha: float
+
+
+def scheduled(config: Config, step: int) -> Scheduled:
+    """What holds in the step that follows `step` finished steps."""
+    return Scheduled(learning_rate(config, step), alpha(config, step))
 
 
 def learning_rate(config: Config, step: int) -> float:

@@ -20,7 +20,8 @@ from megastruct.config.schema import Config
 from megastruct.engine.engine import build_engine
 from megastruct.engine.state import saved_fragments
 from megastruct.parallel.topology import Topology
-from megastruct.run.resume import find_checkpoint, finish_save, resume, save, start_save
+from megastruct.run.checkpoints import Checkpoints, load_checkpoint
+from megastruct.run.run_folder import RunFolder
 from ranks import run_ranks
 
 MIB = 2**20
@@ -76,16 +77,17 @@ def measure(config: Config, topology: Topology) -> Costs:
             tensor.normal_()  # so that every page of the moments is there before the measurement
     del fragment, tensor
     cursor = np.array([[0]])
-    save_bytes = peak_extra_bytes(lambda: save(engine, 1, cursor, {}))
+    checkpoints = Checkpoints(RunFolder(engine.config))
+    save_bytes = peak_extra_bytes(lambda: checkpoints.save(engine, 1, cursor, {}))
     start = time.perf_counter()
-    start_save(engine, 2, cursor, {})
+    checkpoints.start_save(engine, 2, cursor, {})
     blocking = time.perf_counter() - start
-    finish_save()
+    checkpoints.finish_save()
     background = time.perf_counter() - start
     start = time.perf_counter()
-    save(engine, 3, cursor, {})
+    checkpoints.save(engine, 3, cursor, {})
     synchronous = time.perf_counter() - start
-    load_bytes = peak_extra_bytes(lambda: resume(engine, find_checkpoint(engine.config)))
+    load_bytes = peak_extra_bytes(lambda: load_checkpoint(engine, checkpoints.newest()))
     return Costs(
         sum(getattr(p, "ds_numel", p.numel()) for _, p in engine.named_parameters()),
         own_elements,

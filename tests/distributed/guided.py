@@ -15,9 +15,9 @@ from megastruct.engine.engine import Engine, build_engine
 from megastruct.models.guidance import is_guide
 from megastruct.parallel.topology import Topology
 from megastruct.planning.steps import data_step, guided_steps, total_steps
+from megastruct.run.checkpoints import Checkpoints, load_checkpoint
 from megastruct.run.guided_phase import REPORT_FILE, end_guided_phase
-from megastruct.run.resume import find_checkpoint, resume, save
-from megastruct.run.run_folder import finished_steps, run_folder
+from megastruct.run.run_folder import RunFolder
 from megastruct.run.schedules import alpha
 from ranks import own_device
 from runs import batches
@@ -47,7 +47,8 @@ def steps(engine: Engine, first: int, last: int, keep_guides: bool = False) -> t
     iterator = None
     for step in range(first, last):
         if engine.guidance and step >= guided_steps(config) and not keep_guides:
-            engine = end_guided_phase(engine, step, np.array([[step]]), {})
+            checkpoints = Checkpoints(RunFolder(config))
+            engine = end_guided_phase(engine, checkpoints, step, np.array([[step]]), {})
         if engine.reads_data and (iterator is None or step == config.training.base_steps):
             iterator = batches(config, engine.topology, data_step(config, step))
         engine.set_learning_rate(1e-2 * (1 - step / 40))
@@ -58,9 +59,10 @@ def steps(engine: Engine, first: int, last: int, keep_guides: bool = False) -> t
 
 def whole_run(config: Config, topology: Topology, keep_guides: bool = False) -> Results:
     """All steps, from the newest checkpoint on if there is one."""
-    checkpoint = find_checkpoint(config)
-    engine = build_engine(config, topology, own_device(), finished_steps(config))
-    step, _, _ = resume(engine, checkpoint)
+    folder = RunFolder(config)
+    checkpoint = Checkpoints(folder).newest()
+    engine = build_engine(config, topology, own_device(), folder.finished_steps())
+    step, _, _ = load_checkpoint(engine, checkpoint)
     return steps(engine, step, total_steps(config), keep_guides)[1]
 
 
@@ -75,7 +77,7 @@ def interrupted_run(config: Config, topology: Topology, last: int) -> Results:
     """The first steps, then a checkpoint."""
     engine = build_engine(config, topology, own_device())
     engine, results = steps(engine, 0, last)
-    save(engine, last, np.array([[last]]), {})
+    Checkpoints(RunFolder(config)).save(engine, last, np.array([[last]]), {})
     return results
 
 
@@ -93,9 +95,10 @@ def memory_of_the_end(config: Config, topology: Topology) -> tuple[int, int, int
     run: list[Engine] = [steps(build_engine(config, topology, own_device()), 0, border)[0]]  # as the loop holds it
     guides = sum(getattr(p, "ds_numel", p.numel()) for name, p in run[0].named_parameters() if is_guide(name))
     # Saved before it is measured: the copies in host memory, which are kept for the next save, are in both numbers.
-    save(run[0], border, np.array([[border]]), {})
+    checkpoints = Checkpoints(RunFolder(config))
+    checkpoints.save(run[0], border, np.array([[border]]), {})
     before = live_bytes()
-    run[0] = end_guided_phase(run[0], border, np.array([[border]]), {})
+    run[0] = end_guided_phase(run[0], checkpoints, border, np.array([[border]]), {})
     after = live_bytes()
     assert not any(is_guide(name) for name, _ in run[0].named_parameters())
-    return guides, before, after, json.loads((run_folder(config) / REPORT_FILE).read_text())
+    return guides, before, after, json.loads((checkpoints.folder.path / REPORT_FILE).read_text())

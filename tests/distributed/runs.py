@@ -14,6 +14,8 @@ from megastruct.data.batch import Batch
 from megastruct.data.order import deal
 from megastruct.engine.engine import Engine, build_engine
 from megastruct.parallel.topology import Topology
+from megastruct.run.checkpoints import Checkpoints, load_checkpoint
+from megastruct.run.run_folder import RunFolder
 from ranks import own_device
 
 
@@ -59,42 +61,36 @@ def save_half_way(config: Config, topology: Topology, folder: Path) -> list[tupl
     """Train half of the run, save in the background, go on to the end."""
     import numpy as np
 
-    from megastruct.run.resume import finish_save, start_save
-
+    checkpoints = Checkpoints(RunFolder(config))
     engine = build_engine(config, topology, own_device())
     half = config.training.base_steps // 2
     first = train_steps(engine, 0, half)
-    start_save(engine, half, np.array([[half]]), {})
+    checkpoints.start_save(engine, half, np.array([[half]]), {})
     second = train_steps(engine, half, config.training.base_steps)
-    finish_save()
+    checkpoints.finish_save()
     return first + second
 
 
 def resume_half_way(config: Config, topology: Topology) -> list[tuple[float, float]]:
     """Load what `save_half_way` saved and train to the end."""
-    from megastruct.run.resume import find_checkpoint, resume
-
     engine = build_engine(config, topology, own_device())
-    step, cursor, _ = resume(engine, find_checkpoint(engine.config))
+    step, cursor, _ = load_checkpoint(engine, Checkpoints(RunFolder(config)).newest())
     assert cursor is not None and cursor.tolist() == [[step]]
     return train_steps(engine, step, config.training.base_steps)
 
 
 def resume_and_save_again(config: Config, topology: Topology) -> list[tuple[float, float]]:
     """Load what `save_half_way` saved, save it as the step after, and train to the end."""
-    from megastruct.run.resume import find_checkpoint, resume, save
-
+    checkpoints = Checkpoints(RunFolder(config))
     engine = build_engine(config, topology, own_device())
-    step, cursor, _ = resume(engine, find_checkpoint(engine.config))
+    step, cursor, _ = load_checkpoint(engine, Checkpoints(RunFolder(config)).newest())
     assert cursor is not None
-    save(engine, step + 1, cursor, {})
+    checkpoints.save(engine, step + 1, cursor, {})
     return train_steps(engine, step, config.training.base_steps)
 
 
 def evaluate_resumed(config: Config, topology: Topology) -> float:
     """Load what `save_half_way` saved; the loss of the first micro-batch that would be trained on."""
-    from megastruct.run.resume import find_checkpoint, resume
-
     engine = build_engine(config, topology, own_device())
-    step, _, _ = resume(engine, find_checkpoint(engine.config))
+    step, _, _ = load_checkpoint(engine, Checkpoints(RunFolder(config)).newest())
     return engine.evaluate([next(batches(config, topology, first_step=step))], 1)

@@ -17,7 +17,7 @@ from megastruct.config.load import dump_config
 from megastruct.errors import UserError
 from megastruct.inference.load import load_model
 from megastruct.parallel.topology import Topology
-from megastruct.run.run_folder import checkpoints_folder
+from megastruct.run.run_folder import RunFolder
 from ranks import run_ranks
 
 BOUNDS = {"fp32": 1e-5, "bf16": 3e-2}
@@ -180,12 +180,12 @@ def test_checkpoints_hold_guides_inside_the_phase_only_and_serving_asks(tmp_path
     run_ranks(1, interrupted_run, config, ALONE, 9)
     (tmp_path / "tiny" / "config.yaml").write_text(dump_config(config))
     guide = {"master.blocks.1.mlp.fc1_guide.weight": torch.empty(48, 16)}
-    load_tensors(checkpoint_folder(checkpoints_folder(config), 9), guide)
+    load_tensors(checkpoint_folder(RunFolder(config).checkpoints, 9), guide)
     with pytest.raises(UserError, match=r"inside the guided phase \(step 9 of 10\)"):
         load_model(tmp_path / "tiny")
     model, _ = load_model(tmp_path / "tiny", allow_guided=True)
     assert not any("guide" in name for name, _ in model.named_parameters())
     run_ranks(1, interrupted_run, config, ALONE, 10)
     with pytest.raises(UserError, match="missing"):
-        load_tensors(checkpoint_folder(checkpoints_folder(config), 10), guide)
+        load_tensors(checkpoint_folder(RunFolder(config).checkpoints, 10), guide)
     load_model(tmp_path / "tiny")

@@ -28,7 +28,9 @@ from megastruct.inference.load import load_model
 from megastruct.models.gpt import build_gpt
 from megastruct.models.loss import cross_entropy
 from megastruct.parallel.topology import Topology
-from megastruct.run.resume import check_same_data, find_checkpoint, resume, save
+from megastruct.run.agreement import check_same_data
+from megastruct.run.checkpoints import Checkpoints, load_checkpoint
+from megastruct.run.run_folder import RunFolder
 from ranks import own_device, run_ranks
 from runs import batches, evaluate_resumed, resume_and_save_again, resume_half_way, save_half_way
 
@@ -188,9 +190,10 @@ def test_a_checkpoint_of_another_model_is_refused(saved: tuple[Path, list[Any]])
 def load_into_a_deeper_model(config: Config, topology: Topology) -> str:
     """Save a model without the last block; the error of loading that into the whole one."""
     shallow = Config.model_validate({**config.model_dump(), "model": {**config.model.model_dump(), "num_layers": 3}})
-    save(build_engine(shallow, topology, own_device()), 3, np.array([[3]]), {})
+    checkpoints = Checkpoints(RunFolder(config))
+    checkpoints.save(build_engine(shallow, topology, own_device()), 3, np.array([[3]]), {})
     try:
-        resume(build_engine(config, topology, own_device()), find_checkpoint(config))
+        load_checkpoint(build_engine(config, topology, own_device()), checkpoints.newest())
     except UserError as error:
         return str(error) if error.on_all_ranks else ""
     return ""

@@ -140,10 +140,10 @@ def test_an_error_of_one_rank_is_said_by_it_alone(
     """The others end with its exit code, and nobody calls it lost."""
     original = train.Run._train_step
 
-    def fail(self: Any) -> float:
+    def fail(self: Any, now: Any) -> float:
         if dist.get_rank() == 0 and self.step == 3:
             raise UserError(Problem("data.path", "a broken file"))
-        return original(self)
+        return original(self, now)
 
     monkeypatch.setattr(train.Run, "_train_step", fail)
     with Forked(tmp_path, tmp_path / "runs" / "test", 4, config, *RUN) as forked:

@@ -143,9 +143,9 @@ def test_hostfiles(config: Path, tmp_path: Path, capsys: Any) -> None:
 
 def test_a_folder_in_use(config: Path, capsys: Any) -> None:
     from megastruct.config import load_config
-    from megastruct.run.run_folder import lock_run_folder
+    from megastruct.run.run_folder import RunFolder
 
-    with lock_run_folder(load_config(config)):
+    with RunFolder(load_config(config)).lock():
         assert "another process trains in" in message(capsys, config)
 
 

@@ -75,7 +75,7 @@ def test_a_spike_is_gone_back_from_and_its_data_skipped(
 
     bad_batches.clear()
     original = train.Run._train_step
-    monkeypatch.setattr(train.Run, "_train_step", lambda self: (skip_by_hand(self), original(self))[1])
+    monkeypatch.setattr(train.Run, "_train_step", lambda self, now: (skip_by_hand(self), original(self, now))[1])
     train_forked(tmp_path, tmp_path / "runs" / "by_hand", 2, *arguments, "run.name=by_hand")
     assert losses(tmp_path / "runs" / "by_hand") == first
 

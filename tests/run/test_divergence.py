@@ -6,7 +6,8 @@ import pytest
 
 from configs import tiny_config
 from megastruct.planning.steps import guided_steps
-from megastruct.run.divergence import Divergence, is_way_back
+from megastruct.run.divergence import Divergence
+from megastruct.run.way_back import is_way_back
 
 # 20 base steps, guided for the first 10, whose tokens are read again at the end
 GUIDED = tiny_config(guided={"schedule": "fixedflop", "fraction": 0.5, "levels": 4})

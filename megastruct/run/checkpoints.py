@@ -1,0 +1,130 @@
+"""A run's state between an engine and its checkpoints: parameters, optimizer state, step, place in the data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from megastruct.checkpoint.agreement import from_first_rank, gather, together
+from megastruct.checkpoint.background import BackgroundSaver
+from megastruct.checkpoint.intact import newest_intact, set_aside
+from megastruct.checkpoint.sharded import ShardedTensor
+from megastruct.checkpoint.store import checkpoint_folder, load_state, load_tensors, save_checkpoint
+from megastruct.engine.engine import Engine
+from megastruct.engine.state import KINDS, Fragment, begin_restore, finish_restore, saved_fragments
+from megastruct.errors import Problem, UserError
+from megastruct.models.guidance import is_guide
+from megastruct.parallel.shards import Box
+from megastruct.planning.steps import guided_steps
+from megastruct.run.run_folder import RunFolder
+
+
+class Loaded(NamedTuple):
+    """What a checkpoint held beside the tensors: steps done, the run's place in the data, plain values."""
+
+    step: int
+    cursor: np.ndarray | None
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of a run: written while training goes on, and found again.
+
+    Each rank of a run has one object, because a save outlives the engine that it came from.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.root, self.keep = folder.checkpoints, folder.config.checkpoint.keep
+        self.folder = folder
+        self._saver = BackgroundSaver()
+
+    def start_save(self, engine: Engine, step: int, cursor: np.ndarray, state: dict[str, Any]) -> None:
+        """Copy `step`'s state to host memory and write it while training goes on. Collective over the world.
+
+        `cursor`: the whole run's (`gather_cursor`). From the end of the guided phase on the guides are left out.
+        Waits for the save before. Raises UserError on all ranks if that one could not be written.
+        """
+        guided = step < guided_steps(engine.config)
+        names = [name for name, _ in engine.named_parameters() if guided or not is_guide(name)]
+        owned = {own.name: own for own in saved_fragments(engine) if own.name in names}
+        views = {f"{kind}.{name}": tensor for name, own in owned.items() for kind, tensor in own.tensors.items()}
+        copies = self._saver.host_copies(views)
+        tensors = {
+            f"{kind}.{name}": _global(engine, fragment, copies[f"{kind}.{name}"])
+            for name, fragment in owned.items()
+            for kind in fragment.tensors
+        }
+        layout = engine.config.parallel.model_dump()
+        state = {"step": step, "cursor": cursor.tolist(), "layout": layout, **state}
+        wanted = [f"{kind}.{name}" for name in names for kind in KINDS]
+        self._saver.start(lambda group: save_checkpoint(self.root, step, tensors, state, self.keep, group, wanted))
+
+    def finish_save(self) -> None:
+        """Wait for the save that is on its way. Raises UserError on all ranks if it could not be written."""
+        self._saver.wait()
+
+    def save(self, engine: Engine, step: int, cursor: np.ndarray, state: dict[str, Any]) -> Path:
+        """`start_save` and `finish_save`: the checkpoint is complete when it returns."""
+        self.start_save(engine, step, cursor, state)
+        self.finish_save()
+        return checkpoint_folder(self.root, step)
+
+    def newest(self) -> Path | None:
+        """The newest intact checkpoint, if there is one; damaged ones that are newer are set aside. Collective.
+
+        Raises UserError on all ranks if there are checkpoints and none is intact.
+        """
+        self.finish_save()
+        self._saver.connect()
+        folder, damaged = newest_intact(self.root)
+        set_aside(damaged)
+        return folder
+
+    def agreed_finished_steps(self) -> int:
+        """Steps of the newest checkpoint, after all ranks have found it. Collective.
+
+        Raises UserError on all ranks if they have not: they would wait for each other until the group's time is out.
+        """
+        steps = from_first_rank(self.folder.finished_steps())
+        sees = not steps or checkpoint_folder(self.root, steps).is_dir()
+        blind = [rank for rank, seen in enumerate(gather(sees)) if not seen]
+        if blind:
+            message = f"rank {blind[0]} does not see the checkpoint of step {steps} that rank 0 sees"
+            suggestion = "a folder on a file system that all nodes share"
+            raise UserError(Problem("run.folder", message, suggestion), on_all_ranks=True)
+        return steps
+
+
+def load_checkpoint(engine: Engine, folder: Path | None) -> Loaded:
+    """Load a checkpoint into the engine; step 0 and no cursor without a folder. Collective.
+
+    What the engine has no parameter for may be stored, too. Raises UserError on all ranks if it does not fit the model.
+    """
+    if folder is None:
+        return Loaded(0, None, {})
+    state = together(lambda: load_state(folder))
+    tensors = {
+        f"{kind}.{name}": _global(engine, fragment, tensor)
+        for name, fragment in begin_restore(engine, state["step"], state.get("skipped_steps", 0)).items()
+        for kind, tensor in fragment.tensors.items()
+    }
+    together(lambda: load_tensors(folder, tensors))
+    finish_restore(engine)
+    return Loaded(state["step"], np.array(state["cursor"], dtype=np.int64), state)
+
+
+def _global(engine: Engine, fragment: Fragment, tensor: Tensor) -> Tensor:
+    """`tensor`, which has the fragment's elements, under the global form of its parameter."""
+    parameter: Any = fragment.parameter
+    local_shape = getattr(parameter, "ds_shape", parameter.shape)
+    spec = getattr(parameter, "shard_spec", None)
+    if spec is None:
+        origin = (0,) * len(local_shape)
+        return ShardedTensor.of_fragment(
+            tensor, fragment.start, local_shape, local_shape, [Box(origin, origin, tuple(local_shape))]
+        )
+    shape = parameter.global_shape
+    return ShardedTensor.of_fragment(tensor, fragment.start, local_shape, shape, spec.boxes(shape, engine.tp.rank))

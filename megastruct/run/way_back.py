@@ -1,0 +1,53 @@
+"""The way back from a spike of the loss: to the newest checkpoint, and on with the data after the spike."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from megastruct.checkpoint.store import step_of
+from megastruct.config.schema import Config
+from megastruct.engine.engine import Engine
+from megastruct.planning.steps import guided_steps
+from megastruct.run.checkpoints import Checkpoints, load_checkpoint
+from megastruct.run.divergence import Divergence
+
+
+class Returned(NamedTuple):
+    """Where a run goes on after it went back: the finished steps, and what has gone wrong so far."""
+
+    step: int
+    divergence: Divergence
+
+
+def is_way_back(config: Config, spike: int, to: int, guides_left: bool) -> bool:
+    """Whether a run can go back from a spike at step `spike` to the checkpoint of step `to`, 0 without one.
+
+    Not over the start of the data's second reading, where the reader begins anew and would undo what is left out; and
+    not to before the guides left.
+    """
+    over_the_start = to <= config.training.base_steps < spike
+    return to > 0 and not over_the_start and not (guides_left and to < guided_steps(config))
+
+
+def go_back(
+    engine: Engine, checkpoints: Checkpoints, divergence: Divergence, spike: int, loss: float, cursor: np.ndarray
+) -> Returned | None:
+    """After a spike at step `spike`: load the newest checkpoint, and save it again with the data's place `cursor`.
+
+    None if there is no way back: then the loss counts as a usual one. Collective.
+    """
+    config, guides_left = engine.config, not engine.guidance
+    checkpoints.finish_save()  # it may be the newest
+    checkpoint = None  # all files of a checkpoint are read to find it intact: only for a way back that there is
+    if is_way_back(config, spike, checkpoints.agreed_finished_steps(), guides_left):
+        checkpoint = checkpoints.newest()
+    if checkpoint is None or not is_way_back(config, spike, step_of(checkpoint), guides_left):
+        divergence.recent_losses.append(loss)  # else every loss after a lasting rise would be a spike
+        return None
+    loaded = load_checkpoint(engine, checkpoint)
+    divergence = divergence.went_back(spike, loaded.step, loaded.state)
+    # A restart must not read the skipped data, either.
+    checkpoints.save(engine, loaded.step, cursor, divergence.state_at(loaded.step))
+    return Returned(loaded.step, divergence)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from megastruct.data import Tokenizer
 from megastruct.data import tokenizer as tokenizer_module
 from megastruct.data import words as words_module
+from megastruct.data.preparation.tokenizer import TRAINING_OPTIONS
 from tiny_data import WORDS, train_model
-from tools.train_tokenizer import TRAINING_OPTIONS
 
 TEXTS = ["river stone light", "  two  spaces\nand a new line\t", "é 日本語 🙂", "</s> 1234 <s>", "\x00"]
 

@@ -18,17 +18,16 @@ import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from megastruct.data.prefetch import join_soon
 from megastruct.data.sources.retry import unreachable
 from megastruct.data.text.stream import Placed, StreamCursor, TextSource, tokenised_documents
 from megastruct.data.text.worker import Chunk, Reading, StreamName
 from megastruct.errors import Problem, UserError
+from megastruct.import_path import import_variables
 
 CHUNKS_AHEAD = 2  # of a stream, of 64 documents each: about 160,000 tokens of web pages
 _LEAST_LIMIT_SECONDS = 60.0  # a chunk of long documents takes seconds, and so does the start of a process
-_ROOT = Path(__file__).resolve().parents[3]
 Chunks = Iterator[list[Placed]]
 
 
@@ -66,7 +65,7 @@ class _Worker:
         self.reading: dict[StreamName, Reading] = {}
         self.last_seconds = time.monotonic()  # when it was last heard of
         ours, theirs = socket.socketpair()
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
+        environment = os.environ | import_variables()
         # Not multiprocessing: it would import the trainer's main module, and with it torch, into every worker.
         command = [sys.executable, "-c", f"from megastruct.data.text.worker import main; main({theirs.fileno()})"]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)

@@ -4,6 +4,8 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 "$root/tools/setup.sh"
+# The modules are this checkout's, whatever lies in the caller's folder.
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 if [ $# -gt 0 ]; then
   exec "$root/.venv/bin/python" -m megastruct.start "$@" # from the caller's folder: its paths are meant
 fi

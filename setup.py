@@ -2,16 +2,34 @@
 
 from setuptools import find_packages, setup
 
+CONFIGS = "megastruct.configs"  # the folder configs/, which the wheel brings along inside of the package
+COMMANDS = {
+    "train": "start",
+    "prepare": "commands.prepare",
+    "inspect": "commands.inspect",
+    "plan": "commands.plan",
+    "generate": "commands.generate",
+    "benchmark": "commands.benchmark",
+    "plot": "commands.plot_runs",
+    "submit": "commands.submit",
+    "tokenizer": "commands.train_tokenizer",
+    "sample-corpus": "commands.make_sample_corpus",
+}
+
 setup(
     name="megastruct",
     version="0.1.0",
     description="Pretrain transformers whose feed-forward layers are structured matrices, on DeepSpeed",
-    packages=find_packages(include=["megastruct", "megastruct.*"]),
+    packages=[*find_packages(include=["megastruct", "megastruct.*"]), CONFIGS],
+    package_dir={CONFIGS: "configs"},
+    package_data={CONFIGS: ["*/*.yaml"]},
+    entry_points={
+        "console_scripts": [f"megastruct-{command} = megastruct.{module}:main" for command, module in COMMANDS.items()]
+    },
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
-        "deepspeed>=0.19",
-        "datasets>=3.0",
+        "deepspeed>=0.19.8,<0.20",
         "huggingface_hub>=1.0",
         "pyarrow>=16.0",
         "sentencepiece>=0.2",
@@ -25,12 +43,12 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib>=3.8"],
+        "benchmark": ["datasets>=3.0", "tokenizers>=0.20"],
         "test": [
-            "megastruct[plot]",
+            "megastruct[plot,benchmark]",
             "pytest",
             "pytest-timeout",
             "hypothesis",
-            "tokenizers",
             "ruff",
             "mypy",
             "types-PyYAML",

@@ -1,9 +1,15 @@
 """Check everything that one process can check, then start the ranks with the deepspeed launcher.
 
-`./launch.sh` calls this: python -m megastruct.start CONFIG [section.key=value ...] [--num-gpus N ...]
+`./launch.sh` calls this, `megastruct-train` is this where the package is installed:
+python -m megastruct.start CONFIG [section.key=value ...] [--num-gpus N ...]
 """
 
 from __future__ import annotations
+
+from megastruct.import_path import import_variables, leave_out_working_folder
+
+if __name__ == "__main__":
+    leave_out_working_folder()
 
 import argparse
 import os
@@ -48,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="./launch.sh", description="Train a model with the deepspeed launcher.")
+    prog = "megastruct-train" if Path(sys.argv[0]).name == "megastruct-train" else "./launch.sh"
+    parser = argparse.ArgumentParser(prog=prog, description="Train a model with the deepspeed launcher.")
     parser.add_argument("config", help="YAML file, for example configs/run/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--num-gpus", type=int, help="processes per node; left out: what the config needs or has")
@@ -108,7 +115,7 @@ def _local_processes(config: Config, num_gpus: int | None) -> int:
 
 def _environment(config: Config) -> dict[str, str]:
     """For the launcher and all ranks."""
-    environment = dict(os.environ)
+    environment = os.environ | import_variables()
     if config.hardware.device == "cpu" or not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     environment.setdefault("LOG_LEVEL", "warning")

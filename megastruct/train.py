@@ -6,6 +6,11 @@ Started by `deepspeed --module megastruct.train CONFIG [section.key=value ...]` 
 
 from __future__ import annotations
 
+from megastruct.import_path import leave_out_working_folder
+
+if __name__ == "__main__":
+    leave_out_working_folder()
+
 import argparse
 import math
 import sys

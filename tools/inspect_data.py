@@ -1,107 +1,14 @@
 #!/usr/bin/env python
-"""Show what is in a folder of token shards, and verify it.
-
-python tools/inspect_data.py tokens/                 counts, lengths of documents, a few documents as text
-python tools/inspect_data.py tokens/ --verify        and read every file: checksums, numbers of documents, ids
-"""
+"""Show what is in a folder of token shards, and verify it: python tools/inspect_data.py tokens/ --verify."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout that is not installed
 
-from tqdm import tqdm
-
-from megastruct.data.preparation.inspect import Lengths, lengths, sample_documents, verify
-from megastruct.data.tokens.manifest import SPLITS, Manifest, check_files, load_manifest
-from megastruct.errors import Problem, UserError, user_errors_exit
-
-BAR_WIDTH = 40
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="what tools/prepare_data.py made")
-    parser.add_argument("--verify", action="store_true", help="read every file and compare it with the manifest")
-    parser.add_argument("--samples", type=int, default=3, help="documents to show as text (%(default)s)")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="of lengths and samples (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="other samples (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=10**8, help="read for the lengths at most (%(default)s)")
-    parser.add_argument("--workers", type=int, default=4, help="files that --verify reads at a time (%(default)s)")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
-    with user_errors_exit():
-        check_arguments(arguments)
-        manifest = load_manifest(arguments.folder)
-        print_counts(arguments.folder, manifest)
-        if arguments.verify:
-            print_verified(arguments.folder, manifest, arguments.workers)
-        else:
-            check_files(arguments.folder, manifest)
-        print_lengths(lengths(arguments.folder, manifest, arguments.split, arguments.max_tokens), arguments.split)
-        documents = sample_documents(arguments.folder, manifest, arguments.split, arguments.samples, arguments.seed)
-        for file, start, text in documents:
-            print(f"\n--- {file}, token {start}\n{text}")
-
-
-def check_arguments(arguments: argparse.Namespace) -> None:
-    problems = [
-        Problem(f"--{name.replace('_', '-')}", f"{getattr(arguments, name)} is less than {least}", f"{least} or more")
-        for name, least in (("samples", 0), ("seed", 0), ("max_tokens", 1), ("workers", 1))
-        if getattr(arguments, name) < least
-    ]
-    if problems:
-        raise UserError(problems)
-
-
-def print_counts(folder: Path, manifest: Manifest) -> None:
-    settings = manifest.settings
-    num_bytes = sum(source.num_bytes for source in settings.sources)
-    print(f"{folder}: {manifest.dtype} tokens of {len(settings.sources):,} text shards ({num_bytes / 1e9:,.2f} GB)")
-    tokenizer = settings.tokenizer
-    print(
-        f"tokenizer: {tokenizer.vocab_size:,} ids, end of document {tokenizer.eod_id}, sha256 {tokenizer.fingerprint}"
-    )
-    for split in SPLITS:
-        files, total = getattr(manifest.splits, split), getattr(manifest.totals, split)
-        mean = total.num_tokens / max(1, total.num_documents)
-        print(
-            f"{split}: {total.num_tokens:,} tokens in {total.num_documents:,} documents (mean {mean:,.1f}), "
-            f"{len(files):,} files, {sum(file.num_bytes for file in files) / 1e9:,.2f} GB"
-        )
-    skipped = ", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped_documents.items() if count)
-    print(f"skipped: {skipped or 'no document'}")
-
-
-def print_verified(folder: Path, manifest: Manifest, num_workers: int) -> None:
-    """Raises UserError with every file that is not what the manifest says."""
-    files = [file for split in SPLITS for file in getattr(manifest.splits, split)]
-    num_bytes = sum(file.num_bytes for file in files)
-    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
-        problems = verify(folder, manifest, num_workers, lambda file: bar.update(file.num_bytes))
-    if problems:
-        noun = "file is" if len(problems) == 1 else "files are"
-        raise UserError(problems, headline=f"{len(problems)} of {len(files)} {noun} not what the manifest says")
-    print(f"verified: {len(files):,} files, {num_bytes / 1e9:,.2f} GB: sizes, sha256, numbers of documents, ids")
-
-
-def print_lengths(found: Lengths, split: str) -> None:
-    print(
-        f"\nlengths of {found.num_documents:,} documents of {split} ({found.num_tokens:,} tokens read): "
-        f"mean {found.mean:,.1f}, longest {found.longest:,} tokens"
-    )
-    most = max(found.counts, default=0)
-    for power, count in enumerate(found.counts.tolist()):
-        if found.counts[:power].any() or count:
-            bar = "#" * round(BAR_WIDTH * count / most)
-            print(f"{2**power:>12,} - {2 ** (power + 1) - 1:<12,} {count:>12,}  {bar}".rstrip())
-
+from megastruct.commands.inspect import main
 
 if __name__ == "__main__":
     main()

@@ -1,94 +1,14 @@
+#!/usr/bin/env python
 """Curves of runs side by side as a PNG: python tools/plot_runs.py runs/dense runs/lowrank --output curves.png."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
-from collections.abc import Sequence
+import sys
 from pathlib import Path
-from typing import Any
 
-from megastruct.errors import Problem, UserError, user_errors_exit
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout that is not installed
 
-WIDTH, HEIGHT = 8.0, 5.0  # inches of one panel
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders; NAME_1, NAME_2 ... are drawn alike")
-    parser.add_argument("--metric", action="append", help="keys of metrics.jsonl, a panel each [validation_loss]")
-    parser.add_argument("--x", default="tokens", help="key of the horizontal axis [tokens]; step is one, too")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"))
-    args = parser.parse_args(argv)
-    with user_errors_exit():
-        plot(args.runs, args.metric or ["validation_loss"], args.x, args.output)
-    print(args.output)
-
-
-def plot(runs: Sequence[Path], metrics: Sequence[str], x: str, output: Path) -> None:
-    """Raises UserError for a folder without metrics, or a metric that no run has."""
-    records = _read_all(runs)
-    keys = {key for run in records for record in run for key, value in record.items() if _is_number(value)}
-    known = ", ".join(sorted(keys))
-    unknown = [
-        Problem("--x" if key == x else "--metric", f"no run has {key}", f"one of {known}")
-        for key in dict.fromkeys((*metrics, x))
-        if key not in keys
-    ]
-    if unknown:
-        raise UserError(unknown)
-    import matplotlib  # seconds, not before it is needed
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = _labels([run.name for run in runs])
-    colors = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(names))}
-    figure, axes = pyplot.subplots(len(metrics), 1, squeeze=False, figsize=(WIDTH, HEIGHT * len(metrics)))
-    for axis, metric in zip(axes[:, 0], metrics, strict=True):
-        drawn: set[str] = set()
-        for name, of_run in zip(names, records, strict=True):
-            points = [(r[x], r[metric]) for r in of_run if _is_number(r.get(x)) and _is_number(r.get(metric))]
-            if points:
-                label = f"_{name}" if name in drawn else name  # matplotlib leaves names with _ out of the legend
-                axis.plot(*zip(*points, strict=True), label=label, color=colors[name], linewidth=1.2)
-                drawn.add(name)
-        axis.set_xlabel(x)
-        axis.set_ylabel(metric)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.tight_layout()
-    try:
-        figure.savefig(output, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(Problem("--output", f"{output}: {error}", "--output curves.png")) from None
-    pyplot.close(figure)
-
-
-def _labels(names: list[str]) -> list[str]:
-    """Runs that differ in a digit at the end of their names, as in their seeds, are one thing, and get one color."""
-    stems = [re.sub(r"_\d$", "", name) for name in names]
-    return [stem if stems.count(stem) > 1 else name for name, stem in zip(names, stems, strict=True)]
-
-
-def _read_all(runs: Sequence[Path]) -> list[list[dict[str, Any]]]:
-    problems, records = [], []
-    for run in runs:
-        try:
-            lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-            records.append([json.loads(line) for line in lines if line.endswith("\n")])  # the last one may be half
-        except (OSError, ValueError) as error:
-            found = f"no readable metrics.jsonl: {getattr(error, 'strerror', None) or error}"
-            problems.append(Problem(str(run), found, "a run folder, for example runs/quickstart"))
-    if problems:
-        raise UserError(problems)
-    return records
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
+from megastruct.commands.plot_runs import main
 
 if __name__ == "__main__":
     main()

@@ -1,81 +1,17 @@
 #!/usr/bin/env python
 """Turn text shards into token shards, once, so that training need not tokenise.
 
-    python tools/prepare_data.py --input DIR_OR_GLOB --output tokens/ --tokenizer tokenizer.model --workers 8
-
-Killed and started again it goes on; started again when finished it says so. See megastruct/data/preparation/prepare.py.
+python tools/prepare_data.py --input DIR_OR_GLOB --output tokens/ --tokenizer tokenizer.model --workers 8
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout that is not installed
 
-from megastruct.data.preparation.prepare import prepare
-from megastruct.errors import Problem, UserError, user_errors_exit
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help="folder, glob, file or Hugging Face name of text shards")
-    parser.add_argument("--output", required=True, type=Path, help="folder for the token shards")
-    parser.add_argument("--tokenizer", required=True, help="SentencePiece model file")
-    parser.add_argument("--text-column", default="content", help="column that holds the text (default: %(default)s)")
-    parser.add_argument(
-        "--validation-fraction", type=float, default=0.005, help="part of the documents to hold out (%(default)s)"
-    )
-    parser.add_argument("--workers", type=int, default=1, help="processes, each takes a shard at a time (%(default)s)")
-    parser.add_argument(
-        "--max-shard-tokens", type=int, default=2**29, help="tokens per file at most (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--patience-seconds",
-        type=float,
-        default=300.0,
-        help="how long to try a shard that cannot be reached (%(default)s)",
-    )
-    return parser.parse_args(argv)
-
-
-def check_arguments(arguments: argparse.Namespace) -> None:
-    problems = []
-    if not 0 <= arguments.validation_fraction < 1:
-        found = f"{arguments.validation_fraction} is not in [0, 1)"
-        problems.append(Problem("--validation-fraction", found, "--validation-fraction 0.005"))
-    for option in ("workers", "max_shard_tokens"):
-        if getattr(arguments, option) < 1:
-            name = "--" + option.replace("_", "-")
-            problems.append(Problem(name, f"{getattr(arguments, option)} is less than 1", f"leave {name} out"))
-    if not arguments.patience_seconds >= 0:
-        found = f"{arguments.patience_seconds} is negative or no number"
-        problems.append(Problem("--patience-seconds", found, "--patience-seconds 300"))
-    if problems:
-        raise UserError(problems)
-
-
-def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
-    with user_errors_exit():
-        check_arguments(arguments)
-        try:
-            prepare(
-                arguments.input,
-                arguments.output,
-                arguments.tokenizer,
-                text_column=arguments.text_column,
-                validation_fraction=arguments.validation_fraction,
-                num_workers=arguments.workers,
-                max_shard_tokens=arguments.max_shard_tokens,
-                patience_seconds=arguments.patience_seconds,
-                report=lambda line: print(line, flush=True),
-            )
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on with the shards that are left", file=sys.stderr)
-            raise SystemExit(130) from None
-
+from megastruct.commands.prepare import main
 
 if __name__ == "__main__":
     main()

@@ -94,7 +94,7 @@ def _measure_preparing(folder: Path, tokenizer: SentencePieceTokenizer, texts: l
 
     ways: dict[str, Callable[[], int]] = {"SentencePiece, encode alone": bare, "tools/prepare_data.py": prepared}
     fast = "datasets.map, Hugging Face fast tokenizer"
-    if importlib.util.find_spec("tokenizers"):
+    if all(importlib.util.find_spec(package) for package in ("datasets", "tokenizers")):
         ways[fast] = _mapped(folder, tokenizer, texts)
     best: dict[str, Row] = {}
     for _ in range(rounds):
@@ -104,7 +104,7 @@ def _measure_preparing(folder: Path, tokenizer: SentencePieceTokenizer, texts: l
             row = Row(name, num_tokens, num_tokens / (time.process_time() - start))
             best[name] = max(best.get(name, row), row, key=lambda row: row.tokens_per_second)
     rows = list(best.values())
-    return rows if fast in best else [*rows, Row(fast, 0, 0.0, "not measured: the package tokenizers is not installed")]
+    return rows if fast in best else [*rows, Row(fast, 0, 0.0, "not measured: pip install 'megastruct[benchmark]'")]
 
 
 def _mapped(folder: Path, tokenizer: SentencePieceTokenizer, texts: list[str]) -> Callable[[], int]:

@@ -1,7 +1,8 @@
 """YAML files and `section.key=value` overrides -> Config, or one UserError with everything that is wrong.
 
 A file may begin with `include: [other.yaml, ...]`, paths relative to the file itself; later files and the file's own
-keys win. Only plain YAML is read (no object tags).
+keys win. A path below `configs/` at which there is no file names a config of the package. Only plain YAML is read (no
+object tags).
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from pydantic import BaseModel, ValidationError
 from megastruct.config.checks import cross_field_problems
 from megastruct.config.schema import Config
 from megastruct.errors import Problem, UserError
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+# The folder that holds this project's `configs/`: the package where it is installed, the checkout otherwise.
+_HOME = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 
 
 class _Loader(yaml.SafeLoader):
@@ -43,7 +48,7 @@ _Loader.add_implicit_resolver(
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read, merge, check. Raises UserError with all problems: of files, keys, types, ranges and combinations."""
-    values = _read_with_includes(Path(path), ())
+    values = _read_with_includes(_locate(Path(), path), ())
     problems: list[Problem] = []
     for override in overrides:
         problems += _apply_override(values, override)
@@ -74,9 +79,22 @@ def _read_with_includes(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]
         raise UserError(Problem(f"{path}: include", f"{includes!r}", "a list of paths relative to this file"))
     merged: dict[str, Any] = {}
     for item in includes:
-        _merge(merged, _read_with_includes(path.parent / item, (*parents, path.resolve())))
+        _merge(merged, _read_with_includes(_locate(path.parent, item), (*parents, path.resolve())))
     _merge(merged, values)
     return merged
+
+
+def _locate(folder: Path, name: str | Path) -> Path:
+    """The path of `name` in `folder`, or in the package if it is below `configs/` and not in `folder`."""
+    path = folder / name
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if Path(name).parts[:1] == ("configs",) and (_HOME / name).is_file():
+            return _HOME / name
+    except OSError:  # the one that was meant cannot be read: that is for the reader to say
+        pass
+    return path
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -84,6 +102,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         names = [str(other) for other in sorted(path.parent.glob("*.yaml"))] if path.parent.is_dir() else []
+        if path.parts[:1] == ("configs",):
+            names += [str(other.relative_to(_HOME)) for other in sorted((_HOME / path.parent).glob("*.yaml"))]
         close = difflib.get_close_matches(str(path), names, n=1, cutoff=0.3)
         raise UserError(Problem(str(path), error.strerror or str(error), close[0] if close else "")) from None
     except UnicodeDecodeError:

@@ -20,6 +20,7 @@ from types import FrameType
 import psutil
 
 from megastruct.errors import Problem, UserError
+from megastruct.import_path import import_variables
 from megastruct.launch.signals import STOP_SIGNALS, blocked
 
 ENCODED = "base64:"
@@ -48,14 +49,15 @@ def deepspeed_command(options: LaunchOptions, arguments: Sequence[str]) -> list[
     """The argv that starts the ranks of `megastruct.train` with `arguments`.
 
     With a node rank, every node runs its own launcher and none needs ssh; otherwise deepspeed reaches the hosts of
-    the hostfile by pdsh and ssh, whose shells must find nothing to expand: Raises UserError for a folder, Python or
-    address in which they would.
+    the hostfile by pdsh and ssh, whose shells must find nothing to expand: Raises UserError for a path or address in
+    which they would.
     """
     if options.by_ssh:
         arguments = [encoded(arguments)]
         for where, word in (
             ("folder", os.getcwd()),
             ("Python", sys.executable),
+            ("PYTHONPATH", import_variables().get("PYTHONPATH")),
             ("--master-addr", options.master_addr),
         ):
             if word is not None and shlex.quote(word) != word:

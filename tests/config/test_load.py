@@ -165,6 +165,21 @@ def test_missing_file_names_a_close_one() -> None:
     assert str(QUICKSTART) in next(iter(found.values()))
 
 
+def test_configs_of_the_package_are_found_by_their_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the caller has none of that name; another file can include them."""
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/run/quickstart.yaml") == load_config(QUICKSTART)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.yaml").write_text("include: configs/run/quickstart.yaml\nrun: {name: mine}\n")
+    assert load_config("mine/run.yaml") == load_config(QUICKSTART, ["run.name=mine"])
+    assert "try: configs/run/quickstart.yaml" in problems(Path("configs/run/quikstart.yaml")).popitem()[1]
+    (tmp_path / "configs" / "run").mkdir(parents=True)
+    (tmp_path / "configs" / "run" / "quikstart2.yaml").touch()
+    assert "try: configs/run/quikstart2.yaml" in problems(Path("configs/run/quikstart.yaml")).popitem()[1]
+    (tmp_path / "configs" / "run" / "quickstart.yaml").write_text(f"include: {QUICKSTART}\nrun: {{name: ours}}\n")
+    assert load_config("configs/run/quickstart.yaml").run.name == "ours"
+
+
 @pytest.mark.parametrize(
     "text", ["model: [", "just words", "a: 1\na: 2\n", "x: !!python/object/apply:os.system ['true']\n"]
 )

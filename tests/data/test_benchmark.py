@@ -1,19 +1,20 @@
 """The benchmarks measure all ways on the same text."""
 
 import re
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from megastruct.benchmarks.data import fast_tokenizer
+from megastruct.commands import benchmark, make_sample_corpus, train_tokenizer
 from megastruct.data import open_tokenizer
 from megastruct.data.preparation.prepare import prepare
 from megastruct.data.preparation.shard import ShardJob, make_shard
 from megastruct.data.sources.find import find_shards
 from megastruct.data.sources.reading import read_patiently
 from tiny_data import make_texts, open_kind, write_parquet
-from tools import benchmark, make_sample_corpus, train_tokenizer
 
 
 def test_benchmark_prints_all_ways_side_by_side(text_folder, tokenizer_path, capsys, monkeypatch):
@@ -34,6 +35,17 @@ def test_benchmark_prints_all_ways_side_by_side(text_folder, tokenizer_path, cap
     with pytest.raises(SystemExit):
         benchmark.main(["data", *arguments, "--rounds", "0"])
     assert "--rounds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["datasets", "tokenizers"])
+def test_a_missing_package_names_the_extra(text_folder, tokenizer_path, capsys, monkeypatch, package):
+    monkeypatch.setattr("megastruct.benchmarks.data.READER_SECONDS", 0.01)
+    monkeypatch.setattr("megastruct.benchmarks.data.SEQ_LENGTH", 16)
+    monkeypatch.setitem(sys.modules, package, None)
+    arguments = ["--input", str(text_folder), "--tokenizer", str(tokenizer_path), "--rounds", "1"]
+    benchmark.main(["data", *arguments, "--max-characters", "1000"])
+    row = next(line for line in capsys.readouterr().out.splitlines() if "datasets.map" in line)
+    assert row.endswith("not measured: pip install 'megastruct[benchmark]'")
 
 
 def test_benchmark_of_documents_compares_with_attention_across_borders(capsys):

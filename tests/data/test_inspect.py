@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 
+from megastruct.commands import inspect as inspect_data
 from megastruct.data.preparation.inspect import lengths
 from megastruct.data.tokens.manifest import load_manifest
 from slow_order import documents_of, tokens_of
 from tiny_data import VALIDATION_FRACTION
-from tools import inspect_data
 
 
 def shown(capsys, *arguments) -> str:

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megastruct.commands import prepare as prepare_data
 from megastruct.data.preparation import prepare as prepare_module
 from megastruct.data.preparation import workers as prepare_workers
 from megastruct.data.sources.check import check_shards
 from megastruct.data.tokens.manifest import Manifest, load_manifest, verify_files
 from slow_order import tokens_of
 from tiny_data import NUM_SHARDS, VALIDATION_FRACTION, make_texts, train_model, write_parquet
-from tools import prepare_data
 
 ROOT = Path(__file__).parents[2]
 

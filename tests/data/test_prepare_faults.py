@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megastruct.commands import prepare as prepare_data
 from megastruct.data.preparation import shard as prepare_shard
 from megastruct.data.preparation import workers as prepare_workers
 from megastruct.data.sources.reading import read_patiently
 from megastruct.data.tokens.manifest import load_manifest, verify_files
 from test_prepare import ROOT, arguments_for, contents, refused, start
 from tiny_data import make_texts, write_parquet
-from tools import prepare_data
 
 TOOL = str(ROOT / "tools" / "prepare_data.py")
 

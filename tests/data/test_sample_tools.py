@@ -6,15 +6,16 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
+from megastruct.commands import make_sample_corpus, train_tokenizer
 from megastruct.data import open_tokenizer
-from tools import make_sample_corpus, train_tokenizer
+from megastruct.data.preparation import sample_corpus
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus") / "c"
     # the sources of the standard library take seconds to parse: once is enough
-    make_sample_corpus.collect_documents = functools.cache(make_sample_corpus.collect_documents)
+    sample_corpus.collect_documents = functools.cache(sample_corpus.collect_documents)
     make_sample_corpus.main(["--output", str(folder), "--num-shards", "3"])
     return folder
 
@@ -34,7 +35,7 @@ def test_corpus_is_refined_webs_schema_and_real_text(corpus):
     texts = [text for table in tables for text in table["content"].to_pylist()]
     assert len(set(texts)) == len(texts) > 300
     assert sum(map(len, texts)) > 1_500_000
-    assert min(map(len, texts)) >= make_sample_corpus.MIN_DOCUMENT_CHARACTERS
+    assert min(map(len, texts)) >= sample_corpus.MIN_DOCUMENT_CHARACTERS
 
 
 def test_corpus_again(corpus, tmp_path, capsys):

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megastruct.data import open_tokenizer
+from megastruct.data.preparation.tokenizer import TRAINING_OPTIONS
 from megastruct.data.tokenizers import sentence_piece as tokenizer_module
 from megastruct.data.tokenizers import words as words_module
 from tiny_data import WORDS, train_model
-from tools.train_tokenizer import TRAINING_OPTIONS
 
 TEXTS = ["river stone light", "  two  spaces\nand a new line\t", "é 日本語 🙂", "</s> 1234 <s>", "\x00"]
 

@@ -4,25 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import time
 from pathlib import Path
 
-from processes import ROOT
-
-
-def copy_of_the_project(folder: Path) -> Path:
-    """Tracked files and new ones; the environment is linked, so that nothing is installed again."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-    )
-    for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    (folder / ".venv").symlink_to(ROOT / ".venv")
-    return folder
+from processes import ROOT, copy_of_the_project
 
 
 def launch(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -32,6 +18,7 @@ def launch(folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_quick_start(tmp_path: Path) -> None:
     folder = copy_of_the_project(tmp_path)
+    (folder / ".venv").symlink_to(ROOT / ".venv")  # so that nothing is installed again
     result = launch(folder)
     assert result.returncode == 0, result.stderr
     assert "tensorboard --logdir runs" in result.stdout

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from forked import train_forked
+from megastruct.commands import submit
 from processes import ROOT, environment, last_step, losses
-from tools import submit
 
 RUN = ("parallel.pp=2", "training.num_steps=60", "checkpoint.interval_steps=0", "evaluation.num_samples=0")
 RUN += ("hardware.device=cpu",)

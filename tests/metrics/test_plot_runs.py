@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tools import plot_runs
+from megastruct.commands import plot_runs
 
 
 def write_run(folder: Path, last: float) -> Path:
@@ -68,3 +69,13 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments:
         plot_runs.main([argument.format(run=run) for argument in arguments])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_matplotlib_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stopped:
+        plot_runs.main([str(write_run(tmp_path / "dense", 3.0)), "--output", str(tmp_path / "curves.png")])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: matplotlib: not installed\n    try: pip install 'megastruct[plot]'\n"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from configs import tiny_config
+from megastruct.commands import plan as plan_tool
 from megastruct.config import load_config
 from megastruct.config.schema import Config
 from megastruct.errors import UserError
@@ -29,7 +30,6 @@ from megastruct.planning.plan import ffn_share, make_plan, suggest
 from megastruct.planning.stages import pipeline_stages
 from megastruct.planning.traffic import data_parallel_bytes, pipeline_bytes
 from saved import saved_bytes
-from tools import plan as plan_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "configs" / "run"

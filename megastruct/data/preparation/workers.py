@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from megastruct.data.preparation.shard import OutputError, ShardJob, ShardRecord, make_shard
 from megastruct.errors import Problem, UserError
+from megastruct.import_path import import_variables_set
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_BETWEEN_LINES = 30.0
@@ -37,7 +38,8 @@ def run_jobs(jobs: list[ShardJob], num_workers: int, report: Callable[[str], Non
     try:
         if num_workers == 1 or len(jobs) <= 1:
             return _run_here(jobs, progress)
-        return _run_in_pool(jobs, num_workers, progress)
+        with import_variables_set():
+            return _run_in_pool(jobs, num_workers, progress)
     finally:
         progress.close()
 

@@ -12,16 +12,15 @@ import threading
 from collections.abc import Iterable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from megastruct.data.read_ahead import Supply
 from megastruct.data.text.chunks import Signs
 from megastruct.data.text.stream import Placed, StreamCursor, TextSource
 from megastruct.data.text.worker import Chunk, Failed, Reading, StreamName
 from megastruct.errors import Problem, UserError
+from megastruct.import_path import import_variables
 
 CHUNKS_AHEAD = 2  # of a stream, of 64 documents each: about 160,000 tokens of web pages
-_ROOT = Path(__file__).resolve().parents[3]
 
 
 class TextProcess(Signs):
@@ -36,7 +35,7 @@ class TextProcess(Signs):
             name: queue.SimpleQueue() for name in starts
         }
         ours, theirs = socket.socketpair()
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")])}
+        environment = os.environ | import_variables()
         # Not multiprocessing: it would import the trainer's main module, and with it torch, into every worker.
         command = [sys.executable, "-c", f"from megastruct.data.text.worker import main; main({theirs.fileno()})"]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)

@@ -1,0 +1,84 @@
+"""Measure parts of the project beside what others would use.
+
+    megastruct-benchmark data --input DIR_OR_GLOB --tokenizer tokenizer.model
+    megastruct-benchmark documents configs/run/s_dense.yaml training.micro_batch_size=8
+
+data: text to tokens and tokens to batches. documents: attention inside of documents, beside attention across borders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Sequence
+
+import torch
+
+from megastruct.benchmarks import data as data_benchmark
+from megastruct.benchmarks import documents as documents_benchmark
+from megastruct.config import load_config
+from megastruct.errors import Problem, UserError, user_errors_exit
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_subparsers(dest="what", required=True)
+    data = what.add_parser("data", help="text to tokens and tokens to batches")
+    data.add_argument("--input", required=True, help="folder, glob, file or Hugging Face name of text shards")
+    data.add_argument("--tokenizer", required=True, help="SentencePiece model file (BPE)")
+    data.add_argument("--text-column", default="content", help="column that holds the text (default: %(default)s)")
+    data.add_argument("--max-characters", type=int, default=10_000_000, help="text to measure on (%(default)s)")
+    data.add_argument("--rounds", type=int, default=3, help="the best of so many counts (%(default)s)")
+    documents = what.add_parser("documents", help="attention inside of documents")
+    documents.add_argument("config", help="YAML file; its model, micro-batch, precision and compilation are measured")
+    documents.add_argument("overrides", nargs="*", metavar="section.key=value")
+    documents.add_argument("--mean-tokens", type=int, default=600, help="of a document (%(default)s)")
+    documents.add_argument("--rounds", type=int, default=10, help="the best of so many counts (%(default)s)")
+    for command, run in ((data, benchmark_data), (documents, benchmark_documents)):
+        command.set_defaults(run=run)
+    arguments = parser.parse_args(argv)
+    with user_errors_exit():
+        _check_counts(arguments)
+        arguments.run(arguments)
+
+
+def _check_counts(arguments: argparse.Namespace) -> None:
+    for option in ("max_characters", "rounds", "mean_tokens"):
+        if getattr(arguments, option, 1) < 1:
+            name = "--" + option.replace("_", "-")
+            raise UserError(Problem(name, f"{getattr(arguments, option)} is less than 1", f"leave {name} out"))
+
+
+def benchmark_documents(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    cuda = torch.cuda.is_available() and config.hardware.device != "cpu"
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    training, where = config.training, torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    print(f"{where}, PyTorch {torch.__version__}, {training.precision}{', compiled' if training.compile else ''}")
+    print(
+        f"{training.micro_batch_size} x {training.seq_length} tokens, {arguments.mean_tokens} a document, a step of one"
+    )
+    ways = documents_benchmark.measure(config, arguments.mean_tokens, arguments.rounds, device)
+    for way in ways:
+        memory = f"  {way.peak_bytes / 2**30:6.2f} GiB" if way.peak_bytes else ""
+        print(f"  {way.name:<20}{way.milliseconds:9.2f} ms  {way.milliseconds / ways[0].milliseconds:5.2f}{memory}")
+
+
+def benchmark_data(arguments: argparse.Namespace) -> None:
+    measured = data_benchmark.measure(
+        arguments.input, arguments.tokenizer, arguments.text_column, arguments.max_characters, arguments.rounds
+    )
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(f"{measured.num_documents:,} documents, {measured.num_characters:,} characters")
+    print_table("text to tokens, per CPU second", measured.preparing)
+    print_table("batches, per second of one training process", measured.reading)
+
+
+def print_table(title: str, rows: list[data_benchmark.Row]) -> None:
+    """Speeds, and each as a multiple of the first row's."""
+    print(f"\n{title}")
+    for row in rows:
+        speed = row.note or f"{row.tokens_per_second / 1e6:8.2f} M tokens/s"
+        ratio = "" if row.note else f"  {row.tokens_per_second / rows[0].tokens_per_second:6.1%}  {row.num_tokens:,}"
+        print(f"  {row.name:<44}{speed}{ratio}")

@@ -1,0 +1,62 @@
+"""Continue a text with a trained model: megastruct-generate runs/quickstart --prompt "The file"."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from megastruct.data import open_tokenizer
+from megastruct.errors import Problem, UserError, user_errors_exit
+from megastruct.inference.generate import generate
+from megastruct.inference.load import load_model
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="run folder, for example runs/quickstart")
+    parser.add_argument("--prompt", default="The ", help="the text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=40)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token")
+    parser.add_argument("--top-k", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; left out: the run's own")
+    parser.add_argument("--allow-guided", action="store_true", help="also from inside the guided phase")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    with user_errors_exit():
+        _check(args)
+        model, config = load_model(args.run, args.device, allow_guided=args.allow_guided)
+        tokenizer = open_tokenizer(args.tokenizer or args.run / "tokenizer.model")
+        prompt = torch.from_numpy(tokenizer.encode([args.prompt])[0].astype("int64")).to(args.device)
+        if not 0 < len(prompt) < config.training.seq_length:
+            found = f"{len(prompt)} tokens, the model reads {config.training.seq_length} in all"
+            raise UserError(Problem("--prompt", found, '--prompt "The "'))
+        ids = generate(
+            model,
+            prompt,
+            min(args.max_new_tokens, config.training.seq_length - len(prompt)),
+            eod_id=tokenizer.eod_id,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            seed=args.seed,
+        )
+        print(tokenizer.decode(ids.tolist()))
+
+
+def _check(args: argparse.Namespace) -> None:
+    problems = [
+        Problem(option, f"{value} is less than {least}", f"{option} {least} or more")
+        for option, value, least in (
+            ("--max-new-tokens", args.max_new_tokens, 1),
+            ("--temperature", args.temperature, 0),
+            ("--top-k", args.top_k, 1),
+        )
+        if value < least
+    ]
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        problems.append(Problem("--device", f"{args.device}, but PyTorch sees no GPU here", "--device cpu"))
+    if problems:
+        raise UserError(problems)

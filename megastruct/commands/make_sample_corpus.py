@@ -1,0 +1,35 @@
+"""Write a few MB of real English text as shards in RefinedWeb's schema, without a download.
+
+    megastruct-sample-corpus --output corpus/
+
+The text comes with every Python: the language reference of `help()` and the docstrings of the standard library. The
+same Python version gives the same shards. It is for trying things out: it is far too little to train a model on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from megastruct.data.preparation.sample_corpus import write_sample_corpus
+from megastruct.errors import Problem, UserError, user_errors_exit
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, type=Path, help="folder for the shards")
+    parser.add_argument("--num-shards", type=int, default=4, help="number of files (default: %(default)s)")
+    parser.add_argument("--format", choices=("parquet", "jsonl"), default="parquet", help="default: %(default)s")
+    arguments = parser.parse_args(argv)
+    with user_errors_exit():
+        if arguments.num_shards < 1:
+            raise UserError(Problem("--num-shards", f"{arguments.num_shards} is less than 1", "--num-shards 4"))
+        corpus = write_sample_corpus(arguments.output, arguments.num_shards, arguments.format)
+    if corpus is None:
+        print(f"already done: {arguments.output}")
+    else:
+        print(
+            f"done: {arguments.output}: {corpus.num_documents:,} documents, {corpus.num_characters:,} characters, "
+            f"{arguments.num_shards} {arguments.format} shards"
+        )

@@ -1,0 +1,126 @@
+"""What a config will cost, without starting it: megastruct-plan configs/run/xl_lowrank_32.yaml parallel.pp=2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from megastruct.config import load_config
+from megastruct.errors import user_errors_exit
+from megastruct.planning.memory import PARTS
+from megastruct.planning.plan import make_plan, suggest
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="YAML file, for example configs/run/xl_lowrank_32.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--num-gpus", type=int, metavar="N", help="all devices; left out: one replica, or parallel.dp")
+    parser.add_argument("--ffn-share", type=float, metavar="SHARE", help="suggest sizes for this share of dense")
+    parser.add_argument("--dense", metavar="CONFIG", help="the model a self-guided run shall match in FLOPs")
+    parser.add_argument("--json", action="store_true", help="all numbers, unrounded")
+    args = parser.parse_intermixed_args(argv)
+    with user_errors_exit():
+        config = load_config(args.config, args.overrides)
+        plan = make_plan(config, args.num_gpus, load_config(args.dense) if args.dense else None)
+        if args.ffn_share is not None:
+            plan["suggestions"] = suggest(config, args.ffn_share)
+    print(json.dumps(plan, indent=2) if args.json else report(plan))
+
+
+def report(plan: dict[str, Any]) -> str:
+    """The plan as aligned tables."""
+    layout = plan["layout"]
+    sections = [
+        _table(
+            [
+                ("model", plan["name"]),
+                ("parameters", _count(plan["parameters"])),
+                (
+                    "in the FFN",
+                    f"{_count(plan['ffn_parameters'])}, {plan['ffn']['share']:.1%} of dense",
+                ),
+                ("structure", " ".join(f"{k} {v}" for k, v in plan["ffn"].items() if k != "share")),
+                ("tokens", _count(plan["tokens"])),
+                ("steps", _steps(**plan["steps"])),
+                ("training FLOPs", f"{plan['training_flops']:.3g}"),
+                ("of the forward", ", ".join(f"{_words(k)} {v:.1%}" for k, v in plan["flops_share"].items())),
+                ("guided fraction", f"{plan['guided_fraction']:.3f} (FLOP-matched self-guided run)"),
+                ("layout", " x ".join(f"{k} {v}" for k, v in layout.items() if k != "devices")),
+                ("micro-batches", f"{plan['micro_batches_per_step']} per step and replica"),
+            ]
+        ),
+        "Memory per device, GiB\n" + _memory_table(plan["stages"]),
+        "Sent per device and step, GB\n" + _traffic_table(plan["stages"]),
+    ]
+    if layout["tp"] > 1:
+        sections.append("Sent per device and token by a forward of one linear, bytes\n" + _linear_table(plan))
+    if "suggestions" in plan:
+        rows = [
+            [f"{row['share']:.1%}", " ".join(f"ffn.{key}={value}" for key, value in row.items() if key != "share")]
+            for row in plan["suggestions"]
+        ]
+        sections.append("Nearest to the wanted share of the FFN\n" + _table(rows))
+    if plan["warnings"]:
+        sections.append("\n".join(f"warning: {text}" for text in plan["warnings"]))
+    return "\n\n".join(sections)
+
+
+def _memory_table(stages: list[dict[str, Any]]) -> str:
+    rows = [["stage", "layers", "parameters", "per device", "FLOPs", *PARTS, "total"]]
+    for stage in stages:
+        memory = [*(stage["memory_bytes"][part] for part in PARTS), stage["total_memory_bytes"]]
+        first, last = stage["layers"]
+        rows.append(
+            [
+                str(stage["stage"]),
+                f"{first} - {last}",
+                _count(stage["parameters"]),
+                _count(stage["parameters_per_device"]),
+                f"{stage['flops_share']:.1%}",
+                *(f"{value / 2**30:.2f}" for value in memory),
+            ]
+        )
+    return _table(rows)
+
+
+def _traffic_table(stages: list[dict[str, Any]]) -> str:
+    """A row per purpose, of those for which any stage sends anything."""
+    kinds = [(kind, purpose) for kind, purposes in stages[0]["traffic_bytes_per_step"].items() for purpose in purposes]
+    rows = [["", *(f"stage {stage['stage']}" for stage in stages)]]
+    for kind, purpose in kinds:
+        sent = [stage["traffic_bytes_per_step"][kind][purpose] for stage in stages]
+        if any(sent):
+            rows.append([f"{_words(kind)}: {_words(purpose)}", *(f"{value / 1e9:.2f}" for value in sent)])
+    return _table(rows) if len(rows) > 1 else "nothing"
+
+
+def _linear_table(plan: dict[str, Any]) -> str:
+    rows = [["", "fc1", "fc2"]]
+    found = {plan["ffn"]["structure"]: "ffn_linear_bytes_per_token", "dense": "dense_linear_bytes_per_token"}
+    rows += [[name, *(f"{plan[key][linear]:g}" for linear in ("fc1", "fc2"))] for name, key in found.items()]
+    return _table(rows)
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    rows = list(rows)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _steps(total: int, guided: int) -> str:
+    return f"{total:,}" if not guided else f"the first {guided:,} of {total:,} guided"
+
+
+def _count(number: int) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}" if unit == "G" else f"{number / size:.1f} {unit}"
+    return str(number)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

@@ -1,0 +1,48 @@
+"""Train a SentencePiece tokenizer like LLaMA's (BPE with byte fallback) on text shards.
+
+    megastruct-tokenizer --input DIR_OR_GLOB --output tokenizers/en32k/ --vocab-size 32000
+
+The same shards and options give the same file. Beside NAME.model lies NAME.training.json, which says how it was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from megastruct.data.preparation.tokenizer import train_tokenizer
+from megastruct.errors import Problem, UserError, user_errors_exit
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = _parse(argv)
+    with user_errors_exit():
+        for option in ("vocab_size", "max_characters"):
+            if getattr(arguments, option) < 1:
+                name = "--" + option.replace("_", "-")
+                raise UserError(Problem(name, f"{getattr(arguments, option)} is less than 1", f"{name} 32000"))
+        trained = train_tokenizer(
+            arguments.input,
+            arguments.output,
+            vocab_size=arguments.vocab_size,
+            text_column=arguments.text_column,
+            max_characters=arguments.max_characters,
+        )
+    if trained.is_new:
+        print(f"done: {trained.path} with {arguments.vocab_size} ids (sha256 {trained.fingerprint[:12]}...)")
+    else:
+        print(f"already done: {trained.path}")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", required=True, help="folder, glob, file or Hugging Face name of text shards")
+    parser.add_argument(
+        "--output", required=True, help="FOLDER/ (for FOLDER/tokenizer.model) or PREFIX (for PREFIX.model)"
+    )
+    parser.add_argument("--vocab-size", required=True, type=int, help="number of ids, with bytes and control tokens")
+    parser.add_argument("--text-column", default="content", help="column that holds the text (default: %(default)s)")
+    parser.add_argument(
+        "--max-characters", type=int, default=50_000_000, help="read so much text at most (default: %(default)s)"
+    )
+    return parser.parse_args(argv)

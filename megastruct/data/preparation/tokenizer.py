@@ -1,0 +1,169 @@
+"""Train a SentencePiece tokenizer like LLaMA's (BPE with byte fallback) on text shards.
+
+The same shards and options give the same file. Beside NAME.model lies NAME.training.json, which says how it was made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sentencepiece
+
+from megastruct.data.preparation.shard import write_atomically
+from megastruct.data.sources.check import check_shards
+from megastruct.data.sources.find import find_shards
+from megastruct.data.sources.reading import read_patiently
+from megastruct.data.sources.shards import TextShard
+from megastruct.errors import Problem, UserError
+
+# As LLaMA's tokenizer; what is not said here is SentencePiece's default.
+TRAINING_OPTIONS: dict[str, Any] = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "split_digits": True,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": True,
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "character_coverage": 0.99995,
+    "unk_id": 0,
+    "bos_id": 1,
+    "eos_id": 2,
+    "pad_id": -1,
+    "hard_vocab_limit": True,
+}
+MAX_SENTENCE_CHARACTERS = 4000
+MAX_SENTENCE_BYTES = 4 * MAX_SENTENCE_CHARACTERS + 1  # SentencePiece silently drops what is longer
+
+
+class Trained(NamedTuple):
+    """A tokenizer's model file and its sha256; `is_new`: false where it was there already, made in the same way."""
+
+    path: Path
+    fingerprint: str
+    is_new: bool
+
+
+def train_tokenizer(input_path: str, output: str, vocab_size: int, text_column: str, max_characters: int) -> Trained:
+    """Train on about `max_characters` of the shards at `input_path`, unless that was done before.
+
+    Args:
+        output: FOLDER/ (for FOLDER/tokenizer.model) or PREFIX (for PREFIX.model).
+        vocab_size: number of ids, with bytes and control tokens.
+
+    Raises:
+        UserError: the shards cannot be read, the vocabulary does not fit their text, or another file is at `output`.
+    """
+    shards = find_shards(input_path, "--input")
+    settings = {
+        "vocab_size": vocab_size,
+        "max_characters": max_characters,
+        "text_column": text_column,
+        "training_options": TRAINING_OPTIONS,
+        "sources": [[shard.name, shard.num_bytes] for shard in shards],
+    }
+    model_path, record_path = _output_paths(output)
+    if (fingerprint := _fingerprint_if_done(model_path, record_path, settings)) is not None:
+        return Trained(model_path, fingerprint, is_new=False)
+    check_shards(shards, text_column)
+    model = _train(shards, text_column, vocab_size, max_characters)
+    fingerprint = hashlib.sha256(model).hexdigest()
+    record = {"fingerprint": fingerprint, "settings": settings}
+    model_path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(record_path, json.dumps(record, indent=1).encode() + b"\n")
+    write_atomically(model_path, model)  # last: the model is there only if its record is
+    return Trained(model_path, fingerprint, is_new=True)
+
+
+def _sentences(shards: list[TextShard], text_column: str, max_characters: int) -> Iterator[str]:
+    """Lines of the documents, the same number of characters from each shard, about `max_characters` in all."""
+    for index, shard in enumerate(shards):
+        left = max_characters * (index + 1) // len(shards) - max_characters * index // len(shards)
+        for documents in read_patiently(shard, text_column):
+            if left <= 0:
+                break
+            for line in (line for document in documents for line in document.text.split("\n")):
+                line = line[: max(0, left)].replace("\0", "")
+                left -= len(line) + 1
+                for start in range(0, len(line), MAX_SENTENCE_CHARACTERS):
+                    yield line[start : start + MAX_SENTENCE_CHARACTERS]
+
+
+def _train(shards: list[TextShard], text_column: str, vocab_size: int, max_characters: int) -> bytes:
+    """The model file's content.
+
+    Raises:
+        UserError: the vocabulary is too large or too small for the text, or there is no text.
+    """
+    lines = _sentences(shards, text_column, max_characters)
+    first = next(lines, None)
+    if first is None:
+        raise UserError(Problem("--input", "the shards hold no text", "give shards with documents, or more characters"))
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_chained(first, lines),
+            model_writer=model,
+            vocab_size=vocab_size,
+            max_sentence_length=MAX_SENTENCE_BYTES,
+            minloglevel=2,
+            **TRAINING_OPTIONS,
+        )
+    except RuntimeError as error:
+        raise _vocab_size_error(vocab_size, str(error)) from error
+    return model.getvalue()
+
+
+def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _vocab_size_error(vocab_size: int, message: str) -> Exception:
+    """The user's message for SentencePiece's complaint about the vocabulary; other complaints are bugs of ours."""
+    if most := re.search(r"Vocabulary size too high.*<= (\d+)", message):
+        found = f"{vocab_size} is more than this text gives"
+        return UserError(Problem("--vocab-size", found, f"--vocab-size {most[1]} or less, or more text"))
+    if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        found = f"{vocab_size} is too small for bytes, control tokens and the characters of this text"
+        return UserError(Problem("--vocab-size", found, f"--vocab-size {least[1]} or more"))
+    return RuntimeError(f"SentencePiece failed: {message}")
+
+
+def _output_paths(output: str) -> tuple[Path, Path]:
+    """(model file, record of how it was made) for a folder or a prefix."""
+    path = Path(output.removesuffix(".model"))
+    if path.is_dir() or output.endswith("/"):
+        path = path / "tokenizer"
+    return path.with_name(path.name + ".model"), path.with_name(path.name + ".training.json")
+
+
+def _fingerprint_if_done(model_path: Path, record_path: Path, settings: dict[str, Any]) -> str | None:
+    """The sha256 of the model that is there, made in the same way; None if there is none.
+
+    Raises:
+        UserError: another model is there.
+    """
+    if not model_path.exists():
+        return None
+    suggestion = "give another --output, or remove the file"
+    try:
+        record = json.loads(record_path.read_text())
+        old_settings, fingerprint = record["settings"], record["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(Problem("--output", f"{model_path} exists and was not made by this tool", suggestion)) from None
+    if hashlib.sha256(model_path.read_bytes()).hexdigest() != fingerprint:
+        raise UserError(Problem("--output", f"{model_path} was changed since it was made", suggestion))
+    differing = sorted(
+        key for key in settings.keys() | old_settings.keys() if settings.get(key) != old_settings.get(key)
+    )
+    if differing:
+        found = f"{model_path} was made with other settings ({', '.join(differing)})"
+        raise UserError(Problem("--output", found, suggestion))
+    return fingerprint

@@ -1,0 +1,50 @@
+"""Imports do not depend on the working folder: a user's random.py, numpy.py or datasets/ there is no module of ours.
+
+`python -m` and `python -c` put the working folder first on the import path. Neither a module of ours that is started
+by `-m` nor a Python process that one of our processes starts keeps it there.
+"""
+
+from __future__ import annotations
+
+import os
+import site
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_PACKAGE = "megastruct"
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the folder that holds this package
+
+
+def leave_out_working_folder() -> None:
+    """For a module that was started by `python -m`, before its other imports."""
+    if not sys.flags.safe_path and sys.path[0] == os.getcwd():
+        del sys.path[0]
+    if getattr(sys.modules[_PACKAGE], "__file__", None) is None:  # a mere folder `megastruct` was found there
+        for name in [name for name in sys.modules if name.split(".")[0] == _PACKAGE]:
+            del sys.modules[name]
+
+
+def import_variables() -> dict[str, str]:
+    """PYTHONSAFEPATH, and PYTHONPATH where it is needed: what the environment of a Python process must have to import
+    this package as this process does, and nothing from the working folder."""
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if _ROOT not in [*paths, *site.getsitepackages(), site.getusersitepackages()]:
+        paths.insert(0, _ROOT)
+    return {"PYTHONSAFEPATH": "1", **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
+
+
+@contextmanager
+def import_variables_set() -> Iterator[None]:
+    """`import_variables` in the environment of this process, for those that are started inside."""
+    variables = import_variables()
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

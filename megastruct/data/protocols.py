@@ -54,7 +54,7 @@ class Storage(Protocol):
         """
         ...
 
-    def open(self, shard: TextShard) -> io.RawIOBase:
+    def open(self, shard: TextShard) -> io.RawIOBase | io.BufferedIOBase:
         """The bytes of a shard, seekable: each read is a request for just these bytes.
 
         Raises whatever the storage raises; see `may_pass` and `refusal`.

@@ -30,6 +30,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.19.8,<0.20",
+        "datasets>=3.0",
         "huggingface_hub>=1.0",
         "pyarrow>=16.0",
         "sentencepiece>=0.2",
@@ -43,7 +44,7 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib>=3.8"],
-        "benchmark": ["datasets>=3.0", "tokenizers>=0.20"],
+        "benchmark": ["tokenizers>=0.20"],
         "test": [
             "megastruct[plot,benchmark]",
             "pytest",

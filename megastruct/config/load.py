@@ -206,7 +206,7 @@ def _value_that_is_right(item: Any) -> str:
         return ""
     field, bounds = _section(path[:1]).model_fields.get(str(path[1])), item.get("ctx", {})
     words = [word for word in get_args(field.annotation) if isinstance(word, str)] if field else []
-    meant = difflib.get_close_matches(str(item["input"]), words, n=1)
+    meant = [bounds["meant"]] if "meant" in bounds else difflib.get_close_matches(str(item["input"]), words, n=1)
     default = None if field is None or field.is_required() else field.default
     values = (*meant, default, bounds.get("ge"), bounds.get("le"))
     value = next((v for v in values if isinstance(v, bool | int | float | str)), None)

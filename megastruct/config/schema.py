@@ -6,10 +6,13 @@ Letters in descriptions: d = hidden_size, f = ffn_hidden_size, S = seq_length.
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+from megastruct.config.activations import ACTIVATIONS
 from megastruct.structures import DENSE
 
 Size = Annotated[int, Field(ge=1)]
@@ -39,7 +42,7 @@ class ModelConfig(Section):
     head_dim: Size | None = Field(None, description="attention width is heads x head_dim; left out: d / heads")
     ffn_hidden_size: Size
     vocab_size: Size = 32_000
-    activation: Literal["gelu", "swiglu"] = "gelu"
+    activation: str = Field("gelu", description="one of config/activations.py")
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     bias: bool = True
@@ -51,6 +54,15 @@ class ModelConfig(Section):
         description="structure-aware start and learning rates, level over widths: optimizer.learning_rate is that of a "
         "matrix with this fan-in; left out: the paper's start, and one learning rate for all",
     )
+
+    @field_validator("activation")
+    @classmethod
+    def _known_activation(cls, name: str) -> str:
+        if name not in ACTIVATIONS:
+            meant = difflib.get_close_matches(name, ACTIVATIONS, n=1, cutoff=0.0)
+            known = ", ".join(map(repr, ACTIVATIONS))
+            raise PydanticCustomError("unknown_name", "must be one of {known}", {"known": known, "meant": meant[0]})
+        return name
 
     @property
     def kv_heads(self) -> int:
@@ -76,8 +88,8 @@ class ModelConfig(Section):
 
     @property
     def fc1_out_features(self) -> int:
-        """SwiGLU's first linear makes gate and value in one map d -> 2f."""
-        return self.ffn_hidden_size * (2 if self.activation == "swiglu" else 1)
+        """A gated activation's first linear makes gate and value in one map d -> 2f."""
+        return self.ffn_hidden_size * ACTIVATIONS[self.activation].fc1_width
 
 
 class FFNConfig(Section):

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from megastruct.config.activations import ACTIVATIONS
 from megastruct.config.schema import Config, ModelConfig
 from megastruct.layers.norm import LayerNorm, RMSNorm
 from megastruct.layers.vocabulary import VocabParallelEmbedding, VocabParallelHead
@@ -141,6 +142,6 @@ def _build_block(config: Config, index: int, tp: TensorGroup, guided: bool) -> B
     fc1, fc2 = (partial(linear, **ffn.sizes, **common) for linear in (linears.column, linears.row))
     has_guides = guided and not ffn.is_dense
     guides = [partial(guide, tp=tp, bias=False) for guide in (ColumnGuide, RowGuide)] if has_guides else []
-    mlp = MLP(model.hidden_size, model.ffn_hidden_size, model.activation == "swiglu", fc1, fc2, *guides)
+    mlp = MLP(model.hidden_size, model.ffn_hidden_size, ACTIVATIONS[model.activation], fc1, fc2, *guides)
     norms = (_build_norm(model, tp), _build_norm(model, tp))
     return Block(attention, mlp, *norms, recompute=config.training.activation_checkpointing)

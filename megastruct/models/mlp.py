@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megastruct.config.activations import Activation
 from megastruct.models.guidance import NOT_EVALUATED, BlockChoices
 from megastruct.parallel.seeds import Names
 from megastruct.structures.guide import Choice
@@ -13,25 +13,24 @@ from megastruct.structures.linear import LinearBuilder
 
 
 class MLP(nn.Module):
-    """fc2(gelu(fc1 x)) or, gated, fc2(silu(gate) * value) with gate and value in one map h -> 2f.
+    """fc2(activation(fc1 x)); with a gated activation, fc1 makes gate and value in one map h -> 2f.
 
-    A guide stands beside a structured linear while it is trained with one (`tensor_parallel/guide.py`).
-    Feature 2i of the gated map is gate i, feature 2i + 1 value i: every even slice of its outputs holds whole pairs.
+    A guide stands beside a structured linear while it is trained with one (`structures/guide.py`).
     """
 
     def __init__(
         self,
         hidden_size: int,
         ffn_hidden_size: int,
-        gated: bool,
+        activation: Activation,
         fc1: LinearBuilder,
         fc2: LinearBuilder,
         fc1_guide: LinearBuilder | None = None,
         fc2_guide: LinearBuilder | None = None,
     ) -> None:
         super().__init__()
-        self.gated = gated
-        fc1_out_features = ffn_hidden_size * (2 if gated else 1)
+        self.activation = activation.load()
+        fc1_out_features = ffn_hidden_size * activation.fc1_width
         self.fc1 = fc1(hidden_size, fc1_out_features)
         self.fc2 = fc2(ffn_hidden_size, hidden_size)
         self.fc1_guide = fc1_guide(hidden_size, fc1_out_features) if fc1_guide else None
@@ -40,12 +39,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, choices: BlockChoices = NOT_EVALUATED) -> Tensor:
         """x [s/tp, b, h] -> [s/tp, b, h]"""
         y = _linear(self.fc1, self.fc1_guide, x, choices[0])  # [s, b, f/tp] or [s, b, 2f/tp]
-        if self.gated:
-            gate, value = y.unflatten(-1, (-1, 2)).unbind(-1)
-            y = F.silu(gate) * value  # [s, b, f/tp]
-        else:
-            y = F.gelu(y, approximate="tanh")
-        return _linear(self.fc2, self.fc2_guide, y, choices[1])
+        return _linear(self.fc2, self.fc2_guide, self.activation(y), choices[1])
 
     @torch.no_grad()
     def init_weights(self, names: Names) -> None:

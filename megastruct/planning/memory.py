@@ -8,6 +8,7 @@ What is not counted: the device's context, workspaces, fragmentation, and what l
 
 from __future__ import annotations
 
+from megastruct.config.activations import ACTIVATIONS
 from megastruct.config.schema import Config, FFNConfig
 from megastruct.parallel.sizes import words_per_rank
 from megastruct.planning.cost import ffn_linears, has_block_kernel
@@ -134,7 +135,7 @@ def block_activation_bytes(config: Config, ffn: FFNConfig) -> int:
     copied = model.kv_heads % tp or has_dense_mask(config)
     kv_heads = heads if copied else model.kv_heads
     attention = 2 * e * (heads + kv_heads) * model.attention_head_dim + 4 * heads
-    activated = 2 * f if model.activation == "swiglu" else f
+    activated = ACTIVATIONS[model.activation].kept_values * f
     divided = 2 * _norm_input_bytes(config) + attention + e * (model.fc1_out_features + activated + fc2.inner_width)
     if fc1.inner_width:
         return _share(divided + norm_output, tp) + norm_output + e * fc1.inner_width

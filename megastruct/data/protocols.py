@@ -6,8 +6,8 @@
     TrainingData    micro-batches for a rank: token shards, text shards        registry: open.py
 
 A new implementation is a class with these methods, which need not inherit from anything, and one entry in the registry.
-Storages, formats and tokenizers also run in worker processes, which import the package and nothing else: their entries
-belong into the package. Whoever finds a mistake of the user's raises `UserError`.
+Storages, formats and tokenizers also run in worker processes, which import the package alone: an entry that is made
+elsewhere works with data.num_workers=0. A mistake of the user's is a `UserError`.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class Tokenizer(Protocol):
     def eod_id(self) -> int: ...
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32 [num_tokens], without begin- or end-of-document ids; texts do not influence others.
+        """Ids of each text, int32 [num_tokens], without begin- or end-of-document ids, each as if it were alone.
 
         Several threads may call it at once.
         """

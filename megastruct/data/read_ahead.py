@@ -62,8 +62,8 @@ class ReadAhead(Iterator[T]):
 class Maker:
     """A thread that takes the next items of iterators, one after the other as they are wanted.
 
-    It ends when `owner` is collected, and leaves undone what is not begun then. It knows nothing but the iterators, so
-    that it does not keep alive what ends it; nor does it keep a process that ends alive, unlike those of an executor.
+    It ends when `owner` is collected; what has not begun by then is dropped. It knows the iterators alone, so that it
+    does not keep its owner alive. Unlike an executor's threads it does not keep the process alive either.
     """
 
     def __init__(self, owner: object, name: str) -> None:

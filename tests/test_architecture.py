@@ -12,7 +12,7 @@ PACKAGE = ROOT / "megastruct"
 
 # Rooms by floor. A room may import itself, the ground floor, and every floor below its own.
 FLOORS: list[set[str]] = [
-    {"errors", "ops", "parallel", "config", "planning"},
+    {"errors", "files", "processes", "parallel", "ops", "config", "planning"},
     {"layers", "data", "checkpoint", "metrics", "launch"},
     {"tensor_parallel"},
     {"models"},
@@ -22,7 +22,7 @@ FLOORS: list[set[str]] = [
     {"train", "start"},
 ]
 # Between rooms of the ground floor too, imports have one direction.
-GROUND_ORDER = ["errors", "parallel", "ops", "config", "planning"]
+GROUND_ORDER = ["errors", "files", "processes", "parallel", "ops", "config", "planning"]
 MAX_FILE_LINES = 320
 MAX_FUNCTION_LINES = 70
 

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout that is not installed
 
-from megastruct.data.preparation.shard import write_atomically
 from megastruct.errors import Problem, UserError, user_errors_exit
+from megastruct.files import write_atomically
 
 SCHEMA = pa.schema(
     [

@@ -21,10 +21,10 @@ import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout that is not installed
 
-from megastruct.data.preparation.shard import write_atomically
 from megastruct.data.sources.patience import read_patiently
 from megastruct.data.sources.shards import TextShard, check_shards, find_shards
 from megastruct.errors import Problem, UserError, user_errors_exit
+from megastruct.files import write_atomically
 
 # As LLaMA's tokenizer; what is not said here is SentencePiece's default.
 TRAINING_OPTIONS = {

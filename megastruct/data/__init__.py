@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megastruct.data.batch import Batch
     from megastruct.data.open import open_data
-    from megastruct.data.reader import merge_cursors
     from megastruct.data.tokenizer import Tokenizer
 
-__all__ = ["Batch", "Tokenizer", "merge_cursors", "open_data"]
+__all__ = ["Batch", "Tokenizer", "open_data"]
 
-_HOMES = {"Batch": "batch", "open_data": "open", "merge_cursors": "reader", "Tokenizer": "tokenizer"}
+_HOMES = {"Batch": "batch", "open_data": "open", "Tokenizer": "tokenizer"}
 
 
 def __getattr__(name: str):

@@ -19,7 +19,7 @@ from megastruct.data.text.stream import TextSource
 from megastruct.data.tokenizer import Tokenizer
 from megastruct.data.tokens.data import TokenData, TokenSource, source_seed
 from megastruct.data.tokens.manifest import TOKENIZER_NAME, Manifest, check_files, load_manifest
-from megastruct.errors import Problem, UserError
+from megastruct.errors import Problem, Problems, UserError
 
 
 def open_data(
@@ -105,13 +105,13 @@ def _open_token_sources(
     folders: list[tuple[str, Path]], model: Path | None, seq_length: int, vocab_size: int
 ) -> tuple[list[TokenSource], Tokenizer]:
     """`folders`: (its key in the config, folder)."""
-    problems: list[Problem] = []
-    opened = [
-        _collect(problems, partial(_open_tokens, folder, where, model, seq_length, vocab_size))
+    problems = Problems()
+    found = [
+        problems.collect(partial(_open_tokens, folder, where, model, seq_length, vocab_size))
         for where, folder in folders
     ]
-    if problems:
-        raise UserError(problems)
+    problems.raise_if_any()
+    opened = [source for source in found if source is not None]
     _check_alike(opened)
     return [source for source, _ in opened], opened[0][1]
 
@@ -120,22 +120,12 @@ def _open_text_sources(
     finds: list[Callable[[], list[TextShard]]], model: Path | None, vocab_size: int
 ) -> tuple[Tokenizer, list[list[TextShard]]]:
     """`finds`: what finds the shards of each source."""
-    problems: list[Problem] = []
-    tokenizer = _collect(problems, lambda: _open_text_tokenizer(model, vocab_size))
-    shards = [_collect(problems, find) for find in finds]
-    if problems:
-        raise UserError(problems)
-    return tokenizer, shards
-
-
-def _collect(problems: list[Problem], build):
-    """What `build` returns, or None with its problems added to `problems`."""
-    try:
-        return build()
-    except UserError as error:
-        problems += [Problem("", error.headline)] if error.headline else []
-        problems += error.problems
-        return None
+    problems = Problems()
+    tokenizer = problems.collect(lambda: _open_text_tokenizer(model, vocab_size))
+    shards = [problems.collect(find) for find in finds]
+    problems.raise_if_any()
+    assert tokenizer
+    return tokenizer, [found for found in shards if found is not None]
 
 
 def _open_text_tokenizer(model: Path | None, vocab_size: int) -> Tokenizer:
@@ -181,12 +171,12 @@ def _open_tokens(
         suggestion = "make token shards with tools/prepare_data.py, or read text directly with data.kind=text"
         raise UserError(Problem(where, f"{folder} {what}", suggestion))
     manifest = load_manifest(folder)
-    problems: list[Problem] = []
-    _collect(problems, lambda: check_files(folder, manifest))
-    tokenizer = _collect(problems, lambda: _open_matching_tokenizer(folder, manifest, model))
-    _collect(problems, lambda: _check_vocab_size(manifest.settings.tokenizer.vocab_size, vocab_size))
-    if problems:
-        raise UserError(problems)
+    problems = Problems()
+    problems.collect(lambda: check_files(folder, manifest))
+    tokenizer = problems.collect(lambda: _open_matching_tokenizer(folder, manifest, model))
+    problems.collect(lambda: _check_vocab_size(manifest.settings.tokenizer.vocab_size, vocab_size))
+    problems.raise_if_any()
+    assert tokenizer
     return TokenSource.open(folder, manifest, seq_length, vocab_size), tokenizer
 
 

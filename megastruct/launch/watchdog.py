@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import secrets
 import selectors
 import socket
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from megastruct.errors import EXIT_CODE_USER_ERROR, UserError
 from megastruct.launch.environment import Process
 from megastruct.launch.peers import Clock, Peer, is_of_a_collective, listen, own_name, place_of, silence_of
+from megastruct.processes import allow_open_files
 
 GRACE_SECONDS = 5.0  # in which ranks say what their own errors are, before the others end them
 FILES_BESIDE = 4096  # that rank 0 may have open beside its connections
@@ -140,10 +140,7 @@ class _Centre:
 
     def __init__(self, watch: Watch, listener: socket.socket, word: str) -> None:
         self.watch, self.listener, self.word = watch, listener, word
-        now_open, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = FILES_BESIDE + watch.process.world_size  # 1,024 is usual, and may be raised
-        if 0 <= now_open < wanted and (most < 0 or wanted <= most):  # -1 is no limit
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+        allow_open_files(FILES_BESIDE + watch.process.world_size)
         now = time.monotonic()
         self.peers = [Peer(rank, now) for rank in range(watch.process.world_size)]
         self.peers[0].name = own_name()

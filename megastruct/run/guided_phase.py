@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megastruct.checkpoint.agreement import from_first_rank
 from megastruct.checkpoint.store import checkpoint_folder
 from megastruct.engine.engine import Engine
+from megastruct.files import write_atomically
 from megastruct.metrics.devices import memory_bytes
 from megastruct.models.guidance import LINEARS
 from megastruct.models.mlp import MLP
@@ -54,8 +55,8 @@ def _report(engine: Engine, step: int, before_bytes: int, after_bytes: int) -> N
     dist.all_gather(ranks, own)
     if dist.get_rank() == 0:
         memory = [{"before_bytes": int(rank[0]), "after_bytes": int(rank[1])} for rank in ranks]
-        text = json.dumps({"step": step, "ranks": memory}, indent=1)
-        (run_folder(engine.config) / REPORT_FILE).write_text(text, encoding="utf-8")
+        report = {"step": step, "ranks": memory}
+        write_atomically(run_folder(engine.config) / REPORT_FILE, json.dumps(report, indent=1))
 
 
 @torch.no_grad()

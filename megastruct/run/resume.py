@@ -138,7 +138,10 @@ def check_same_data(data: dict[str, Any]) -> None:
 
 
 def gather_cursor(engine: Engine, cursor: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
-    """The cursor of the whole run from those of all replicas (None on ranks that read no data). Collective."""
+    """The cursor of the whole run from those of all replicas (None on ranks that read no data). Collective.
+
+    What a rank does not know is -1 in its cursor, so the largest value is the known one.
+    """
     local = np.full(shape, -1, dtype=np.int64) if cursor is None else cursor
     tensor = torch.from_numpy(local).to(engine.device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)

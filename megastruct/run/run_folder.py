@@ -5,16 +5,16 @@ runs/NAME/  config.yaml  environment.json  data.json  tokenizer.model  metrics.j
 
 from __future__ import annotations
 
-import fcntl
 import json
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megastruct.checkpoint.intact import newest_of_right_size
 from megastruct.config.compare import changes_of_the_run
 from megastruct.config.load import dump_config, load_config
 from megastruct.config.schema import Config
 from megastruct.errors import Problem, UserError
+from megastruct.files import FileLock, LockHeldError, write_atomically
 from megastruct.launch.environment import describe_environment
 
 CONFIG_FILE = "config.yaml"
@@ -45,7 +45,7 @@ def step_of(checkpoint: Path) -> int:
 def check_run_folder(config: Config, data: dict[str, Any]) -> None:
     """Raises UserError if the folder cannot be written, is in use, or holds a run of another config or other data."""
     folder = run_folder(config)
-    lock_run_folder(config, shared=True).close()  # all ranks ask at once: they must not refuse each other
+    lock_run_folder(config, shared=True).release()  # all ranks ask at once: they must not refuse each other
     if not (folder / CONFIG_FILE).exists():
         return
     changes = changes_of_the_run(load_config(folder / CONFIG_FILE), config)
@@ -62,25 +62,21 @@ def check_run_folder(config: Config, data: dict[str, Any]) -> None:
         )
 
 
-def lock_run_folder(config: Config, shared: bool = False) -> IO[str]:
-    """Make the folder and take its lock, which is held until the returned file is closed or the process ends.
+def lock_run_folder(config: Config, shared: bool = False) -> FileLock:
+    """Make the folder and take its lock, which is held until it is released or the process ends.
 
     `shared`: beside others that only ask. The one that trains has it alone.
-    Raises UserError if the folder cannot be written or another process trains in it.
+    Raises UserError if the folder cannot be written or locked, or another process trains in it.
     """
     folder = run_folder(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("a+", encoding="utf-8")  # NFS wants it readable for a shared lock
-    except OSError as error:
-        raise UserError(Problem("run.folder", f"{folder}: {error.strerror}", "run.folder=runs")) from None
-    try:
-        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
+        return FileLock(folder / LOCK_FILE, "run.folder", shared=shared)
+    except LockHeldError:
         found = f"another process trains in {folder}"
         raise UserError(Problem("run.name", found, f"wait for it, or run.name={config.run.name}-2")) from None
-    return lock
+    except OSError as error:
+        raise UserError(Problem("run.folder", f"{folder}: {error.strerror}", "run.folder=runs")) from None
 
 
 def described_data(config: Config) -> dict[str, Any]:
@@ -100,16 +96,12 @@ def write_run_folder(config: Config, data: dict[str, Any], tokenizer: Path) -> d
     """Write the descriptions and copy the tokenizer, on rank 0; returns them as title -> text for TensorBoard."""
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{TOKENIZER_FILE}.writing"
-    aside.write_bytes(tokenizer.read_bytes())  # which may be the file in this folder
-    aside.replace(folder / TOKENIZER_FILE)
+    write_atomically(folder / TOKENIZER_FILE, tokenizer.read_bytes())  # which may be the file in this folder
     texts = {
         CONFIG_FILE: dump_config(config),
         ENVIRONMENT_FILE: json.dumps(describe_environment(), indent=1),
         DATA_FILE: json.dumps(data, indent=1),
     }
     for name, text in texts.items():
-        aside = folder / f".{name}.writing"
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(folder / name)
+        write_atomically(folder / name, text)
     return texts

@@ -8,10 +8,12 @@ no traceback is shown. Every other exception is a bug of ours and keeps its trac
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 EXIT_CODE_USER_ERROR = 2
 EXIT_CODE_START_AGAIN = 75  # EX_TEMPFAIL: stopped because it was asked to, saved; the same command goes on
@@ -19,15 +21,25 @@ EXIT_CODE_START_AGAIN = 75  # EX_TEMPFAIL: stopped because it was asked to, save
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake. `where` is the path of a config key or of a file; `suggestion` is something that works."""
+    """One mistake. `where` is the path of a config key or of a file; `suggestion` is something that works.
+
+    `parts`: the mistakes that `found` sums up, shown below it.
+    """
 
     where: str
     found: str
     suggestion: str = ""
+    parts: tuple[Problem, ...] = ()
 
     def __str__(self) -> str:
-        text = f"{self.where}: {self.found}" if self.where else self.found
-        return f"{text}\n    try: {self.suggestion}" if self.suggestion else text
+        return self.text()
+
+    def text(self, depth: int = 0) -> str:
+        """`depth`: how many headlines stand above it."""
+        lines = ["  " * depth + (f"{self.where}: {self.found}" if self.where else self.found)]
+        if self.suggestion:
+            lines.append("  " * max(depth + 1, 2) + f"try: {self.suggestion}")
+        return "\n".join([*lines, *(part.text(depth + 1) for part in self.parts)])
 
 
 class UserError(Exception):
@@ -41,11 +53,33 @@ class UserError(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        lines = [self.headline] if self.headline else []
-        return "\n".join(lines + [f"  {problem}" if self.headline else str(problem) for problem in self.problems])
+        headlines = [self.headline] if self.headline else []
+        return "\n".join([*headlines, *(problem.text(len(headlines)) for problem in self.problems)])
 
     def __reduce__(self) -> tuple[Any, ...]:  # so that a worker process can hand it to its parent
         return (UserError, (self.problems, self.headline, self.on_all_ranks))
+
+
+class Problems(list[Problem]):
+    """Problems that are gathered, so that all are reported at once."""
+
+    def collect(self, function: Callable[[], T]) -> T | None:
+        """What `function` returns; None if it raises a UserError, which is taken in."""
+        try:
+            return function()
+        except UserError as error:
+            self.take(error)
+            return None
+
+    def take(self, error: UserError) -> None:
+        """Add the problems of `error`, below its headline if it has one. What is here already is not repeated."""
+        problems = [Problem("", error.headline, parts=error.problems)] if error.headline else error.problems
+        self += [problem for problem in problems if problem not in self]
+
+    def raise_if_any(self, headline: str = "") -> None:
+        """Raises UserError with all of them, if there are any."""
+        if self:
+            raise UserError(self, headline)
 
 
 @contextmanager

@@ -18,7 +18,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 MANIFEST_FILE = "checksums.json"
-BLOCK_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,6 @@ def content_problem(path: Path, wanted: Checksum) -> str:
 
 def checksum_of(path: Path) -> Checksum:
     """Of the file as it is now."""
-    sha256 = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            sha256.update(block)
-        return Checksum(file.tell(), sha256.hexdigest())
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return Checksum(file.tell(), sha256)

@@ -32,6 +32,7 @@ from megastruct.checkpoint.checksums import MANIFEST_FILE, Checksum, ChecksumWri
 from megastruct.checkpoint.reading import SafeFileSystemReader, TensorLoadPlanner
 from megastruct.checkpoint.sharded import global_shape
 from megastruct.errors import Problem, UserError
+from megastruct.files import sync_folder, write_atomically
 
 STATE_FILE = "state.json"
 _NAME = re.compile(r"^step_(\d{8,})$")
@@ -152,10 +153,9 @@ def _make_room(root: Path, aside: Path) -> None:
 
 
 def _publish(aside: Path, final: Path, state: dict[str, Any], checksums: dict[str, Checksum], keep: int) -> None:
-    _write_synced(aside / STATE_FILE, json.dumps(state, indent=1))
+    write_atomically(aside / STATE_FILE, json.dumps(state, indent=1))
     checksums = checksums | {STATE_FILE: checksum_of(aside / STATE_FILE)}
-    _write_synced(aside / MANIFEST_FILE, manifest_text(checksums))
-    _sync_folder(aside)
+    write_atomically(aside / MANIFEST_FILE, manifest_text(checksums))
     hidden = _hide(final) if final.exists() else None  # an equal step of an earlier attempt
     try:
         os.replace(aside, final)
@@ -163,7 +163,7 @@ def _publish(aside: Path, final: Path, state: dict[str, Any], checksums: dict[st
         if hidden:  # it is complete, and may be the only one
             os.replace(hidden, final)
         raise
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     if hidden:
         shutil.rmtree(hidden)
     for _, old in complete_checkpoints(final.parent)[:-keep]:
@@ -211,18 +211,3 @@ def _gather_on_first_rank(own: dict[str, Checksum], group: Any) -> dict[str, Che
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.gather_object(own, gathered if first else None, group=group)
     return {name: checksum for one in gathered if one for name, checksum in one.items()}
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,16 +12,14 @@ if TYPE_CHECKING:
     from megastruct.data.batch import Batch
     from megastruct.data.open import open_data
     from megastruct.data.protocols import Tokenizer, TrainingData
-    from megastruct.data.reader import merge_cursors
     from megastruct.data.tokenizers.open import open_tokenizer
 
-__all__ = ["Batch", "Tokenizer", "TrainingData", "merge_cursors", "open_data", "open_tokenizer"]
+__all__ = ["Batch", "Tokenizer", "TrainingData", "open_data", "open_tokenizer"]
 
 _HOMES = {
     "Batch": "batch",
     "Tokenizer": "protocols",
     "TrainingData": "protocols",
-    "merge_cursors": "reader",
     "open_data": "open",
     "open_tokenizer": "tokenizers.open",
 }

@@ -8,15 +8,15 @@ a name on the hub stands for is kept as it was at the run's first start.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from megastruct.files import FileLock, LocksNotSupportedError, NewFile
 
 FOLDER_NAME = "data_cache"
 
@@ -38,13 +38,8 @@ def cached_array(folder: Path | None, name: str, find: Callable[[], np.ndarray],
         with contextlib.suppress(OSError, ValueError, EOFError):  # missing, or damaged: found anew
             return np.load(path, allow_pickle=False)
         array = find()
-        aside = path.with_name(f".{path.name}.writing")
-        with contextlib.suppress(OSError):
-            with aside.open("wb") as file:
-                np.save(file, array, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
+        with contextlib.suppress(OSError), NewFile(path) as file:
+            np.save(file, array, allow_pickle=False)
         return array
 
 
@@ -62,9 +57,8 @@ def _locked(folder: Path | None, parents: bool) -> Iterator[bool]:
             if folder is None:
                 raise FileNotFoundError
             folder.mkdir(exist_ok=True, parents=parents)
-            lock = stack.enter_context((folder / ".lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
+            stack.enter_context(FileLock(folder / ".lock", "run.folder", wait=True))
+        except (OSError, LocksNotSupportedError):
             usable = False
         else:
             usable = True

@@ -173,7 +173,7 @@ class MicroBatches(Protocol):
     def cursor(self) -> np.ndarray:
         """Where reading goes on: int64 of the data's `cursor_shape`, rows of -1 for what other ranks read.
 
-        `merge_cursors` makes one out of those of all ranks. A pure function of the number of steps that were read,
+        The largest values of all ranks make one of them. A pure function of the number of steps that were read,
         once merged: the same on every layout.
 
         Raises:

@@ -63,7 +63,10 @@ class Reader(ABC, Iterator[Batch]):
 
     @abstractmethod
     def cursor(self) -> np.ndarray:
-        """The next unconsumed sample, int64 [num_streams, columns]; to be taken between steps."""
+        """The next unconsumed sample, int64 [num_streams, columns]; to be taken between steps.
+
+        Streams that this rank does not own are rows of -1: of all ranks' values the largest is the known one.
+        """
 
     @abstractmethod
     def _read(self, places: np.ndarray) -> np.ndarray:  # one entry of `_next_step`
@@ -75,19 +78,6 @@ class Reader(ABC, Iterator[Batch]):
 
     def _deal(self, first_sample: int) -> np.ndarray:
         return deal(first_sample, self._global_batch_size, self._micro_batch_size, self._dp_rank, self._dp_size)
-
-
-def merge_cursors(cursors: list[np.ndarray]) -> np.ndarray:
-    """One cursor out of those of all data-parallel ranks, which were taken after the same step.
-
-    Streams that a rank does not own are rows of -1, so the largest value is the known one. int64, same shape.
-
-    Raises:
-        ValueError: there is none, or the shapes differ.
-    """
-    if not cursors or any(cursor.shape != cursors[0].shape for cursor in cursors):
-        raise ValueError(f"cursors of equal shape are wanted, got {[cursor.shape for cursor in cursors]}")
-    return np.maximum.reduce(cursors)
 
 
 def describe_mixture(mixture: Mixture, parts: list[dict]) -> dict:

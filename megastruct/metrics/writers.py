@@ -11,6 +11,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from megastruct.files import write_atomically
+
 # key in metrics.jsonl -> TensorBoard tag
 TENSORBOARD_TAGS: dict[str, str] = {
     "loss": "train/loss",
@@ -126,6 +128,4 @@ def _truncate(path: Path, resume_step: int) -> None:
             continue
         if record["step"] <= resume_step:
             kept.append(line + "\n")
-    aside = path.with_suffix(".jsonl.writing")
-    aside.write_text("".join(kept), encoding="utf-8")
-    aside.replace(path)
+    write_atomically(path, "".join(kept))

@@ -17,6 +17,7 @@ from torch import Tensor
 from megastruct.checkpoint.agreement import from_first_rank
 from megastruct.checkpoint.store import checkpoint_folder
 from megastruct.engine.engine import Engine
+from megastruct.files import write_atomically
 from megastruct.metrics.devices import memory_bytes
 from megastruct.models.guidance import LINEARS
 from megastruct.models.mlp import MLP
@@ -56,8 +57,7 @@ def _report(engine: Engine, path: Path, step: int, before_bytes: int, after_byte
     dist.all_gather(ranks, own)
     if dist.get_rank() == 0:
         memory = [{"before_bytes": int(rank[0]), "after_bytes": int(rank[1])} for rank in ranks]
-        text = json.dumps({"step": step, "ranks": memory}, indent=1)
-        path.write_text(text, encoding="utf-8")
+        write_atomically(path, json.dumps({"step": step, "ranks": memory}, indent=1))
 
 
 @torch.no_grad()

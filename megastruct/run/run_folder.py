@@ -5,10 +5,9 @@ runs/NAME/  config.yaml  environment.json  data.json  tokenizer.model  metrics.j
 
 from __future__ import annotations
 
-import fcntl
 import json
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megastruct.checkpoint.intact import newest_of_right_size
 from megastruct.checkpoint.store import step_of
@@ -16,6 +15,7 @@ from megastruct.config.compare import changes_of_the_run
 from megastruct.config.load import dump_config, load_config
 from megastruct.config.schema import Config
 from megastruct.errors import Problem, UserError
+from megastruct.files import FileLock, LockHeldError, write_atomically
 from megastruct.launch.environment import describe_environment
 
 CONFIG_FILE = "config.yaml"
@@ -44,7 +44,7 @@ class RunFolder:
 
     def check(self, data: dict[str, Any]) -> None:
         """Raises UserError if the folder cannot be written, is in use, or holds a run of another config or data."""
-        self.lock(shared=True).close()  # all ranks ask at once: they must not refuse each other
+        self.lock(shared=True).release()  # all ranks ask at once: they must not refuse each other
         if not (self.path / CONFIG_FILE).exists():
             return
         changes = changes_of_the_run(load_config(self.path / CONFIG_FILE), self.config)
@@ -60,24 +60,20 @@ class RunFolder:
                 headline=f"{self.path} holds a run of another config",
             )
 
-    def lock(self, shared: bool = False) -> IO[str]:
-        """Make the folder and take its lock, which is held until the returned file is closed or the process ends.
+    def lock(self, shared: bool = False) -> FileLock:
+        """Make the folder and take its lock, which is held until it is released or the process ends.
 
         `shared`: beside others that only ask. The one that trains has it alone.
         Raises UserError if the folder cannot be written or another process trains in it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / LOCK_FILE).open("a+", encoding="utf-8")  # NFS wants it readable for a shared lock
+            return FileLock(self.path / LOCK_FILE, "run.folder", shared=shared)
         except OSError as error:
             raise UserError(Problem("run.folder", f"{self.path}: {error.strerror}", "run.folder=runs")) from None
-        try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
+        except LockHeldError:
             found = f"another process trains in {self.path}"
             raise UserError(Problem("run.name", found, f"wait for it, or run.name={self.path.name}-2")) from None
-        return lock
 
     def described_data(self) -> dict[str, Any]:
         """What the data was when the run was started; empty if it has not been yet."""
@@ -94,16 +90,12 @@ class RunFolder:
     def write(self, data: dict[str, Any], tokenizer: Path) -> dict[str, str]:
         """Write the descriptions and copy the tokenizer, on rank 0; returns them as title -> text for TensorBoard."""
         self.path.mkdir(parents=True, exist_ok=True)
-        aside = self.path / f".{TOKENIZER_FILE}.writing"
-        aside.write_bytes(tokenizer.read_bytes())  # which may be the file in this folder
-        aside.replace(self.path / TOKENIZER_FILE)
+        write_atomically(self.path / TOKENIZER_FILE, tokenizer.read_bytes())  # which may be this file itself
         texts = {
             CONFIG_FILE: dump_config(self.config),
             ENVIRONMENT_FILE: json.dumps(describe_environment(), indent=1),
             DATA_FILE: json.dumps(data, indent=1),
         }
         for name, text in texts.items():
-            aside = self.path / f".{name}.writing"
-            aside.write_text(text, encoding="utf-8")
-            aside.replace(self.path / name)
+            write_atomically(self.path / name, text)
         return texts

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from megastruct.config import load_config
-from megastruct.data import merge_cursors
 from megastruct.data.mixture import Mixture
 from megastruct.data.order import source_seed
 from megastruct.data.preparation.prepare import prepare
 from megastruct.errors import UserError
 from slow_order import text_samples, token_samples, tokens_of
-from test_readers import make_readers, run_step
+from test_readers import make_readers, merged_cursor, run_step
 from tiny_data import (
     NUM_SHARDS,
     SEED,
@@ -155,7 +154,7 @@ def test_mixed_order_equals_the_reference_resumed_on_any_layout(mixed, before, a
     data, expected = mixed
     readers = make_readers(data, *before)
     got = [sample for _ in range(stop_step) for sample in run_step(readers, *before)]
-    cursor = merge_cursors([reader.cursor() for reader in readers])
+    cursor = merged_cursor(readers)
     assert cursor.shape == data.cursor_shape and cursor.min() >= 0
     readers = make_readers(data, *after, cursor=cursor, start_sample=12 * stop_step)
     got += [sample for _ in range(20 - stop_step) for sample in run_step(readers, *after)]

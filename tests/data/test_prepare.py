@@ -15,8 +15,9 @@ import pytest
 from megastruct.commands import prepare as prepare_data
 from megastruct.data.preparation import prepare as prepare_module
 from megastruct.data.preparation import workers as prepare_workers
+from megastruct.data.preparation.inspect import verify
 from megastruct.data.sources.check import check_shards
-from megastruct.data.tokens.manifest import Manifest, load_manifest, verify_files
+from megastruct.data.tokens.manifest import Manifest, load_manifest
 from slow_order import tokens_of
 from tiny_data import NUM_SHARDS, VALIDATION_FRACTION, make_texts, train_model, write_parquet
 
@@ -48,7 +49,7 @@ def tokens_in(folder: Path, manifest: Manifest, split: str) -> list[int]:
 
 def test_tokens_equal_the_reference(token_folder, text_folder, tokenizer_path):
     manifest = load_manifest(token_folder)
-    verify_files(token_folder, manifest)
+    assert verify(token_folder, manifest) == []
     paths = sorted(text_folder.glob("*.parquet"))
     for split, held_out in (("train", False), ("validation", True)):
         tokens = tokens_in(token_folder, manifest, split)

@@ -17,8 +17,9 @@ import pytest
 from megastruct.commands import prepare as prepare_data
 from megastruct.data.preparation import shard as prepare_shard
 from megastruct.data.preparation import workers as prepare_workers
+from megastruct.data.preparation.inspect import verify
 from megastruct.data.sources.reading import read_patiently
-from megastruct.data.tokens.manifest import load_manifest, verify_files
+from megastruct.data.tokens.manifest import load_manifest
 from test_prepare import ROOT, arguments_for, contents, refused, start
 from tiny_data import make_texts, write_parquet
 
@@ -146,7 +147,7 @@ def test_monstrous_documents_and_memory(tokenizer_path, tmp_path):
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0 and usage.ru_maxrss < 1_000_000  # kB
     manifest = load_manifest(tmp_path / "out")
-    verify_files(tmp_path / "out", manifest)
+    assert verify(tmp_path / "out", manifest) == []
     assert manifest.skipped_documents["empty"] == 1
     assert manifest.totals.train.num_documents + manifest.totals.validation.num_documents == 4
     assert manifest.totals.train.num_tokens + manifest.totals.validation.num_tokens > 10_000_000

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from megastruct.data import merge_cursors, open_tokenizer
+from megastruct.data import open_tokenizer
 from megastruct.data.sources.reading import read_patiently
 from megastruct.data.sources.shards import TextShard
 from megastruct.data.sources.storages import storage_of
@@ -22,7 +22,7 @@ from megastruct.data.text.ahead import open_chunks
 from megastruct.data.text.processes import CHUNKS_AHEAD
 from megastruct.data.text.stream import START, TextSource
 from megastruct.errors import UserError
-from test_readers import make_readers, open_tiny, run_step
+from test_readers import make_readers, merged_cursor, open_tiny, run_step
 from tiny_data import make_texts, write_parquet
 
 ROOT = Path(__file__).parents[2]
@@ -61,11 +61,11 @@ def test_order_goes_on_with_another_number_of_workers_and_another_layout(text_fo
     expected = [sample for _ in range(16) for sample in run_step(plain, 1, 12)]
     readers = readers_of(before, 2, 3)
     got = [sample for _ in range(7) for sample in run_step(readers, 2, 3)]
-    cursor = merge_cursors([reader.cursor() for reader in readers])
+    cursor = merged_cursor(readers)
     readers = readers_of(after, 1, 4, cursor=cursor, start_sample=7 * 12)
     got += [sample for _ in range(9) for sample in run_step(readers, 1, 4)]
     assert got == expected
-    np.testing.assert_array_equal(merge_cursors([reader.cursor() for reader in readers]), plain[0].cursor())
+    np.testing.assert_array_equal(merged_cursor(readers), plain[0].cursor())
 
 
 def test_a_worker_is_ahead_by_so_many_chunks_and_no_more(tmp_path, tokenizer_path):

@@ -7,7 +7,6 @@ becomes depends on the settings and on the shard alone, so the folder has the sa
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from megastruct.data.preparation.shard import OutputError, ShardJob, ShardRecord, write_atomically
+from megastruct.data.preparation.shard import OutputError, ShardJob, ShardRecord
 from megastruct.data.preparation.workers import run_jobs
 from megastruct.data.protocols import Tokenizer
 from megastruct.data.sources.check import check_shards
@@ -43,11 +42,12 @@ from megastruct.data.tokens.manifest import (
     load_manifest,
     total_of,
 )
-from megastruct.errors import Problem, UserError
+from megastruct.errors import Problem, Problems, UserError
+from megastruct.files import FileLock, LockHeldError, write_atomically
 
 PROGRESS_NAME = "progress"
 _LOCK_NAME = ".lock"
-_OUR_FILE = re.compile(r"\d{5,}-\d{3,}\.bin(\.writing)?")
+_OUR_FILE = re.compile(r"\.?\d{5,}-\d{3,}\.bin(\.writing)?")
 
 
 def prepare(
@@ -141,23 +141,17 @@ def _refuse_other_contents(output: Path) -> None:
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
     """Keep a second run out of the same folder; the system frees the lock of a run that was killed."""
-    path = output / _LOCK_NAME
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock.fileno()).st_ino != path.stat().st_ino:
-                raise FileNotFoundError  # a run that ended just now removed the file that we locked
-        except OSError:
-            found = f"another run is writing to {output}"
-            raise UserError(Problem("--output", found, "wait for it, or give another folder")) from None
-        try:
-            yield
-        finally:
-            path.unlink()
+    try:
+        lock = FileLock(output / _LOCK_NAME, "--output", temporary=True)
+    except LockHeldError:
+        found = f"another run is writing to {output}"
+        raise UserError(Problem("--output", found, "wait for it, or give another folder")) from None
+    with lock:
+        yield
 
 
 def _refuse_other_settings(output: Path, old: Settings, new: Settings) -> None:
-    problems = []
+    problems = Problems()
     suggestion = "give the same settings, or another --output"
     for key in ("text_column", "validation_fraction", "max_shard_tokens"):
         before, now = getattr(old, key), getattr(new, key)
@@ -171,8 +165,7 @@ def _refuse_other_settings(output: Path, old: Settings, new: Settings) -> None:
         found = f"{output} was made from {len(old.sources)} shards, which are not the {len(new.sources)} given now"
         differing = sorted({source.name for source in set(old.sources) ^ set(new.sources)})
         problems.append(Problem("--input", f"{found} (differing: {', '.join(differing[:5])})", suggestion))
-    if problems:
-        raise UserError(problems)
+    problems.raise_if_any()
 
 
 def _begin(output: Path, tokenizer: Tokenizer, settings: Settings) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from megastruct.data.sources.storages import storage_of
 from megastruct.data.split import is_validation
 from megastruct.data.tokens.manifest import SPLITS, Count, Record, Splits, TokenFile
 from megastruct.errors import Problem, UserError
+from megastruct.files import NewFile, write_atomically
 
 
 class OutputError(UserError):
@@ -136,45 +135,41 @@ class _TokenWriter:
         self._split = split
         self._dtype = np.dtype(job.dtype).newbyteorder("<")
         self._finished: list[TokenFile] = []
-        self._file = None
+        self._file: NewFile | None = None
 
     def write(self, ids: np.ndarray) -> None:
         """Append one document, int [num_tokens] with its end-of-document id; it may be cut between two files."""
         while len(ids):
-            if self._file is None:
-                self._open()
+            file = self._file or self._open()
             piece, ids = np.split(ids, [self._job.max_shard_tokens - self._num_tokens])
             content = piece.astype(self._dtype).tobytes()
-            self._file.write(content)
+            file.write(content)
             self._sha256.update(content)
             self._num_tokens += len(piece)
             self._num_documents += not len(ids)
             if self._num_tokens == self._job.max_shard_tokens:
-                self._close()
+                self._close(file)
 
     def finish(self) -> list[TokenFile]:
         if self._file is not None:
-            self._close()
+            self._close(self._file)
         return self._finished
 
     def discard(self) -> None:
         """Remove what an error left half written; without effect after `finish`."""
         if self._file is not None:
-            file, self._file = self._file, None
-            with contextlib.suppress(OSError):  # closing writes what is buffered, for which there may be no room
-                file.close()
-            self._aside.unlink(missing_ok=True)
+            self._file.discard()
+            self._file = None
 
-    def _open(self) -> None:
+    def _open(self) -> NewFile:
         name = f"{self._split}/{self._job.index:05d}-{len(self._finished):03d}.bin"
-        self._name, self._path = name, self._job.output / name
-        self._aside = _aside(self._path)
-        self._file = self._aside.open("wb", buffering=1 << 20)
+        self._name, self._file = name, NewFile(self._job.output / name)
         self._sha256 = hashlib.sha256()
         self._num_tokens = self._num_documents = 0
+        return self._file
 
-    def _close(self) -> None:
-        _finish_file(self._file, self._aside, self._path)
+    def _close(self, file: NewFile) -> None:
+        file.finish()
         self._file = None
         self._finished.append(
             TokenFile(
@@ -185,27 +180,3 @@ class _TokenWriter:
                 sha256=self._sha256.hexdigest(),
             )
         )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there with all its content or not at all, whenever the process is killed."""
-    aside = _aside(path)
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            _finish_file(file, aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        error.filename = error.filename or str(path)  # writing fails without a name
-        raise
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(path.name + ".writing")
-
-
-def _finish_file(file, aside: Path, path: Path) -> None:
-    file.flush()
-    os.fsync(file.fileno())  # the name must not reach the disk before the content
-    file.close()
-    os.replace(aside, path)

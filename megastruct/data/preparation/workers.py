@@ -7,18 +7,17 @@ import os
 import pickle
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait as wait_for_process
 
 from tqdm import tqdm
 
 from megastruct.data.preparation.shard import OutputError, ShardJob, ShardRecord, make_shard
-from megastruct.errors import Problem, UserError
+from megastruct.errors import Problem, Problems, UserError
 from megastruct.import_path import import_variables_set
+from megastruct.processes import end_with_parent
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_BETWEEN_LINES = 30.0
@@ -45,7 +44,7 @@ def run_jobs(jobs: list[ShardJob], num_workers: int, report: Callable[[str], Non
 
 
 def _run_here(jobs: list[ShardJob], progress: _Progress) -> dict[int, ShardRecord]:
-    records, problems = {}, []
+    records, problems = {}, Problems()
     for job in jobs:
         try:
             records[job.index] = make_shard(job, progress.add)
@@ -53,9 +52,8 @@ def _run_here(jobs: list[ShardJob], progress: _Progress) -> dict[int, ShardRecor
         except OutputError:
             raise
         except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(problems)
+            problems.take(error)
+    problems.raise_if_any()
     return records
 
 
@@ -63,9 +61,9 @@ def _run_in_pool(jobs: list[ShardJob], num_workers: int, progress: _Progress) ->
     # Started afresh, not forked: the threads of Arrow and SentencePiece do not survive a fork.
     context = multiprocessing.get_context("spawn")
     counts = context.Array("q", 3)
-    records, problems = {}, []
+    records, problems = {}, Problems()
     num_workers = min(num_workers, len(jobs))
-    pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(counts,))
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(counts, os.getpid()))
     try:
         jobs_of = {pool.submit(_work, pickle.dumps(job)): job for job in jobs}
         running: set[Future] = set(jobs_of)
@@ -79,7 +77,7 @@ def _run_in_pool(jobs: list[ShardJob], num_workers: int, progress: _Progress) ->
                 except OutputError:
                     raise
                 except UserError as error:
-                    problems += [problem for problem in error.problems if problem not in problems]
+                    problems.take(error)
     except BrokenProcessPool:
         found = "a worker process died; it was killed from outside or the machine ran out of memory"
         suggestion = f"run the same command again, it goes on where it stopped; perhaps --workers {num_workers // 2}"
@@ -90,22 +88,16 @@ def _run_in_pool(jobs: list[ShardJob], num_workers: int, progress: _Progress) ->
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-    if problems:
-        raise UserError(sorted(problems, key=lambda problem: problem.where))
+    problems.sort(key=lambda problem: problem.where)
+    problems.raise_if_any()
     return records
 
 
-def _start_worker(counts) -> None:
+def _start_worker(counts, parent: int) -> None:
     global _counts
     _counts = counts
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent says it once
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    """A parent that was killed cannot stop its workers, and they must not write beside the run that follows."""
-    wait_for_process([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+    end_with_parent(parent)  # it must not write beside the run that follows
 
 
 def _work(pickled_job: bytes) -> ShardRecord:

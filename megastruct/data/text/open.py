@@ -9,7 +9,7 @@ import numpy as np
 
 from megastruct.data.cache import cached_array, key_of
 from megastruct.data.mixture import Mixture
-from megastruct.data.opening import check_vocab_size, collect
+from megastruct.data.opening import check_vocab_size
 from megastruct.data.options import DataOptions
 from megastruct.data.order import default_num_streams, source_seed
 from megastruct.data.protocols import Tokenizer
@@ -19,7 +19,7 @@ from megastruct.data.sources.shards import TextShard
 from megastruct.data.text.data import TextData
 from megastruct.data.text.stream import TextSource
 from megastruct.data.tokenizers.open import open_tokenizer
-from megastruct.errors import Problem, UserError
+from megastruct.errors import Problem, Problems, UserError
 
 
 def open_text(options: DataOptions) -> TextData:
@@ -28,12 +28,12 @@ def open_text(options: DataOptions) -> TextData:
     Raises:
         UserError: with all that is missing, damaged or does not fit.
     """
-    data, problems = options.data, list[Problem]()
-    tokenizer = collect(problems, lambda: _open_tokenizer(options))
+    data, problems = options.data, Problems()
+    tokenizer = problems.collect(lambda: _open_tokenizer(options))
     known = zip_longest(options.paths, options.hub_commits[: len(options.paths)])
-    found = [collect(problems, partial(_open_shards, options, where, path, commit)) for (where, path), commit in known]
-    if problems or tokenizer is None:
-        raise UserError(problems)
+    found = [problems.collect(partial(_open_shards, options, where, path, commit)) for (where, path), commit in known]
+    problems.raise_if_any()
+    assert tokenizer
     shards_of_sources = [shards for shards in found if shards is not None]
     sources = [
         TextSource(

@@ -37,7 +37,8 @@ class TextProcess(Signs):
         ours, theirs = socket.socketpair()
         environment = os.environ | import_variables()
         # Not multiprocessing: it would import the trainer's main module, and with it torch, into every worker.
-        command = [sys.executable, "-c", f"from megastruct.data.text.worker import main; main({theirs.fileno()})"]
+        call = f"main({theirs.fileno()}, {os.getpid()})"
+        command = [sys.executable, "-c", f"from megastruct.data.text.worker import main; {call}"]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL)
         theirs.close()
         self._connection = Connection(ours.detach())

@@ -10,10 +10,7 @@ It does what is wanted, in the order in which it was wanted, and nothing else: h
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -21,6 +18,7 @@ from typing import NamedTuple
 
 from megastruct.data.text.stream import Placed, StreamCursor, TextSource, tokenised_documents
 from megastruct.errors import UserError
+from megastruct.processes import end_with_parent
 
 StreamName = tuple[int, int]  # source, stream of that source
 
@@ -65,12 +63,12 @@ def serve(connection: Connection, sources: Sequence[TextSource], starts: dict[St
             connection.send(Failed(name, failures[name]))
 
 
-def main(descriptor: int) -> None:
-    """The whole life of the process; `descriptor`: of the socket."""
+def main(descriptor: int, trainer: int) -> None:
+    """The whole life of the process; `descriptor`: of the socket; `trainer`: the id of the process that started it."""
     # Ctrl-C reaches all processes of a terminal, other signals all of a job: the trainer finishes its step, with data.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    end_with_parent(trainer)  # also while a source hangs
     connection = Connection(descriptor)
     try:
         try:
@@ -81,10 +79,3 @@ def main(descriptor: int) -> None:
         serve(connection, sources, starts)
     except (EOFError, ConnectionError):
         pass  # the trainer has ended
-
-
-def _end_with_parent(parent: int) -> None:
-    """A source that hangs must not keep the process of a trainer that was killed."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)

@@ -17,7 +17,7 @@ from megastruct.data.prefetch import Prefetched
 from megastruct.data.protocols import Tokenizer
 from megastruct.data.reader import Reader, check_held_out_rows, describe_mixture, validation_samples
 from megastruct.data.tokens.files import TokenFiles
-from megastruct.data.tokens.manifest import Manifest, TokenFile, verify_files
+from megastruct.data.tokens.manifest import Manifest, TokenFile
 from megastruct.errors import Problem, UserError
 
 # Rows are located, and fetched by the system, for so many samples of a rank ahead: the permutation's cost is per call.
@@ -199,17 +199,6 @@ class TokenData:
             "vocab_size": self.tokenizer.vocab_size,
             **describe_mixture(self._mixture, parts),
         }
-
-    def verify(self) -> None:
-        """Read every file and compare it with the manifest's sha256; UserError names all that differ."""
-        problems: list[Problem] = []
-        for source in self._sources:
-            try:
-                verify_files(source.folder, source.manifest)
-            except UserError as error:
-                problems += error.problems
-        if problems:
-            raise UserError(problems)
 
     def train_reader(
         self,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import threading
 import weakref
 from collections import OrderedDict
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from megastruct.errors import Problem, UserError
+from megastruct.processes import allow_open_files
 
 _SPARE_DESCRIPTORS = 512  # for sockets, libraries, checkpoints
 _LEAST_OPEN = 32
@@ -133,15 +133,5 @@ class TokenFiles:
 
 def _descriptors_for(num_files: int) -> int:
     """How many of `num_files` files to hold open; asks for a higher limit of the process where that is allowed."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return max(1, num_files)
-    wanted = num_files + 2 * _SPARE_DESCRIPTORS
-    if soft < wanted:
-        soft_wanted = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft_wanted, hard))
-            soft = soft_wanted
-        except (OSError, ValueError):
-            pass
-    return max(_LEAST_OPEN, min(num_files, (soft - _SPARE_DESCRIPTORS) // 2))
+    limit = allow_open_files(num_files + 2 * _SPARE_DESCRIPTORS)
+    return max(_LEAST_OPEN, min(num_files, (limit - _SPARE_DESCRIPTORS) // 2))

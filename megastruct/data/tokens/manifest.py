@@ -11,7 +11,6 @@ with the end-of-document id.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -20,13 +19,12 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megastruct.data.sources.shards import MANIFEST_NAME
-from megastruct.errors import Problem, UserError
+from megastruct.errors import Problem, Problems, UserError
 
 FORMAT_NAME = "megastruct-tokens"
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 _MAKE_AGAIN = "make the folder again with tools/prepare_data.py, or copy it again"
-_READ_BYTES = 1 << 20
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -155,7 +153,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     Raises:
         UserError: with every missing or damaged file.
     """
-    problems = []
+    problems = Problems()
     for split in SPLITS:
         for file in getattr(manifest.splits, split):
             path = folder / file.file
@@ -164,31 +162,4 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             elif path.stat().st_size != file.num_bytes:
                 found = f"has {path.stat().st_size} bytes, the manifest says {file.num_bytes}"
                 problems.append(Problem(str(path), found, _MAKE_AGAIN))
-    if problems:
-        raise UserError(problems)
-
-
-def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Read every file and compare its sha256 with the manifest's.
-
-    Raises:
-        UserError: with every missing or damaged file.
-    """
-    check_files(folder, manifest)
-    problems = []
-    for split in SPLITS:
-        for file in getattr(manifest.splits, split):
-            if file_sha256(folder / file.file) != file.sha256:
-                problems.append(
-                    Problem(str(folder / file.file), "its contents differ from the manifest's sha256", _MAKE_AGAIN)
-                )
-    if problems:
-        raise UserError(problems)
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+    problems.raise_if_any()

@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 
 from megastruct.data.mixture import Mixture
-from megastruct.data.opening import check_vocab_size, collect
+from megastruct.data.opening import check_vocab_size
 from megastruct.data.options import DataOptions
 from megastruct.data.protocols import Tokenizer
 from megastruct.data.tokenizers.open import open_tokenizer
 from megastruct.data.tokens.data import TokenData, TokenSource
 from megastruct.data.tokens.manifest import MANIFEST_NAME, Manifest, check_files, load_manifest
-from megastruct.errors import Problem, UserError
+from megastruct.errors import Problem, Problems, UserError
 
 
 def open_tokens(options: DataOptions) -> TokenData:
@@ -21,10 +21,9 @@ def open_tokens(options: DataOptions) -> TokenData:
     Raises:
         UserError: with all that is missing, damaged or does not fit.
     """
-    problems: list[Problem] = []
-    found = [collect(problems, partial(_open_folder, options, where, path)) for where, path in options.paths]
-    if problems:
-        raise UserError(problems)
+    problems = Problems()
+    found = [problems.collect(partial(_open_folder, options, where, path)) for where, path in options.paths]
+    problems.raise_if_any()
     opened = [pair for pair in found if pair is not None]
     _check_alike(opened)
     sources, tokenizer = [source for source, _ in opened], opened[0][1]
@@ -38,12 +37,12 @@ def _open_folder(options: DataOptions, where: str, path: str) -> tuple[TokenSour
         suggestion = "make token shards with tools/prepare_data.py, or read text directly with data.kind=text"
         raise UserError(Problem(where, f"{folder} {what}", suggestion))
     manifest = load_manifest(folder)
-    problems: list[Problem] = []
-    collect(problems, lambda: check_files(folder, manifest))
-    tokenizer = collect(problems, lambda: _open_matching_tokenizer(folder, manifest, options.tokenizer_path))
-    collect(problems, lambda: check_vocab_size(manifest.settings.tokenizer.vocab_size, options.vocab_size))
-    if problems or tokenizer is None:
-        raise UserError(problems)
+    problems = Problems()
+    problems.collect(lambda: check_files(folder, manifest))
+    tokenizer = problems.collect(lambda: _open_matching_tokenizer(folder, manifest, options.tokenizer_path))
+    problems.collect(lambda: check_vocab_size(manifest.settings.tokenizer.vocab_size, options.vocab_size))
+    problems.raise_if_any()
+    assert tokenizer
     return TokenSource.open(folder, manifest, options.seq_length, options.vocab_size), tokenizer
 
 

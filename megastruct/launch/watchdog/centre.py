@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import secrets
 import selectors
 import socket
@@ -15,6 +14,7 @@ from megastruct.launch.watchdog.judgement import Peer, State, Verdict, judge
 from megastruct.launch.watchdog.messages import Answer, End, Heartbeat, Hello, MalformedError, Message
 from megastruct.launch.watchdog.this_rank import ThisRank, own_name
 from megastruct.launch.watchdog.transport import Connection
+from megastruct.processes import allow_open_files
 
 FILES_BESIDE = 4096  # that rank 0 may have open beside its connections
 LAST_WORDS_SECONDS = 0.5  # in which a message reaches the others
@@ -24,10 +24,7 @@ class Centre:
     def __init__(self, this_rank: ThisRank, listener: socket.socket, word: str) -> None:
         """Begin to hear. `word`: what a connection must begin with."""
         self.this_rank, self.listener, self.word = this_rank, listener, word
-        now_open, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = FILES_BESIDE + this_rank.process.world_size  # 1,024 is usual, and may be raised
-        if 0 <= now_open < wanted and (most < 0 or wanted <= most):  # -1 is no limit
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+        allow_open_files(FILES_BESIDE + this_rank.process.world_size)
         now = time.monotonic()
         self.peers = [Peer(rank, now) for rank in range(this_rank.process.world_size)]
         self.peers[0] = Peer(0, now, own_name())

@@ -25,10 +25,10 @@ import torch.distributed as dist
 from megastruct.checkpoint.store import step_of
 from megastruct.config import Config, load_config
 from megastruct.data import Batch, TrainingData
+from megastruct.engine.distributed import choose_device, join, leave
 from megastruct.engine.engine import Engine, build_engine
 from megastruct.errors import EXIT_CODE_START_AGAIN, user_errors_exit
 from megastruct.launch.deepspeed import decoded
-from megastruct.launch.distributed import choose_device, join, leave
 from megastruct.launch.environment import current_process, take_share_of_cores
 from megastruct.launch.signals import STOP_FILE, StopRequest
 from megastruct.launch.watchdog import Watch

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "megastruct"
 
 # Rooms by floor. A room may import itself, the ground floor, and every floor below its own.
 FLOORS: list[set[str]] = [
-    {"errors", "import_path", "files", "processes", "parallel", "structures", "config", "planning"},
+    {"errors", "import_path", "files", "processes", "parallel", "structures", "optimizers", "config", "planning"},
     {"layers", "data", "checkpoint", "metrics", "launch"},
     {"models"},
     {"engine"},
@@ -21,7 +21,17 @@ FLOORS: list[set[str]] = [
     {"train", "start", "commands"},
 ]
 # Between rooms of the ground floor too, imports have one direction.
-GROUND_ORDER = ["errors", "import_path", "files", "processes", "parallel", "structures", "config", "planning"]
+GROUND_ORDER = [
+    "errors",
+    "import_path",
+    "files",
+    "processes",
+    "parallel",
+    "structures",
+    "optimizers",
+    "config",
+    "planning",
+]
 MAX_FILE_LINES = 320
 MAX_FUNCTION_LINES = 70
 

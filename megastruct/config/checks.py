@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from megastruct.config.schema import Config, FFNConfig
 from megastruct.errors import Problem
+from megastruct.optimizers import ADAMW, OPTIMIZERS, nearest_optimizer
 from megastruct.parallel.sizes import multiple_problems, nearest_divisor, vocabulary_problems
 from megastruct.structures import STRUCTURES, known_sizes, nearest_name
 from megastruct.structures.numbers import Widths
@@ -45,7 +46,10 @@ def check_ffn(config: Config) -> Iterator[Problem]:
         yield Problem("ffn.structure", found, f"ffn.structure={nearest_name(ffn.structure)}")
         return
     numbers = STRUCTURES[ffn.structure].numbers
-    yield from _foreign_sizes(ffn, numbers.sizes)
+    foreign = {key: value for key, value in ffn.sizes.items() if key not in numbers.sizes}
+    owners = {key: [name for name, other in STRUCTURES.items() if key in other.numbers.sizes] for key in foreign}
+    known = [*FFNConfig.model_fields, *known_sizes()]
+    yield from _foreign_keys("ffn", "structure", ffn.structure, foreign, owners, known)
     given = {key: value for key, value in ffn.sizes.items() if key in numbers.sizes}
     problems = list(numbers.size_problems(widths, given))
     yield from problems
@@ -54,20 +58,6 @@ def check_ffn(config: Config) -> Iterator[Problem]:
     given |= {key: int(value) for key, value in suggested.items()}
     faulty = {problem.where for problem in problems}
     yield from (problem for problem in numbers.shard_problems(widths, given) if problem.where not in faulty)
-
-
-def _foreign_sizes(ffn: FFNConfig, wanted: Mapping[str, str]) -> Iterator[Problem]:
-    for key, value in ffn.sizes.items():
-        if key in wanted:
-            continue
-        others = [name for name, structure in STRUCTURES.items() if key in structure.numbers.sizes]
-        if others:
-            suggestion = f"ffn.structure={' or '.join(others)}, or no ffn.{key} (ffn.{key}=null)"
-            yield Problem(f"ffn.{key}", f"{value}, but ffn.structure is {ffn.structure}", suggestion)
-        else:
-            known = [*FFNConfig.model_fields, *known_sizes()]
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            yield Problem(f"ffn.{key}", "unknown key", f"ffn.{close[0]}" if close else f"one of {', '.join(known)}")
 
 
 def ffn_widths(config: Config) -> Widths:
@@ -125,6 +115,44 @@ def check_tensor_parallel(config: Config) -> Iterator[Problem]:
     yield from vocabulary_problems("model.vocab_size", model.vocab_size, tp)
 
 
+def check_optimizer(config: Config) -> Iterator[Problem]:
+    """A known optimizer, its keys and no others, and values within their bounds."""
+    optimizer = config.optimizer
+    if optimizer.kind not in OPTIMIZERS:
+        found = f"{optimizer.kind!r} is none of {', '.join(map(repr, OPTIMIZERS))}"
+        yield Problem("optimizer.kind", found, f"optimizer.kind={nearest_optimizer(optimizer.kind)}")
+        return
+    chosen = OPTIMIZERS[optimizer.kind]
+    yield from chosen.problems("optimizer.", optimizer.settings)
+    owners = {key: [name for name, other in OPTIMIZERS.items() if key in other.keys] for key in optimizer.settings}
+    foreign = {key: value for key, value in optimizer.settings.items() if key not in chosen.keys}
+    known = [*type(optimizer).model_fields, *chosen.keys]
+    yield from _foreign_keys("optimizer", "kind", optimizer.kind, foreign, owners, known)
+    width = config.model.base_width
+    if width and chosen.learning_rate_scale(width, width) is None:
+        found = f"{width}, but how learning rates of {chosen.name} depend on widths is not known"
+        yield Problem("model.base_width", found, f"optimizer.kind={ADAMW}, or no model.base_width")
+
+
+def _foreign_keys(
+    section: str,
+    choice: str,
+    chosen: str,
+    foreign: Mapping[str, object],
+    owners: Mapping[str, list[str]],
+    known: list[str],
+) -> Iterator[Problem]:
+    """Keys of a section that its choice does not have: another one's (`owners`), or nobody's."""
+    for key, value in foreign.items():
+        where = f"{section}.{key}"
+        if others := owners.get(key):
+            suggestion = f"{section}.{choice}={' or '.join(others)}, or no {where} ({where}=null)"
+            yield Problem(where, f"{value}, but {section}.{choice} is {chosen}", suggestion)
+        else:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            yield Problem(where, "unknown key", f"{section}.{close[0]}" if close else f"one of {', '.join(known)}")
+
+
 def check_guided(config: Config) -> Iterator[Problem]:
     guided, training, tp = config.guided, config.training, config.parallel.tp
     if guided.schedule == "off":
@@ -162,6 +190,7 @@ CHECKS: tuple[Check, ...] = (
     check_batch,
     check_parallel,
     check_tensor_parallel,
+    check_optimizer,
     check_guided,
     check_spikes,
 )

@@ -7,12 +7,13 @@ Letters in descriptions: d = hidden_size, f = ffn_hidden_size, S = seq_length.
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from megastruct.config.activations import ACTIVATIONS
+from megastruct.optimizers import ADAMW, OPTIMIZERS
 from megastruct.structures import DENSE
 
 Size = Annotated[int, Field(ge=1)]
@@ -206,14 +207,32 @@ class TrainingConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW; weight decay on matrices only, not on norms and biases."""
+    """What all optimizers have, and the keys of the one that is chosen: its `Optimizer.keys`, such as `beta1`.
 
+    Such a key that is null or left out has its default. Weight decay is on matrices only, not on norms and biases.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Any] = Field(init=False)
+
+    kind: str = ADAMW
     learning_rate: Annotated[float, Field(gt=0)]
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     gradient_clipping: Annotated[float, Field(ge=0)] = Field(1.0, description="global norm; 0 = off")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        chosen = OPTIMIZERS.get(str(values.get("kind", ADAMW)))
+        given = {key: value for key, value in values.items() if value is not None or key in cls.model_fields}
+        return (chosen.settings({}) if chosen else {}) | given
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The values of the optimizer's own keys, as its record takes them."""
+        return dict(self.__pydantic_extra__)
 
 
 class ScheduleConfig(Section):

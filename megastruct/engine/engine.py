@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -21,13 +22,17 @@ from torch import Tensor, nn
 
 from megastruct.config.schema import Config
 from megastruct.data.batch import Batch
+from megastruct.engine import zero
 from megastruct.engine.config import deepspeed_config
-from megastruct.engine.optimizer import GradientClipper, build_optimizer, sum_norms_over_stages
+from megastruct.engine.internals import check_internals
+from megastruct.engine.norms import GradientClipper, sum_norms_over_stages
+from megastruct.engine.optimizer import build_optimizer, parameter_roles
+from megastruct.engine.pipeline import GPTPipeline, deepspeed_topology
 from megastruct.models.block import compile_blocks
 from megastruct.models.gpt import GPT, build_gpt
 from megastruct.models.guidance import Guidance
 from megastruct.models.loss import make_loss
-from megastruct.models.pipeline import GPTPipeline, deepspeed_topology
+from megastruct.optimizers import MASTER, OPTIMIZERS, Optimizer, Role
 from megastruct.parallel.collectives import sum_gradients
 from megastruct.parallel.groups import TensorGroup, make_tensor_group
 from megastruct.parallel.topology import Topology
@@ -48,6 +53,7 @@ class Engine:
     ) -> None:
         """`mpu`: DeepSpeed's view of the groups, where the module does not bring it."""
         self.config, self.topology, self.tp, self.device, self.mpu = config, topology, tp, device, mpu
+        self.roles: dict[nn.Parameter, Role] = parameter_roles(module)  # ZeRO 3 will change the parameters' shapes
         optimizer = build_optimizer(module, config.optimizer, device.type, config.model.base_width)
         num_parameters = sum(p.numel() for p in module.parameters())
         with contextlib.redirect_stdout(io.StringIO()):  # its optimizers print their memory with print()
@@ -60,13 +66,15 @@ class Engine:
             )
         self.clipper: GradientClipper | None = None
         if config.parallel.zero_stage == 0:
-            model_group = module._grid.get_model_parallel_group()  # all stages and tensor ranks of one replica
             self.clipper = GradientClipper(
-                module.parameters(), config.optimizer.gradient_clipping, model_group, counts_replicated=tp.rank == 0
+                module.parameters(),
+                config.optimizer.gradient_clipping,
+                module.replica_group,
+                counts_replicated=tp.rank == 0,
             )
             optimizer.register_step_pre_hook(self.clipper)
         elif config.training.precision == "fp32" and topology.pp_size > 1:
-            sum_norms_over_stages(self.zero_optimizer, module._grid.get_model_parallel_group())
+            sum_norms_over_stages(self.zero_optimizer, module.replica_group)
         if config.training.compile:
             compile_blocks(module, config.training.seq_length, device)
 
@@ -78,6 +86,27 @@ class Engine:
     def zero_optimizer(self) -> Any:
         """DeepSpeed's optimizer around ours; ours itself where ZeRO is off."""
         return self.deepspeed.optimizer
+
+    @property
+    def zero_stage(self) -> int:
+        return self.config.parallel.zero_stage
+
+    @property
+    def optimizer_record(self) -> Optimizer:
+        """What the optimizer's record says of its groups and its state."""
+        return OPTIMIZERS[self.config.optimizer.kind]
+
+    def state_kinds(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """The kinds of state that the optimizer keeps of a parameter, beside its master."""
+        return self.optimizer_record.group_of(self.roles[parameter]).state
+
+    def saved_kinds(self) -> dict[str, tuple[str, ...]]:
+        """What a checkpoint keeps of each of this rank's parameters, by global name: its master and its state."""
+        return {name: (MASTER, *self.state_kinds(parameter)) for name, parameter in self.named_parameters()}
+
+    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+        """A context in which parameters are whole under ZeRO 3, too. Collective over the data-parallel group."""
+        return zero.gathered(parameters, self.zero_stage)
 
     @property
     def reads_data(self) -> bool:
@@ -174,7 +203,7 @@ class PipelineEngine(Engine):
         instructions = self.deepspeed._INSTRUCTION_MAP
 
         def sum_and_go_on(engine: Any) -> None:
-            gradients = [p._hp_grad if in_bf16 else p.grad for p in replicated]
+            gradients = [zero.accumulated_gradient(p, in_bf16) for p in replicated]
             sum_gradients([gradient for gradient in gradients if gradient is not None], tp)
             instructions[ReduceTiedGrads](engine)
 
@@ -213,12 +242,10 @@ class PlainEngine(Engine):
         return cls(build_gpt(config, tp, guidance, eod_id), config, topology, tp, device, mpu)
 
     def without_guides(self) -> PlainEngine:
-        parameters: list[Any] = list(self.module.parameters())
+        parameters = list(self.module.parameters())
         eod_id = self.module.eod_id
         self._close()
-        for parameter in parameters:  # what ZeRO 3 hangs on them outlives the module
-            for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
-                tensor.data = tensor.new_empty(0)
+        zero.empty_parameters(parameters)
         # A new module: ZeRO 3 has cut the old one's parameters, and tied them to its optimizer.
         module = GPT(self.config, self.tp, eod_id=eod_id)
         return PlainEngine(module, self.config, self.topology, self.tp, self.device, self.mpu)
@@ -263,6 +290,7 @@ def build_engine(
     The model has guides if the step is a guided one. torch.distributed is initialised. `eod_id`: the tokenizer's.
     Raises ValueError without it, if attention shall stay inside of documents.
     """
+    check_internals()
     separate = config.training.document_attention == "separate"
     if separate and eod_id is None:
         raise ValueError("training.document_attention = separate needs the end-of-document id")

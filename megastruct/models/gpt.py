@@ -1,6 +1,6 @@
 """The decoder as a flat list of named layers, built from a config, and as one module.
 
-The list is the only description of the model: `GPT` runs it as one module, `pipeline.py` cuts it into stages. A
+The list is the only description of the model: `GPT` runs it as one module, `engine/pipeline.py` cuts it into stages. A
 layer's name in the list is its name in checkpoints and in random seeds, for every layout. All layers are the
 tensor-parallel ones; a group of one rank makes them the plain ones.
 """
@@ -20,9 +20,10 @@ from megastruct.layers.norm import LayerNorm, RMSNorm
 from megastruct.layers.vocabulary import VocabParallelEmbedding, VocabParallelHead
 from megastruct.models.attention import Attention
 from megastruct.models.block import Block
-from megastruct.models.documents import attention_mask, document_ids
-from megastruct.models.guidance import NOT_EVALUATED, Guidance
+from megastruct.models.documents import document_ids
+from megastruct.models.guidance import Guidance
 from megastruct.models.mlp import MLP
+from megastruct.models.walk import walk
 from megastruct.parallel.groups import ALONE, TensorGroup
 from megastruct.structures import STRUCTURES
 from megastruct.structures.dense.layers import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
@@ -81,17 +82,10 @@ class GPT(nn.Module):
         self.tied = config.model.tie_embeddings
 
     def forward(self, ids: Tensor) -> Tensor:
-        choices = iter(self.guidance.choices() if self.guidance else [NOT_EVALUATED] * len(self.blocks))
+        choices = self.guidance.choices() if self.guidance else None
         documents = None if self.eod_id is None else document_ids(ids, self.eod_id)
-        x, mask = ids, None
-        for name in self.layer_names:
-            layer = self.get_submodule(name)
-            if isinstance(layer, Block):
-                if documents is not None and mask is None:
-                    mask = attention_mask(documents, x.dtype, self.head_dim)
-                x = layer(x, next(choices), mask)
-            else:
-                x = layer(x)
+        layers = ((name, self.get_submodule(name)) for name in self.layer_names)
+        x = walk(layers, ids, choices, documents, self.head_dim)
         return self.get_submodule(EMBEDDING).project(x) if self.tied else x
 
 

@@ -32,6 +32,7 @@ class LayerCost:
     flops: Mapping[str, int] = field(default_factory=dict)
     ffn_weights: int = 0
     guide_weights: int = 0  # of the guides that a self-guided run has beside them (none in dense blocks); in no other
+    vectors_per_rank: int = 0  # of `parameters_per_rank`, those of norms and biases
 
     @property
     def forward_flops(self) -> int:
@@ -46,7 +47,8 @@ def layer_costs(config: Config) -> list[LayerCost]:
     norm = d * (2 if model.norm == "layernorm" and model.bias else 1)
     blocks = [_block_cost(config, index, norm) for index in range(model.num_layers)]
     head = LayerCost("head", *((0, 0) if model.tie_embeddings else words), flops={"head": 2 * v * d})
-    return [LayerCost("embedding", *words), *blocks, LayerCost("final_norm", norm, norm, norm), head]
+    final_norm = LayerCost("final_norm", norm, norm, norm, vectors_per_rank=norm)
+    return [LayerCost("embedding", *words), *blocks, final_norm, head]
 
 
 def total_parameters(config: Config) -> int:
@@ -123,6 +125,7 @@ def _block_cost(config: Config, index: int, norm: int) -> LayerCost:
     replicated = 2 * norm + with_bias * 2 * d + sum(linear.replicated_weights for linear in linears)
     replicated += 2 * kv * (d + with_bias) if model.kv_heads % tp else 0
     multiply_adds = sum(linear.multiply_adds for linear in linears)
+    replicated_biases = with_bias * (2 * d + (2 * kv if model.kv_heads % tp else 0))
     scores = 2 * config.training.seq_length * a
     return LayerCost(
         f"blocks.{index}",
@@ -136,6 +139,7 @@ def _block_cost(config: Config, index: int, norm: int) -> LayerCost:
         },
         ffn_weights,
         0 if ffn.is_dense else sum(linear.weights for linear in ffn_linears(config, FFNConfig())),
+        2 * norm + replicated_biases + (biases - replicated_biases) // tp,
     )
 
 

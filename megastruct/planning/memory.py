@@ -8,8 +8,11 @@ What is not counted: the device's context, workspaces, fragmentation, and what l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megastruct.config.activations import ACTIVATIONS
 from megastruct.config.schema import Config, FFNConfig
+from megastruct.optimizers import OPTIMIZERS, Role
 from megastruct.parallel.sizes import words_per_rank
 from megastruct.planning.cost import ffn_linears, has_block_kernel
 from megastruct.planning.stages import Stage
@@ -37,7 +40,7 @@ def memory_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, int]:
     return {
         "weights": weight_bytes(config, parameters, dp_size),
         "gradients": gradient_bytes(config, parameters, dp_size),
-        "optimizer": optimizer_bytes(config, parameters, dp_size),
+        "optimizer": optimizer_bytes(config, stage.parameters_by_role, dp_size),
         "communication": communication_bytes(config, parameters),
         "activations": activation_bytes(config, stage, dp_size),
         "logits": logit_bytes(config) if stage.has_head else 0,
@@ -51,24 +54,38 @@ def weight_bytes(config: Config, parameters: int, dp_size: int) -> int:
 
 
 def gradient_bytes(config: Config, parameters: int, dp_size: int) -> int:
-    """Summed over the micro-batches in fp32, also in bf16: 4 P; ZeRO 2 and 3 keep the own part: 4 P / D."""
-    return 4 * _share(parameters, dp_size if config.parallel.zero_stage >= 2 else 1)
+    """Summed over the micro-batches in fp32, also in bf16: 4 P; ZeRO 2 and 3 keep the own part: 4 P / D.
+
+    In bf16 with ZeRO 1, DeepSpeed's `BF16_Optimizer` keeps the gradients of a micro-batch beside them: e P more. With
+    ZeRO 2 and 3 they live in the bucket (`communication_bytes`) only.
+    """
+    zero = config.parallel.zero_stage
+    of_micro_batch = 2 * parameters if zero == 1 and config.training.precision == "bf16" else 0
+    return 4 * _share(parameters, dp_size if zero >= 2 else 1) + of_micro_batch
 
 
-def optimizer_bytes(config: Config, parameters: int, dp_size: int) -> int:
-    """AdamW's two fp32 moments: 8 P without ZeRO. From ZeRO 1 on cut over the replicas, with an fp32 copy of the
-    weights, which DeepSpeed also keeps where the weights are fp32: 12 P / D."""
-    return 8 * parameters if config.parallel.zero_stage == 0 else 12 * _share(parameters, dp_size)
+def optimizer_bytes(config: Config, parameters: Mapping[Role, int], dp_size: int) -> int:
+    """The optimizer's state of the device's parameters, by role, as its record says: for AdamW two fp32 moments, 8 P.
+
+    From ZeRO 1 on it is cut over the replicas, with an fp32 copy of the weights, which DeepSpeed also keeps where the
+    weights are fp32: for AdamW 12 P / D.
+    """
+    zero, optimizer = config.parallel.zero_stage > 0, OPTIMIZERS[config.optimizer.kind]
+    return sum(
+        optimizer.bytes_per_parameter(role, with_master=zero) * _share(count, dp_size if zero else 1)
+        for role, count in parameters.items()
+    )
 
 
 def communication_bytes(config: Config, parameters: int) -> int:
     """DeepSpeed's buffers. Gradients travel in buckets of `bucket_values`: flattened copies in fp32 (ZeRO 0, and 1 in
-    bf16), or one buffer in the weights' dtype (ZeRO 1 in fp32, 2, 3). ZeRO 3 also keeps gathered weights alive, up to
-    1 G values."""
+    bf16), or one buffer in the weights' dtype (ZeRO 1 in fp32, 2, 3), of which ZeRO 2 in bf16 sends an fp32 copy. ZeRO
+    3 also keeps gathered weights alive, up to 1 G values."""
     zero, e, bucket = config.parallel.zero_stage, value_bytes(config), bucket_values(parameters)
     if zero == 0 or (zero == 1 and config.training.precision == "bf16"):
         return 4 * bucket
-    return e * (bucket + (min(parameters, LIVE_VALUES) if zero == 3 else 0))
+    copy = 4 * bucket if zero == 2 and e == 2 else 0
+    return copy + e * (bucket + (min(parameters, LIVE_VALUES) if zero == 3 else 0))
 
 
 def activation_bytes(config: Config, stage: Stage, dp_size: int) -> int:
@@ -94,8 +111,11 @@ def guide_bytes(config: Config, stage: Stage, dp_size: int) -> int:
     """What the guides of self-guided training add to all the other parts together; free when their phase ends."""
     own = stage.parameters_per_device
     with_guides = own + stage.guide_weights // config.parallel.tp
-    divided = (weight_bytes, gradient_bytes, optimizer_bytes)
+    divided = (weight_bytes, gradient_bytes)
     state = sum(part(config, with_guides, dp_size) - part(config, own, dp_size) for part in divided)
+    by_role = stage.parameters_by_role
+    more = {**by_role, "matrix": by_role["matrix"] + with_guides - own}
+    state += optimizer_bytes(config, more, dp_size) - optimizer_bytes(config, by_role, dp_size)
     state += communication_bytes(config, with_guides) - communication_bytes(config, own)
     tokens, in_flight = _tokens_and_micro_batches(config, stage, dp_size)
     guided_blocks = sum(layer.guide_weights > 0 for layer in stage.layers)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megastruct.config.schema import Config
+from megastruct.optimizers import Role
 from megastruct.planning.cost import LayerCost, layer_costs
 
 
 @dataclass(frozen=True)
 class Stage:
     """One stage of a pipeline: its layers, the parameters that its devices hold together, and each of them alone (less
-    where tensor parallelism shares the stage)."""
+    where tensor parallelism shares the stage), all and by role."""
 
     index: int
     layers: tuple[LayerCost, ...]
     parameters: int
     parameters_per_device: int
+    parameters_by_role: Mapping[Role, int]
 
     @property
     def forward_flops(self) -> int:
@@ -59,8 +62,17 @@ def pipeline_stages(config: Config) -> list[Stage]:
             held = [*held, layers[0]]
         parameters = sum(layer.parameters for layer in held)
         per_device = sum(layer.parameters_per_rank for layer in held)
-        stages.append(Stage(index, tuple(layers[start:stop]), parameters, per_device))
+        by_role = _by_role(held)
+        stages.append(Stage(index, tuple(layers[start:stop]), parameters, per_device, by_role))
     return stages
+
+
+def _by_role(layers: list[LayerCost]) -> dict[Role, int]:
+    """The parameters of a device, by what they are to the optimizer."""
+    vectors = sum(layer.vectors_per_rank for layer in layers)
+    words = sum(layer.parameters_per_rank for layer in layers if layer.name in ("embedding", "head"))
+    matrices = sum(layer.parameters_per_rank for layer in layers) - words - vectors
+    return {"matrix": matrices, "vocabulary": words, "vector": vectors}
 
 
 def balanced_stages(costs: list[int], num_stages: int) -> list[int]:

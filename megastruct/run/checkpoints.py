@@ -14,9 +14,11 @@ from megastruct.checkpoint.intact import newest_intact, set_aside
 from megastruct.checkpoint.sharded import ShardedTensor
 from megastruct.checkpoint.store import checkpoint_folder, load_state, load_tensors, save_checkpoint
 from megastruct.engine.engine import Engine
-from megastruct.engine.state import KINDS, Fragment, begin_restore, finish_restore, saved_fragments
+from megastruct.engine.state import Fragment, begin_restore, finish_restore, saved_fragments
+from megastruct.engine.zero import whole_shape
 from megastruct.errors import Problem, UserError
 from megastruct.models.guidance import is_guide
+from megastruct.optimizers import ADAMW, OPTIMIZERS
 from megastruct.parallel.shards import Box
 from megastruct.planning.steps import guided_steps
 from megastruct.run.run_folder import RunFolder
@@ -58,8 +60,10 @@ class Checkpoints:
             for kind in fragment.tensors
         }
         layout = engine.config.parallel.model_dump()
-        state = {"step": step, "cursor": cursor.tolist(), "layout": layout, **state}
-        wanted = [f"{kind}.{name}" for name in names for kind in KINDS]
+        optimizer = {"optimizer": engine.config.optimizer.kind}
+        state = {"step": step, "cursor": cursor.tolist(), "layout": layout, **optimizer, **state}
+        kinds = engine.saved_kinds()
+        wanted = [f"{kind}.{name}" for name in names for kind in kinds[name]]
         self._saver.start(lambda group: save_checkpoint(self.root, step, tensors, state, self.keep, group, wanted))
 
     def finish_save(self) -> None:
@@ -106,6 +110,7 @@ def load_checkpoint(engine: Engine, folder: Path | None) -> Loaded:
     if folder is None:
         return Loaded(0, None, {})
     state = together(lambda: load_state(folder))
+    together(lambda: _check_optimizer(engine.config.optimizer.kind, state.get("optimizer", ADAMW), folder))
     tensors = {
         f"{kind}.{name}": _global(engine, fragment, tensor)
         for name, fragment in begin_restore(engine, state["step"], state.get("skipped_steps", 0)).items()
@@ -116,10 +121,18 @@ def load_checkpoint(engine: Engine, folder: Path | None) -> Loaded:
     return Loaded(state["step"], np.array(state["cursor"], dtype=np.int64), state)
 
 
+def _check_optimizer(wanted: str, found: str, folder: Path) -> None:
+    """Raises UserError if the checkpoint was written with an optimizer that keeps other kinds of state."""
+    kinds = [", ".join(OPTIMIZERS[kind].state) if kind in OPTIMIZERS else "unknown" for kind in (wanted, found)]
+    if kinds[0] != kinds[1]:
+        message = f"{wanted}, which keeps {kinds[0]}; {folder} was written with {found}, which keeps {kinds[1]}"
+        raise UserError(Problem("optimizer.kind", message, f"optimizer.kind={found}, or a new run.name"))
+
+
 def _global(engine: Engine, fragment: Fragment, tensor: Tensor) -> Tensor:
     """`tensor`, which has the fragment's elements, under the global form of its parameter."""
     parameter: Any = fragment.parameter
-    local_shape = getattr(parameter, "ds_shape", parameter.shape)
+    local_shape = whole_shape(parameter)
     spec = getattr(parameter, "shard_spec", None)
     if spec is None:
         origin = (0,) * len(local_shape)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -30,7 +28,7 @@ REPORT_FILE = "end_of_guided_phase.json"
 def end_guided_phase(
     engine: Engine, checkpoints: Checkpoints, step: int, cursor: np.ndarray, state: dict[str, Any]
 ) -> Engine:
-    """Go on without guides: their weights, gradients, fp32 masters and Adam moments are freed on every rank, the
+    """Go on without guides: their weights, gradients, fp32 masters and optimizer state are freed on every rank, the
     factors' state goes on untouched. Collective.
 
     The way is the one of every resume: a checkpoint of this step, which no longer has the guides, is loaded into an
@@ -77,8 +75,6 @@ def guide_distances(engine: Engine) -> dict[str, float]:
 
 
 def _distance(engine: Engine, structured: ShardedLinear, guide: ShardedLinear) -> Tensor:
-    zero3 = engine.config.parallel.zero_stage == 3
-    parameters = [*structured.factors(), *guide.factors()]
-    with deepspeed.zero.GatheredParameters(parameters) if zero3 else contextlib.nullcontext():
+    with engine.gathered([*structured.factors(), *guide.factors()]):
         s, w = structured.to_dense(), guide.to_dense()
     return (w - s).norm() / w.norm()

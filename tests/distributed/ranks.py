@@ -29,7 +29,7 @@ import torch._dynamo
 import torch._inductor.compile_fx  # deepspeed.initialize imports it: seconds per rank, unless the parent has it
 import torch.multiprocessing
 
-from megastruct.launch.distributed import choose_device, join, leave
+from megastruct.engine.distributed import choose_device, join, leave
 from megastruct.launch.environment import current_process, free_port
 
 TIMEOUT_SECONDS = 240

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from configs import tiny_config
 from megastruct.config.schema import Config
 from megastruct.engine.engine import Engine, build_engine
-from megastruct.engine.state import engine_adam, fragments
+from megastruct.engine.state import fragments
+from megastruct.engine.zero import inner_optimizer
 from megastruct.parallel.topology import Topology
 from ranks import own_device, run_ranks
 from runs import batches
@@ -34,7 +35,9 @@ LAYOUTS = [  # precision, pp, dp, tp, zero
 def state_of(engine: Engine) -> dict[str, torch.Tensor]:
     """Masters, moments, Adam's steps, and the weights that the forward uses."""
     owned = {f"{f.name}.{kind}": t.clone() for f in fragments(engine) for kind, t in f.tensors.items()}
-    steps = {f"step {i}": s["step"].clone() for i, s in enumerate(engine_adam(engine).state.values()) if s}
+    steps = {
+        f"step {i}": s["step"].clone() for i, s in enumerate(inner_optimizer(engine.zero_optimizer).state.values()) if s
+    }
     weights = {f"weight {name}": getattr(p, "ds_tensor", p).detach().clone() for name, p in engine.named_parameters()}
     return owned | steps | weights
 

@@ -17,11 +17,11 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megastruct.config.schema import Config
-from megastruct.models.block import Block
-from megastruct.models.documents import attention_mask, document_ids
+from megastruct.models.documents import document_ids
 from megastruct.models.gpt import EMBEDDING, HEAD, NamedLayer, init_weights, named_layers
-from megastruct.models.guidance import NOT_EVALUATED, Guidance
+from megastruct.models.guidance import Guidance
 from megastruct.models.mlp import MLP
+from megastruct.models.walk import walk
 from megastruct.parallel.groups import TensorGroup
 from megastruct.parallel.topology import Topology
 from megastruct.planning.cost import layer_costs
@@ -57,22 +57,22 @@ class GPTPipeline(PipelineModule):
             )
         self.guidance, self.eod_id, self.head_dim = guidance, eod_id, config.model.attention_head_dim
 
+    @property
+    def replica_group(self) -> Any:
+        """The process group of all stages and tensor-parallel ranks of one replica."""
+        return self._grid.get_model_parallel_group()
+
     def forward(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
         """One micro-batch through the stage: ids [b, s] or what crosses a border in, the same or logits out."""
-        choices = self.guidance.choices() if self.guidance else None
-        documents, mask = None, None
+        documents = None
         if isinstance(x, tuple):
             x, documents = x
         elif self.eod_id is not None:
             documents = document_ids(x, self.eod_id)
-        for layer, name in zip(self.forward_funcs, self.layer_names[self._local_start :], strict=False):
-            if isinstance(layer, Block):
-                if documents is not None and mask is None:
-                    mask = attention_mask(documents, x.dtype, self.head_dim)
-                x = layer(x, choices[int(name.removeprefix("blocks."))] if choices else NOT_EVALUATED, mask)
-            else:
-                x = layer(x)
-        return x if documents is None or self.stage_id == self.num_stages - 1 else (x, documents)
+        choices = self.guidance.choices() if self.guidance else None
+        layers = zip(self.layer_names[self._local_start :], self.forward_funcs, strict=False)
+        y = walk(layers, x, choices, documents, self.head_dim)
+        return y if documents is None or self.stage_id == self.num_stages - 1 else (y, documents)
 
     def drop_guides(self) -> None:
         self.guidance = None

@@ -1,0 +1,135 @@
+"""What an optimizer is to all others: its keys in the config, its groups of parameters, and the state that it keeps.
+
+Config, planner, engine, checkpoints and resume read this record; none of them knows an optimizer by name. It loads no
+torch: only `build` and `begin` do, when they are called.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from megastruct.errors import Problem
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# matrix: a weight or factor of a linear map, also in blocks. vocabulary: embedding and output head. vector: norms and
+# biases.
+Role = Literal["matrix", "vocabulary", "vector"]
+ROLES: tuple[Role, ...] = ("matrix", "vocabulary", "vector")
+MASTER = "master"  # the fp32 weight, which checkpoints keep beside the optimizer's kinds of state
+VALUE_BYTES = 4  # the state is kept in fp32
+Value = bool | int | float
+_KINDS = {bool: "truth value", int: "whole number", float: "number"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of the config's `optimizer` section: its default, whose type it has, and its bounds.
+
+    `at_least` is a value that is allowed, `above` and `below` are not.
+    """
+
+    default: Value
+    description: str
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def problem(self, where: str, value: Value) -> Problem | None:
+        """What is wrong with a value, if anything is."""
+        kind = type(self.default)
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if fits and math.isfinite(value) and self._is_within(value):
+            return None
+        words = {"at least": self.at_least, "above": self.above, "below": self.below}
+        bounds = " and ".join(f"{word} {bound:g}" for word, bound in words.items() if bound is not None)
+        default = str(self.default).lower() if kind is bool else self.default
+        return Problem(where, f"{value!r} is no {_KINDS[kind]} {bounds}".rstrip(), f"{where}={default}")
+
+    def _is_within(self, value: Value) -> bool:
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that the optimizer treats alike.
+
+    `roles`: those of its parameters. `state`: the kinds of state that it keeps of each, tensors of the parameter's size
+    in fp32, named as in the optimizer's own `state` and in checkpoints. `decays`: whether weight decay applies.
+    """
+
+    name: str
+    roles: tuple[Role, ...]
+    state: tuple[str, ...]
+    decays: bool = True
+
+
+class Optimizer(ABC):
+    """One optimizer. Its torch half is any `torch.optim.Optimizer`; under ZeRO it steps flat parts of parameters.
+
+    When its `step` is called, every gradient is final: summed over all ranks, and clipped.
+
+    Attributes:
+        name: as in the config's `optimizer.kind`.
+        keys: the keys of the config's `optimizer` section that it has of its own.
+        groups: every role is in one of them. Parameters are grouped in this order.
+    """
+
+    name: ClassVar[str]
+    keys: ClassVar[Mapping[str, Key]]
+    groups: ClassVar[tuple[Group, ...]]
+
+    @abstractmethod
+    def build(
+        self, groups: list[dict[str, Any]], settings: Mapping[str, Any], device_type: str
+    ) -> torch.optim.Optimizer:
+        """The optimizer over parameter groups with `params`, `lr`, `weight_decay`, `lr_scale` and the group's `name`.
+
+        `settings`: the values of `keys`. `device_type`: "cpu" or "cuda".
+        """
+
+    @abstractmethod
+    def begin(self, group: Mapping[str, Any], tensor: Tensor, step: int) -> dict[str, Any]:
+        """The optimizer's state of a tensor of `group` after `step` steps, with zeros for the group's kinds of state.
+
+        `group`: of the built optimizer. A checkpoint fills in the zeros.
+        """
+
+    def learning_rate_scale(self, fan_in: int, base_width: int) -> float | None:
+        """The factor of the learning rate for a matrix [..., d_out, fan_in], if it is set for fan-in `base_width`.
+
+        None: no rule is known, and `model.base_width` is refused.
+        """
+        return None
+
+    def group_of(self, role: Role) -> Group:
+        return next(group for group in self.groups if role in group.roles)
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """All kinds of state that any of its groups keeps."""
+        return tuple(dict.fromkeys(kind for group in self.groups for kind in group.state))
+
+    def bytes_per_parameter(self, role: Role, with_master: bool) -> int:
+        """What is kept of a parameter: the kinds of state, and with ZeRO the master as well."""
+        return VALUE_BYTES * (len(self.group_of(role).state) + with_master)
+
+    def settings(self, given: Mapping[str, Value]) -> dict[str, Value]:
+        """The values of its keys: as given, or the default."""
+        return {key: given.get(key, description.default) for key, description in self.keys.items()}
+
+    def problems(self, prefix: str, given: Mapping[str, Value]) -> Iterator[Problem]:
+        """What is wrong with given values of its own keys; `prefix` stands before a key in messages."""
+        for key, value in given.items():
+            if key in self.keys and (problem := self.keys[key].problem(f"{prefix}{key}", value)):
+                yield problem

@@ -119,7 +119,13 @@ def test_a_run_folder_of_another_config(config: Path, tmp_path: Path, capsys: An
     (run / "config.yaml").write_text(dump_config(load_config(config)))
     (run / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
     text = message(capsys, config, "optimizer.learning_rate=0.5", "run.seed=3")
-    assert "optimizer.learning_rate: 0.5" in text and "run.seed: 3" in text and "run.name=test-2" in text
+    assert text.splitlines() == [
+        f"error: {run} holds a run of another config",
+        "  run.seed: 3, but the run was started with 1234",
+        "  optimizer.learning_rate: 0.5, but the run was started with 0.01",
+        "  a run folder holds one run",
+        "    try: run.name=test-2 for a new run",
+    ]
     assert (run / "metrics.jsonl").read_text() == json.dumps({"step": 1}) + "\n"
 
 

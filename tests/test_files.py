@@ -16,11 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs import tiny_config
 from megastruct.data.cache import cached_array
-from megastruct.errors import UserError
 from megastruct.files import FileLock, LockHeldError, LocksNotSupportedError, NewFile, write_atomically
-from megastruct.run.run_folder import check_run_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -200,8 +197,6 @@ def test_a_file_system_without_locks_is_a_message_with_a_way_out(
     text = str(caught.value)
     assert text.startswith("--output: ") and str(tmp_path) in text and os.strerror(number) in text
     assert "try: a folder on another file system" in text
-    with pytest.raises(UserError, match=r"run\.folder: .*without file locks"):
-        check_run_folder(tiny_config(run={"folder": str(tmp_path)}), {})
 
 
 def test_a_lock_that_fails_otherwise_is_not_taken_for_one_that_is_held(
@@ -211,8 +206,6 @@ def test_a_lock_that_fails_otherwise_is_not_taken_for_one_that_is_held(
     with pytest.raises(OSError) as caught:
         FileLock(tmp_path / ".lock", "x")
     assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(tmp_path / ".lock"))
-    with pytest.raises(UserError, match=r"run\.folder: .*Input/output error"):
-        check_run_folder(tiny_config(run={"folder": str(tmp_path)}), {})
 
 
 def test_a_cache_without_locks_finds_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -153,6 +156,18 @@ def test_a_folder_in_use(config: Path, capsys: Any) -> None:
 
     with lock_run_folder(load_config(config)):
         assert "another process trains in" in message(capsys, config)
+
+
+@pytest.mark.parametrize(("number", "found"), [(errno.ENOSYS, "without file locks"), (errno.EIO, "output error")])
+def test_a_folder_that_cannot_be_locked_is_not_in_use(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, number: int, found: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    text = message(capsys, config)
+    assert text.startswith("error: run.folder: ") and found in text and str(tmp_path / "runs" / "test") in text
 
 
 def test_divergence_ends_the_run_and_keeps_the_checkpoint(config: Path, tmp_path: Path) -> None:

@@ -76,10 +76,10 @@ class Problems(list[Problem]):
         problems = [Problem("", error.headline, parts=error.problems)] if error.headline else error.problems
         self += [problem for problem in problems if problem not in self]
 
-    def raise_if_any(self, headline: str = "") -> None:
+    def raise_if_any(self) -> None:
         """Raises UserError with all of them, if there are any."""
         if self:
-            raise UserError(self, headline)
+            raise UserError(self)
 
 
 @contextmanager

@@ -156,8 +156,8 @@ class FileLock:
             if error.errno not in _NOT_SUPPORTED:
                 error.filename = str(self._path)
                 raise
-            found = f"the file system of {self._path.parent} has no file locks ({error.strerror})"
-            suggestion = "a folder on another file system; or mount this one with locks (Lustre: -o flock)"
+            found = f"{self._path.parent} is on a file system without file locks ({error.strerror})"
+            suggestion = "a folder on another file system, or this one mounted with locks (Lustre: -o flock)"
             raise LocksNotSupportedError(Problem(where, found, suggestion)) from None
 
     def _is_in_place(self) -> bool:

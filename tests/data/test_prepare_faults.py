@@ -1,6 +1,8 @@
 """prepare_data when something goes wrong beneath it: a full disk, a changing shard, monstrous documents, any kill."""
 
 import contextlib
+import errno
+import fcntl
 import gzip
 import json
 import os
@@ -109,6 +111,15 @@ def test_a_folder_that_may_not_be_written_is_a_message(text_folder, tokenizer_pa
     (tmp_path / "file").write_text("x")
     error = refused(arguments_for(text_folder, tmp_path / "file" / "out", tokenizer_path), capsys)
     assert "cannot be written" in error and str(tmp_path / "file") in error
+
+
+def test_a_file_system_without_locks_is_not_another_run(text_folder, tokenizer_path, tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    error = refused(arguments_for(text_folder, tmp_path / "out", tokenizer_path), capsys)
+    assert error.startswith("error: --output: ") and "without file locks" in error and "another run" not in error
 
 
 def test_a_shard_that_changes_while_it_is_read_is_refused_and_read_again(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -119,7 +122,13 @@ def test_a_run_folder_of_another_config(config: Path, tmp_path: Path, capsys: An
     (run / "config.yaml").write_text(dump_config(load_config(config)))
     (run / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
     text = message(capsys, config, "optimizer.learning_rate=0.5", "run.seed=3")
-    assert "optimizer.learning_rate: 0.5" in text and "run.seed: 3" in text and "run.name=test-2" in text
+    assert text.splitlines() == [
+        f"error: {run} holds a run of another config",
+        "  run.seed: 3, but the run was started with 1234",
+        "  optimizer.learning_rate: 0.5, but the run was started with 0.01",
+        "  a run folder holds one run",
+        "    try: run.name=test-2 for a new run",
+    ]
     assert (run / "metrics.jsonl").read_text() == json.dumps({"step": 1}) + "\n"
 
 
@@ -147,6 +156,18 @@ def test_a_folder_in_use(config: Path, capsys: Any) -> None:
 
     with RunFolder(load_config(config)).lock():
         assert "another process trains in" in message(capsys, config)
+
+
+@pytest.mark.parametrize(("number", "found"), [(errno.ENOSYS, "without file locks"), (errno.EIO, "output error")])
+def test_a_folder_that_cannot_be_locked_is_not_in_use(
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, number: int, found: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    text = message(capsys, config)
+    assert text.startswith("error: run.folder: ") and found in text and str(tmp_path / "runs" / "test") in text
 
 
 def test_divergence_ends_the_run_and_keeps_the_checkpoint(config: Path, tmp_path: Path) -> None:

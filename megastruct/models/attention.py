@@ -18,7 +18,7 @@ from megastruct.layers.rotary import Rotary, rotate
 from megastruct.models.documents import Mask
 from megastruct.parallel.collectives import gather_sequence
 from megastruct.parallel.groups import TensorGroup
-from megastruct.structures.linear import LinearBuilder
+from megastruct.structures.sharded import LinearBuilder
 
 
 @cache

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from megastruct.models.guidance import NOT_EVALUATED, BlockChoices
 from megastruct.parallel.seeds import Names
 from megastruct.structures.guide import Choice
-from megastruct.structures.linear import LinearBuilder
+from megastruct.structures.sharded import LinearBuilder
 
 
 class MLP(nn.Module):

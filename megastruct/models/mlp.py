@@ -1,4 +1,4 @@
-"""The feed-forward network, written against a builder of linears: the seam where structured matrices come in."""
+"""The feed-forward network. It is built with any linears, dense or structured."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from megastruct.models.guidance import NOT_EVALUATED, BlockChoices
 from megastruct.parallel.seeds import Names
 from megastruct.structures.guide import Choice
-from megastruct.structures.sharded import LinearBuilder
+from megastruct.structures.sharded import LinearBuilder, ShardedLinear
 
 
 class MLP(nn.Module):
-    """fc2(gelu(fc1 x)) or, gated, fc2(silu(gate) * value) with gate and value in one map h -> 2f.
+    """Computes fc2(gelu(fc1 x)) or, if gated, fc2(silu(gate) * value) with gate and value in one map h -> 2f.
 
-    A guide stands beside a structured linear while it is trained with one (`tensor_parallel/guide.py`).
-    Feature 2i of the gated map is gate i, feature 2i + 1 value i: every even slice of its outputs holds whole pairs.
+    In self-guided training each structured linear has a guide (`structures/guide.py`). In the gated map, feature 2i is
+    gate i and feature 2i + 1 is value i, so that every slice of its outputs of even length holds whole pairs.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class MLP(nn.Module):
         self.fc2_guide = fc2_guide(ffn_hidden_size, hidden_size) if fc2_guide else None
 
     def forward(self, x: Tensor, choices: BlockChoices = NOT_EVALUATED) -> Tensor:
-        """x [s/tp, b, h] -> [s/tp, b, h]"""
+        """Map x [s/tp, b, h] to [s/tp, b, h]; `choices` say what the guides of fc1 and fc2 do."""
         y = _linear(self.fc1, self.fc1_guide, x, choices[0])  # [s, b, f/tp] or [s, b, 2f/tp]
         if self.gated:
             gate, value = y.unflatten(-1, (-1, 2)).unbind(-1)
@@ -49,7 +49,7 @@ class MLP(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, names: Names) -> None:
-        """The linears' own first weights; a guide starts as its linear's dense equivalent."""
+        """Fill the linears from the streams named by `names`; a guide starts as its linear's dense equivalent."""
         *path, name = names
         for linear, guide, suffix in ((self.fc1, self.fc1_guide, "fc1"), (self.fc2, self.fc2_guide, "fc2")):
             whole = linear.init_weights((*path, f"{name}.{suffix}"))
@@ -57,9 +57,10 @@ class MLP(nn.Module):
                 guide.load_whole({"weight": whole.to_dense()})
 
     def drop_guides(self) -> None:
+        """Free the guides, if there are any."""
         self.fc1_guide = self.fc2_guide = None
 
 
-def _linear(linear: nn.Module, guide: nn.Module | None, x: Tensor, choice: Choice | None) -> Tensor:
+def _linear(linear: ShardedLinear, guide: ShardedLinear | None, x: Tensor, choice: Choice | None) -> Tensor:
     y = linear(x)
     return y if guide is None else guide(x, y, linear.output_bias(), choice)

@@ -1,4 +1,4 @@
-"""Everything that can be wrong and be seen from one process, before any process group exists."""
+"""The checks that one process can make before any process group exists."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 def preflight(config: Config, world_size: int) -> tuple[Topology, TrainingData]:
     """Check layout, batch, data and run folder for `world_size` processes.
 
-    Raises UserError with all that is wrong.
+    Raises UserError with all problems.
     """
     problems = list(check_guided_steps(config))
     topology = _collect(

@@ -43,8 +43,8 @@ class RunFolder:
         return step_of(latest) if latest else 0
 
     def check(self, data: dict[str, Any]) -> None:
-        """Raises UserError if the folder cannot be written, is in use, or holds a run of another config or data."""
-        self.lock(shared=True).close()  # all ranks ask at once: they must not refuse each other
+        """Raise UserError if the folder cannot be written, is in use, or holds a run of another config or data."""
+        self.lock(shared=True).close()  # shared, because all ranks check at the same time
         if not (self.path / CONFIG_FILE).exists():
             return
         changes = changes_of_the_run(load_config(self.path / CONFIG_FILE), self.config)
@@ -63,7 +63,7 @@ class RunFolder:
     def lock(self, shared: bool = False) -> IO[str]:
         """Make the folder and take its lock, which is held until the returned file is closed or the process ends.
 
-        `shared`: beside others that only ask. The one that trains has it alone.
+        `shared`: hold it together with other processes that only check. The process that trains holds it alone.
         Raises UserError if the folder cannot be written or another process trains in it.
         """
         try:
@@ -80,7 +80,7 @@ class RunFolder:
         return lock
 
     def described_data(self) -> dict[str, Any]:
-        """What the data was when the run was started; empty if it has not been yet."""
+        """The description of the data from when the run was started; empty if it was not started yet."""
         path = self.path / DATA_FILE
         try:
             return json.loads(path.read_text(encoding="utf-8"))

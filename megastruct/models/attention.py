@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,9 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         elif isinstance(mask, BlockMask):
             # Uncompiled, it would compute and keep all scores. A compiled block compiles it along with the rest.
-            attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+            attend: Callable[..., Any] = flex_attention
+            if not torch.compiler.is_compiling():
+                attend = _compiled_flex_attention()
             y = attend(q, k, v, block_mask=mask, enable_gqa=self.grouped)
         else:
             # Keys and values are copied for every query head: the only kernel of PyTorch for GPUs that takes both a

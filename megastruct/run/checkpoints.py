@@ -42,7 +42,7 @@ class Checkpoints:
         self._saver = BackgroundSaver()
 
     def start_save(self, engine: Engine, step: int, cursor: np.ndarray, state: dict[str, Any]) -> None:
-        """Copy `step`'s state to host memory and write it while training goes on. Collective over the world.
+        """Copy `step`'s state to host memory and write it while training continues. Collective over the world.
 
         `cursor`: the whole run's (`gather_cursor`). From the end of the guided phase on the guides are left out.
         Waits for the save before. Raises UserError on all ranks if that one could not be written.

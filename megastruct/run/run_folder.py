@@ -38,7 +38,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def finished_steps(self) -> int:
-        """Steps of the newest complete checkpoint of which no file is cut off, 0 if there is none."""
+        """Steps of the newest complete checkpoint of which no file is truncated, 0 if there is none."""
         latest = newest_of_right_size(self.checkpoints)
         return step_of(latest) if latest else 0
 

@@ -34,7 +34,7 @@ class Peer:
     name: str = ""  # process and host, once it has connected
     said: Heartbeat = field(default_factory=Heartbeat)  # the last one
     disconnected: bool = False  # its connection was open, and has closed
-    malformed: bool = False  # it has sent a line that is no message
+    malformed: bool = False  # it has sent a line that is not a message
 
     def __str__(self) -> str:
         return f"rank {self.rank}" + (f" ({self.name})" if self.name else "")

@@ -1,8 +1,8 @@
-"""What a user did wrong, said in one message: where it is, what was found, what is wanted, what to do.
+"""Errors that a user can fix, reported in one message: where the mistake is, what was found, and what would work.
 
 A `UserError` carries any number of `Problem`s, so that all mistakes of a config are reported at once. Programs
-catch it at their outermost function with `user_errors_exit`: the message goes to stderr, the exit code is 2, and
-no traceback is shown. Every other exception is a bug of ours and keeps its traceback.
+catch it in their outermost function with `user_errors_exit`: the message goes to stderr, the exit code is 2, and
+no traceback is shown. Every other exception is a bug in this project and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 EXIT_CODE_USER_ERROR = 2
-EXIT_CODE_START_AGAIN = 75  # EX_TEMPFAIL: stopped because it was asked to, saved; the same command goes on
+EXIT_CODE_START_AGAIN = 75  # EX_TEMPFAIL: the run was asked to stop and has saved; the same command resumes it
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Problem:
 
 
 class UserError(Exception):
-    """A mistake in what the user handed in (config, files, command line), with all its problems."""
+    """Mistakes in the user's input (config, files, command line)."""
 
     def __init__(self, problems: Problem | Sequence[Problem], headline: str = "", on_all_ranks: bool = False) -> None:
-        """`on_all_ranks`: all ranks raise it together, so that one can say it for all."""
+        """`on_all_ranks`: all ranks raise the error together, so only rank 0 needs to print it."""
         self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
         self.headline = headline
         self.on_all_ranks = on_all_ranks
@@ -56,7 +56,7 @@ class UserError(Exception):
         headlines = [self.headline] if self.headline else []
         return "\n".join([*headlines, *(problem.text(len(headlines)) for problem in self.problems)])
 
-    def __reduce__(self) -> tuple[Any, ...]:  # so that a worker process can hand it to its parent
+    def __reduce__(self) -> tuple[Any, ...]:  # so that a worker process can pass it to its parent
         return (UserError, (self.problems, self.headline, self.on_all_ranks))
 
 
@@ -84,9 +84,10 @@ class Problems(list[Problem]):
 
 @contextmanager
 def user_errors_exit(print_message: bool = True, rank: int = 0) -> Iterator[None]:
-    """Turn a `UserError` into one message on stderr and exit code 2; `print_message` is false on all ranks but one.
+    """Turn a `UserError` into one message on stderr and exit code 2.
 
-    What all ranks raise together, `rank` 0 alone says.
+    `print_message` is False on all ranks but one. Of errors that all ranks raise together, only `rank` 0 prints one.
+    Raises SystemExit.
     """
     try:
         yield

@@ -1,6 +1,6 @@
 """Check everything that one process can check, then start the ranks with the deepspeed launcher.
 
-`./launch.sh` calls this, `megastruct-train` is this where the package is installed:
+`./launch.sh` calls this module; where the package is installed, so does `megastruct-train`:
 python -m megastruct.start CONFIG [section.key=value ...] [--num-gpus N ...]
 """
 
@@ -30,6 +30,7 @@ from megastruct.run.run_folder import RunFolder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; exit code 2 for a user error, else the launcher's."""
     args = _parse(argv)
     with user_errors_exit():
         config = load_config(args.config, args.overrides)
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         if finished:
             print(f"{folder}: resuming after step {finished}.")
-        if not args.node_rank:  # the first node's start: another's may come when the run is already asked to stop
+        if not args.node_rank:  # on the first node only: a later start on another node must not undo a request to stop
             (folder / STOP_FILE).unlink(missing_ok=True)
         stop_file = folder / STOP_FILE if options.by_ssh else None
         status = run_launcher(command, _environment(config), stop_file)
@@ -58,12 +59,22 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=prog, description="Train a model with the deepspeed launcher.")
     parser.add_argument("config", help="YAML file, for example configs/run/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--num-gpus", type=int, help="processes per node; left out: what the config needs or has")
-    parser.add_argument("--hostfile", help="lines of `host slots=N`; left out: this machine")
+    parser.add_argument(
+        "--num-gpus",
+        type=int,
+        help="processes per node; left out: the hostfile's slots; without one, what parallel.dp needs, else all GPUs",
+    )
+    parser.add_argument("--hostfile", help="file with lines `host slots=N`; left out: this machine only")
     parser.add_argument("--num-nodes", type=int, help="use only the first N hosts of the hostfile")
-    parser.add_argument("--node-rank", type=int, help="this node's line in the hostfile: start here only, without ssh")
+    parser.add_argument(
+        "--node-rank", type=int, help="index of this node in the hostfile; starts this node only, without ssh"
+    )
     parser.add_argument("--master-addr", help="address of the first node")
-    parser.add_argument("--master-port", type=int)
+    parser.add_argument(
+        "--master-port",
+        type=int,
+        help="port of the first node; left out: any free one, with --hostfile deepspeed's default",
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -84,7 +95,9 @@ def _launch_options(config: Config, args: argparse.Namespace) -> tuple[LaunchOpt
         ]
     if args.node_rank is not None and args.master_addr is None and args.hostfile is not None:
         problems.append(
-            Problem("--master-addr", "missing beside --node-rank", "--master-addr ADDRESS_OF_THE_FIRST_NODE")
+            Problem(
+                "--master-addr", "missing, but required with --node-rank", "--master-addr ADDRESS_OF_THE_FIRST_NODE"
+            )
         )
     if problems:
         raise UserError(problems)
@@ -95,7 +108,7 @@ def _launch_options(config: Config, args: argparse.Namespace) -> tuple[LaunchOpt
         port = args.master_port
     else:
         processes = world_size = _local_processes(config, args.num_gpus)
-        port = args.master_port or free_port()  # any, so that several runs on a machine do not meet
+        port = args.master_port or free_port()  # any free one, so that several runs on a machine do not collide
     per_node = args.num_gpus if args.hostfile is not None else processes
     options = LaunchOptions(args.hostfile, per_node, args.num_nodes, args.node_rank, args.master_addr, port)
     return options, world_size
@@ -108,13 +121,13 @@ def _local_processes(config: Config, num_gpus: int | None) -> int:
     one_replica = config.parallel.pp * config.parallel.tp
     wanted = num_gpus or (one_replica * config.parallel.dp if config.parallel.dp else gpus or one_replica)
     if gpus and wanted > gpus:
-        found = f"{wanted} processes are wanted, there are {gpus} GPUs"
+        found = f"{wanted} processes are requested, but there are {gpus} GPUs"
         raise UserError(Problem("--num-gpus", found, "smaller parallel sizes, or hardware.device=cpu"))
     return wanted
 
 
 def _environment(config: Config) -> dict[str, str]:
-    """For the launcher and all ranks."""
+    """The environment of the launcher and all ranks."""
     environment = os.environ | import_variables()
     if config.hardware.device == "cpu" or not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
@@ -123,7 +136,7 @@ def _environment(config: Config) -> dict[str, str]:
 
 
 def _beside(program: str) -> str:
-    """The program as installed with this Python; its bare name if that is elsewhere than below the working folder."""
+    """The path of the program that belongs to this Python, or its bare name if that is outside the working folder."""
     path = os.path.relpath(Path(sys.executable).with_name(program))
     return program if path.startswith("..") or not Path(path).exists() else path
 

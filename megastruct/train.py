@@ -1,7 +1,7 @@
-"""Train a model: the loop, in one file.
+"""The training loop, in one file.
 
 Started by `deepspeed --module megastruct.train CONFIG [section.key=value ...]` (what ./launch.sh does), by
-`torchrun -m megastruct.train ...`, or alone for one process.
+`torchrun -m megastruct.train ...`, or directly for one process.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ class Run:
         )
 
     def train(self) -> bool:
-        """To the last step, or until it is asked to stop: whether it is finished."""
+        """Train to the last step, or until the run is asked to stop. Returns whether it is finished."""
         total, stopping = total_steps(self.config), False
         while self.step < total and not stopping:
             if self.engine.guidance and self.step >= guided_steps(self.config):
                 self.engine = end_guided_phase(self.engine, self.checkpoints, self.step, *self._place())
-            if self.step == self.config.training.base_steps:  # the guided steps' data, once more
+            if self.step == self.config.training.base_steps:  # the data of the guided steps is read again
                 self.divergence.skipped_data_steps = 0
                 self.reader = self._open_reader(None)
             self.watch.arrived(self.step)
@@ -131,7 +131,7 @@ class Run:
         return loss
 
     def _went_back(self, loss: float) -> bool:
-        """After a spike: to the newest checkpoint, and on with the data after the spike; false if there is no way."""
+        """After a spike, go back to the newest checkpoint and continue with later data; False if that is impossible."""
         spike, cursor = self.step, self._cursor()
         returned = go_back(self.engine, self.checkpoints, self.divergence, spike, loss, cursor)
         if returned is None:
@@ -140,7 +140,7 @@ class Run:
         if self.writer:
             self.writer.go_back(self.step)
             self.progress.say(
-                f"step {spike}: the loss is {loss:.4f}, a spike; on from step {self.step} with later data"
+                f"step {spike}: loss spike ({loss:.4f}); continuing from step {self.step} with later data"
             )
         self.progress.go_back(self.step)
         return True
@@ -148,7 +148,7 @@ class Run:
     def _metrics(self, loss: float, now: Scheduled) -> Metrics:
         memory = torch.tensor(read_peak_memory_bytes(self.device), device=self.device)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        share = self.throughput.guide_share  # of steps before the guides left, too
+        share = self.throughput.guide_share  # includes steps from before the end of the guided phase
         guided = {"alpha": now.alpha, "guide_share": share} if self.engine.guidance else {}
         return {
             "loss": loss,
@@ -165,7 +165,7 @@ class Run:
         }
 
     def _validate(self) -> Metrics:
-        """Loss on held-out samples: of the structured model alone, as it will be used; guides have it beside."""
+        """Loss on held-out samples of the structured model alone; with guides, the blended loss as well."""
         metrics: Metrics = {}
         if self.engine.guidance:
             metrics = {f"guide_distance/{name}": value for name, value in guide_distances(self.engine).items()}
@@ -206,12 +206,12 @@ class Run:
         )
 
     def _cursor(self) -> np.ndarray:
-        """Where the whole run stands in the data. Collective."""
+        """The position of the whole run in the data. Collective."""
         own = self.reader.cursor() if self.reader else None
         return gather_cursor(own, self.data.cursor_shape, self.device)
 
     def _place(self) -> tuple[np.ndarray, dict[str, Any]]:
-        """What a checkpoint keeps beside tensors: the run's place in the data, and plain values. Collective."""
+        """What a checkpoint stores besides tensors: the position in the data, and plain values. Collective."""
         return self._cursor(), self.divergence.state_at(self.step)
 
     def _timed(self, reader: Iterator[Batch]) -> Iterator[Batch]:
@@ -227,10 +227,11 @@ def _due(step: int, interval_steps: int, last: bool) -> bool:
 
 
 def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))  # beyond, a float overflows
+    return math.exp(min(loss, 700.0))  # a larger exponent overflows a float
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Train on this rank; exit code 2 for a user error, 75 if the run was asked to stop and has saved."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="YAML file, for example configs/run/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -128,7 +128,7 @@ def _mapped(folder: Path, tokenizer: SentencePieceTokenizer, texts: list[str]) -
     return run
 
 
-def fast_tokenizer(tokenizer: SentencePieceTokenizer):
+def fast_tokenizer(tokenizer: SentencePieceTokenizer) -> Any:
     """A `tokenizers.Tokenizer` with the pieces and merges of a SentencePiece BPE model.
 
     It splits at spaces before it merges, as fast tokenizers do where they can; where several spaces follow each other

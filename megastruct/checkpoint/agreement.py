@@ -1,12 +1,12 @@
 """Object collectives that also work in one process without a group, and errors that all ranks share.
 
-An error of one rank is an error of all: else the others wait for it until the process group's time is out.
+An error of one rank is raised on all ranks. Otherwise the others would wait for it until the process group times out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -16,15 +16,17 @@ T = TypeVar("T")
 MAX_PROBLEMS = 8
 
 
-def rank_in(group: Any = None) -> int:
+def rank_in(group: dist.ProcessGroup | None = None) -> int:
+    """This process's rank in the group (None: the world); 0 without torch.distributed."""
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
-def size_of(group: Any = None) -> int:
+def size_of(group: dist.ProcessGroup | None = None) -> int:
+    """The number of ranks in the group (None: the world); 1 without torch.distributed."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
-def gather(value: T, group: Any = None) -> list[T]:
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """The values of all ranks, on all ranks."""
     if not dist.is_initialized():
         return [value]
@@ -41,10 +43,10 @@ def from_first_rank(value: T) -> T:
     return values[0]
 
 
-def together(function: Callable[[], T], group: Any = None) -> T:
-    """Call `function` on this rank and return its result. Collective over `group`; alone without one.
+def together(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Call `function` on this rank and return its result. Collective over `group`, if torch.distributed is in use.
 
-    Raises UserError on every rank if `function` raised one on any, with the different problems of all.
+    Raises UserError on every rank if `function` raised one on any rank, with the distinct problems of all ranks.
     """
     result, own = None, None
     try:
@@ -55,4 +57,4 @@ def together(function: Callable[[], T], group: Any = None) -> T:
     if errors:
         problems: list[Problem] = list(dict.fromkeys(problem for error in errors for problem in error.problems))
         raise UserError(problems[:MAX_PROBLEMS], errors[0].headline, on_all_ranks=True)
-    return result  # type: ignore[return-value]
+    return cast(T, result)

@@ -1,6 +1,6 @@
-"""Saving while training goes on: a copy in host memory, and a thread that writes it.
+"""Saves while training continues: the state is copied to host memory, and a thread writes the copy.
 
-Training stops for the copy alone. One save at a time is on its way; the next one waits for it.
+Training stops only for the copy. There is one save at a time; the next one waits for it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,26 +18,26 @@ TIMEOUT = timedelta(hours=6)
 
 
 class BackgroundSaver:
-    """The save of this process that is on its way, its host memory, and its own process group over the world.
+    """The pending save of this process, its host memory, and its own process group over the world.
 
-    The group is gloo, whatever the devices: the thread's collectives must not mix with those of training.
+    The group uses gloo on all devices, so that the thread's collectives do not mix with those of training.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._group: Any = None
+        self._group: dist.ProcessGroup | None = None
 
     def connect(self) -> None:
-        """Make the process group, if there is none yet. Collective; early, so that it fails before any training."""
+        """Make the process group if there is none yet. Collective; called early, to fail before any training."""
         if self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
 
     def host_copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies in host memory, page-locked for tensors of a GPU. The memory is kept for the next save.
 
-        Waits for the save that is on its way, which is written from the same memory.
+        Waits for the pending save, which is written from the same memory.
         """
         self.wait()
         self._buffers = {name: self._buffer(name, tensor) for name, tensor in tensors.items()}
@@ -48,22 +47,24 @@ class BackgroundSaver:
             torch.cuda.synchronize()
         return self._buffers
 
-    def start(self, write: Callable[[Any], None]) -> None:
-        """Call `write(group)` in a thread. Collective. A process that ends by itself waits for it, too."""
+    def start(self, write: Callable[[dist.ProcessGroup], object]) -> None:
+        """Call `write(group)` in a thread. Collective. A process that exits normally waits for the thread."""
         self.wait()
         self.connect()
+        group = self._group
+        assert group is not None
 
         def run() -> None:
             try:
-                write(self._group)
-            except BaseException as error:  # CheckpointException is no Exception
+                write(group)
+            except BaseException as error:  # CheckpointException is not an Exception
                 self._error = error
 
         self._thread = threading.Thread(target=run, name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the save that is on its way, if one is, and raise what it raised."""
+        """Wait for the pending save, if there is one, and raise what it raised."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

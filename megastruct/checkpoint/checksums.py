@@ -1,7 +1,7 @@
-"""What was written is what is read: the size and SHA-256 of every file of a checkpoint, in `checksums.json`.
+"""Detects damage: `checksums.json` holds the size and SHA-256 of every file of a checkpoint.
 
-The sums are made of the bytes on their way to the file, so nothing is read again to write them. When a checkpoint is
-chosen for loading, its files are shared out over the ranks and each is read by one.
+The checksums are computed while the files are written, so no file is read again for them. When a checkpoint is chosen
+for loading, its files are divided among the ranks, and each file is checked by one of them.
 """
 
 from __future__ import annotations
@@ -16,31 +16,36 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import FileSystem
+from typing_extensions import override
 
 MANIFEST_FILE = "checksums.json"
 
 
 @dataclass(frozen=True)
 class Checksum:
+    """The size of a file in bytes, and its SHA-256 in hexadecimal digits."""
+
     num_bytes: int
     sha256: str
 
 
 class ChecksumWriter(dcp.FileSystemWriter):
-    """DCP's writer, one file per rank, synced to the disk; afterwards `checksums` has what this rank wrote, by name.
+    """DCP's writer, with one file per rank, synced to the disk.
 
-    `write_data` raises OSError where a file cannot be written: torch's zip writer would hide it.
+    `write_data` raises OSError if a file cannot be written; torch's zip writer would hide it.
     """
 
     def __init__(self, folder: Path) -> None:
-        # No copying ahead: the tensors are in host memory, and the thread must not touch a GPU for it.
+        # No copying ahead: the tensors are in host memory already, and the thread must not use a GPU.
         super().__init__(folder, single_file_per_rank=True, sync_files=True, per_thread_copy_ahead=0)
         self.fs: _ChecksumFileSystem = _ChecksumFileSystem()
 
     @property
     def checksums(self) -> dict[str, Checksum]:
+        """The checksums of the files that this rank has written, by file name."""
         return self.fs.checksums
 
+    @override
     def write_data(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().write_data(*args, **kwargs)
@@ -68,7 +73,7 @@ class _ChecksumFileSystem(FileSystem):
 
 
 class _ChecksumStream:
-    """A file that is written from its beginning to its end."""
+    """A file that is written sequentially."""
 
     def __init__(self, file: Any, file_system: _ChecksumFileSystem) -> None:
         self.file, self.file_system, self.num_bytes, self.sha256 = file, file_system, 0, hashlib.sha256()
@@ -102,7 +107,7 @@ def read_manifest(folder: Path) -> dict[str, Checksum]:
 
 
 def size_problem(path: Path, wanted: Checksum) -> str:
-    """What is wrong with a file's size; empty if nothing is."""
+    """A description of what is wrong with the size of a file; empty if it is right."""
     try:
         found = path.stat().st_size
     except OSError as error:
@@ -111,7 +116,7 @@ def size_problem(path: Path, wanted: Checksum) -> str:
 
 
 def content_problem(path: Path, wanted: Checksum) -> str:
-    """What is wrong with a file, which is read for it; empty if nothing is."""
+    """A description of what is wrong with a file, which is read for this; empty if it is undamaged."""
     problem = size_problem(path, wanted)
     if problem:
         return problem
@@ -119,11 +124,11 @@ def content_problem(path: Path, wanted: Checksum) -> str:
         found = checksum_of(path)
     except OSError as error:
         return f"{path.name}: {error.strerror}"
-    return "" if found == wanted else f"{path.name} has another checksum than when it was written"
+    return "" if found == wanted else f"{path.name} has changed since it was written (another checksum)"
 
 
 def checksum_of(path: Path) -> Checksum:
-    """Of the file as it is now."""
+    """The checksum of the file as it is now. Raises OSError if it cannot be read."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return Checksum(file.tell(), sha256)

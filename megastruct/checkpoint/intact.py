@@ -1,4 +1,4 @@
-"""Which checkpoint to load: the newest whose files are as they were written."""
+"""Chooses the checkpoint to load: the newest one whose files are undamaged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megastruct.errors import Problem, UserError
 
 
 def newest_of_right_size(root: Path) -> Path | None:
-    """The newest checkpoint of which no file is missing or cut off. Quick: nothing but the manifest is read."""
+    """The newest checkpoint of which no file is missing or truncated; None without one. Reads only the manifests."""
     for _, folder in reversed(complete_checkpoints(root)):
         manifest, problem = _manifest(folder)
         if not problem and not any(size_problem(folder / name, wanted) for name, wanted in manifest.items()):
@@ -23,11 +23,11 @@ def newest_of_right_size(root: Path) -> Path | None:
 
 
 def newest_intact(root: Path) -> tuple[Path | None, list[Path]]:
-    """The newest checkpoint with the right checksums, the same on all ranks, and the damaged ones that are newer.
+    """The newest checkpoint with the right checksums, and the damaged ones that are newer; the same on all ranks.
 
-    Collective over the world, or alone without a process group; each file is read by one rank. (None, []) without a
-    checkpoint. What it passes over rank 0 says on stderr. Raises UserError on all ranks if there are checkpoints and
-    none is intact.
+    Collective over the world, or in one process without a group; each file is read by one rank. Returns (None, []) if
+    there is no checkpoint. Rank 0 reports skipped checkpoints on stderr. Raises UserError on all ranks if there are
+    checkpoints and all of them are damaged.
     """
     damages: dict[Path, Problem] = {}
     for folder in from_first_rank([folder for _, folder in reversed(complete_checkpoints(root))]):
@@ -38,13 +38,13 @@ def newest_intact(root: Path) -> tuple[Path | None, list[Path]]:
             return folder, list(damages)
         damages[folder] = Problem(str(folder), f"damaged: {damage}")
     if damages:
-        last = Problem("", "no checkpoint is intact", "restore the files, or another run.name to begin anew")
+        last = Problem("", "every checkpoint is damaged", "restore the files, or start a new run with another run.name")
         raise UserError([*damages.values(), last], headline=f"nothing to load in {root}", on_all_ranks=True)
     return None, []
 
 
 def set_aside(folders: list[Path]) -> None:
-    """Rename damaged checkpoints to NAME.damaged, where none counts them among those to keep. Rank 0 does it."""
+    """Rename damaged checkpoints to NAME.damaged on rank 0, so that they do not count among those to keep."""
     for folder in folders if rank_in() == 0 else []:
         aside = folder.with_name(f"{folder.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
@@ -52,7 +52,7 @@ def set_aside(folders: list[Path]) -> None:
 
 
 def _damage(folder: Path) -> str:
-    """The first thing that is wrong with a checkpoint; empty if nothing is. The same on all ranks."""
+    """The first damage found in a checkpoint, the same on all ranks; empty if there is none."""
     manifest, problem = _manifest(folder)
     for index, (name, wanted) in enumerate(sorted(manifest.items())):
         if index % size_of() == rank_in() and not problem:
@@ -61,7 +61,7 @@ def _damage(folder: Path) -> str:
 
 
 def _manifest(folder: Path) -> tuple[dict[str, Checksum], str]:
-    """(checksums by file, what is wrong with them or with the list of files)."""
+    """(checksums by file name, a description of what is wrong with them or with the list of files)."""
     try:
         manifest = read_manifest(folder)
         found = {path.name for path in folder.iterdir()}  # rank 0 may set the folder aside between the two

@@ -1,8 +1,8 @@
-"""DCP's reading, without its two ways to execute code.
+"""Reading with DCP (torch.distributed.checkpoint), without the two ways in which it could execute code.
 
-DCP's metadata is a pickle: it goes through an unpickler that knows the records of a checkpoint of tensors and nothing
-else. And where metadata say that a name is no tensor, DCP would unpickle the value: here that is refused. Tensors
-themselves DCP reads with `weights_only`.
+DCP's metadata is a pickle. It is read by an unpickler that knows only the records of a checkpoint of tensors. And if
+the metadata name a value that is not a tensor, DCP would unpickle it; here that is refused. DCP reads the tensors
+themselves with `weights_only`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
+from typing_extensions import override
 
 _DCP = "torch.distributed.checkpoint"
 _NAMES = {
@@ -36,26 +37,28 @@ _NAMES = {
 
 
 class SafeFileSystemReader(dcp.FileSystemReader):
-    """DCP's reader with an unpickler for `.metadata` that builds nothing but the records of tensors.
+    """DCP's reader with an unpickler for `.metadata` that builds only the records of tensors.
 
     `read_metadata` raises pickle.UnpicklingError for anything else.
     """
 
+    @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         metadata = _MetadataUnpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
         if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(f"{type(metadata).__name__} is no checkpoint metadata")
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
+            raise pickle.UnpicklingError(f"{type(metadata).__name__} is not checkpoint metadata")
+        storage = getattr(metadata, "storage_meta", None) or StorageMeta()
+        storage.load_id = self.load_id
+        metadata.storage_meta = storage
         return metadata
 
 
 class TensorLoadPlanner(dcp.DefaultLoadPlanner):
-    """DCP's planner for tensors alone."""
+    """DCP's planner, for tensors only."""
 
+    @override
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is no tensor")
+        raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is not a tensor")
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -64,4 +67,4 @@ class _MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in checkpoint metadata")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in checkpoint metadata")

@@ -1,8 +1,9 @@
 """A rank's part of a global tensor, in the form that torch.distributed.checkpoint writes and reads.
 
-DCP asks a tensor for its pieces by a protocol of three methods (torch/distributed/_checkpointable.py; DTensor has them
-too). A piece is a cuboid of the global tensor and a view of memory that holds it. That says more than a DTensor can:
-a dimension in several parts, cuts in two dimensions, and ZeRO's fragments, which begin and end anywhere in a row.
+DCP asks a tensor for its pieces through a protocol of three methods (torch/distributed/_checkpointable.py), which
+DTensor has too. A piece is a cuboid of the global tensor and a view of the memory that holds it. Pieces express more
+than a DTensor can: a dimension in several parts, cuts in two dimensions, and ZeRO's fragments, which begin and end
+anywhere in a row.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from megastruct.parallel.shards import Box
 
-MAX_PIECE_ELEMENTS = 2**24  # 64 MiB in fp32: a reader takes a stored piece into memory as a whole
+MAX_PIECE_ELEMENTS = 2**24  # 64 MiB in fp32; a reader loads a stored piece into memory as a whole
 
 
 class ShardedTensor(torch.Tensor):
-    """The pieces that a rank holds of a tensor of `global_shape`, by where they start in it."""
+    """The pieces that a rank holds of a tensor of `global_shape`, by their offsets in it."""
 
     global_shape: torch.Size
     pieces: dict[torch.Size, Tensor]
@@ -33,8 +34,8 @@ class ShardedTensor(torch.Tensor):
     ) -> ShardedTensor:
         """Views of `fragment`, which is 1-D: the elements from `start` of a local tensor, flattened row by row.
 
-        `boxes`: what the local tensor holds of the global one. What is in none of them (padding) is neither written
-        nor read.
+        `boxes`: the parts of the global tensor that the local one holds. Elements in none of them (padding) are neither
+        written nor read.
         """
         sharded = fragment.new_empty(0).as_subclass(cls)
         sharded.global_shape = torch.Size(global_shape)
@@ -48,7 +49,7 @@ class ShardedTensor(torch.Tensor):
         return sharded
 
     def _add(self, cuboid: Tensor, offsets: Sequence[int], box: Box) -> None:
-        """Take what `cuboid`, at `offsets` of the local tensor, has in common with `box`."""
+        """Add the intersection of `box` and `cuboid`, which starts at `offsets` of the local tensor."""
         where = []
         for dim, offset in enumerate(offsets):
             first = max(offset, box.local_offsets[dim])
@@ -60,7 +61,7 @@ class ShardedTensor(torch.Tensor):
         self.pieces[torch.Size(where)] = cuboid
 
     def size(self, dim: int | None = None) -> Any:
-        """The global size, which DCP compares with the stored one."""
+        """The global size, which DCP compares with the stored size."""
         return self.global_shape if dim is None else self.global_shape[dim]
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:

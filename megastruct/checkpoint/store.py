@@ -39,11 +39,12 @@ _NAME = re.compile(r"^step_(\d{8,})$")
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
+    """The folder of the checkpoint of `step` below `root`."""
     return root / f"step_{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The steps that a checkpoint's folder has in its name."""
+    """The step in the name of a checkpoint's folder."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
@@ -56,7 +57,7 @@ def complete_checkpoints(root: Path) -> list[tuple[int, Path]]:
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """The newest complete checkpoint below `root`, if there is one."""
+    """The newest complete checkpoint below `root`, None without one."""
     found = complete_checkpoints(root)
     return found[-1][1] if found else None
 
@@ -110,7 +111,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(Problem(str(path), f"no readable checkpoint: {error}", f"remove {folder}")) from None
+        raise UserError(Problem(str(path), f"cannot be read: {error}", f"remove {folder}")) from None
 
 
 def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -123,19 +124,19 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     try:
         stored = reader.read_metadata().state_dict_metadata
     except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(Problem(str(folder), f"no readable checkpoint: {error}", f"remove {folder}")) from None
+        raise UserError(Problem(str(folder), f"cannot be read: {error}", f"remove {folder}")) from None
     problems = []
     for name, tensor in tensors.items():
-        found, wanted = stored.get(name), global_shape(tensor)
-        if not isinstance(found, TensorStorageMetadata):
-            problems.append(Problem(f"{folder}: {name}", f"missing, the model wants {list(wanted)}"))
-        elif found.size != wanted:
+        record, wanted = stored.get(name), global_shape(tensor)
+        if not isinstance(record, TensorStorageMetadata):
+            problems.append(Problem(f"{folder}: {name}", f"missing, but the model needs shape {list(wanted)}"))
+        elif record.size != wanted:
             problems.append(
-                Problem(f"{folder}: {name}", f"of shape {list(found.size)}, the model wants {list(wanted)}")
+                Problem(f"{folder}: {name}", f"has shape {list(record.size)}, but the model needs {list(wanted)}")
             )
     if problems:
         raise UserError(problems[:8], headline=f"{folder} does not fit the model ({len(problems)} tensors)")
-    with warnings.catch_warnings():  # that it loads in one process is what was asked for
+    with warnings.catch_warnings():  # DCP warns that it loads in one process, which is intended
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             dcp.load(tensors, storage_reader=reader, planner=TensorLoadPlanner(), no_dist=True)
@@ -201,12 +202,12 @@ def _disk_errors(final: Path, on_all_ranks: bool = False) -> Iterator[None]:
         found = f"could not be written: {refused[0].strerror or refused[0]}"
         before = latest_checkpoint(final.parent)
         saved = f"{before.name} is complete" if before else "no checkpoint is complete yet"
-        suggestion = f"make room, then the same command resumes ({saved})"
+        suggestion = f"free some space, then run the same command again to resume ({saved})"
         raise UserError(Problem(str(final), found, suggestion), on_all_ranks=on_all_ranks) from None
 
 
 def _gather_on_first_rank(own: dict[str, Checksum], group: Any) -> dict[str, Checksum]:
-    """The checksums of all ranks, on rank 0; none on the others."""
+    """The checksums of all ranks on rank 0, an empty dict on the others."""
     first = dist.get_rank(group) == 0
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.gather_object(own, gathered if first else None, group=group)

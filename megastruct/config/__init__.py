@@ -1,4 +1,4 @@
-"""Ground floor: what a run is. Frozen values without I/O, read from YAML by `load_config`."""
+"""Ground floor: the config of a run, as frozen values without I/O. `load_config` reads it from YAML."""
 
 from megastruct.config.load import load_config
 from megastruct.config.schema import Config

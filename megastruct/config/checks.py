@@ -1,4 +1,4 @@
-"""What must hold between several keys of a config. Each check looks at one idea and yields its problems."""
+"""Checks of several config keys against each other. Each check covers one topic and yields its problems."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ Check = Callable[[Config], Iterator[Problem]]
 
 
 def check_attention(config: Config) -> Iterator[Problem]:
+    """Heads that divide the width and the query heads, and an even width of a head for the rotary embedding."""
     model = config.model
     heads, d = model.num_attention_heads, model.hidden_size
     if model.head_dim is None and d % heads:
@@ -27,7 +28,7 @@ def check_attention(config: Config) -> Iterator[Problem]:
     elif model.attention_head_dim % 2:
         yield Problem(
             "model.head_dim",
-            f"{model.attention_head_dim} is odd; rotary embeddings turn pairs of features",
+            f"{model.attention_head_dim} is odd, but rotary embeddings rotate pairs of features",
             f"model.head_dim={model.attention_head_dim + 1}",
         )
     if heads % model.kv_heads:
@@ -39,10 +40,10 @@ def check_attention(config: Config) -> Iterator[Problem]:
 
 
 def check_ffn(config: Config) -> Iterator[Problem]:
-    """A known structure, its sizes and no others, and sizes that fit the widths and the tensor-parallel ranks."""
+    """A known structure, exactly its own sizes, and sizes that fit the widths and the tensor-parallel ranks."""
     ffn, widths = config.ffn, ffn_widths(config)
     if ffn.structure not in STRUCTURES:
-        found = f"{ffn.structure!r} is none of {', '.join(map(repr, STRUCTURES))}"
+        found = f"{ffn.structure!r} is not one of {', '.join(map(repr, STRUCTURES))}"
         yield Problem("ffn.structure", found, f"ffn.structure={nearest_name(ffn.structure)}")
         return
     numbers = STRUCTURES[ffn.structure].numbers
@@ -53,7 +54,7 @@ def check_ffn(config: Config) -> Iterator[Problem]:
     given = {key: value for key, value in ffn.sizes.items() if key in numbers.sizes}
     problems = list(numbers.size_problems(widths, given))
     yield from problems
-    # With the sizes as they are suggested, so that what does not divide over the ranks is said at the same time.
+    # Checked with the suggested sizes, so that what does not divide over the ranks is reported at the same time.
     suggested = dict(problem.suggestion.removeprefix("ffn.").split("=") for problem in problems)
     given |= {key: int(value) for key, value in suggested.items()}
     faulty = {problem.where for problem in problems}
@@ -61,13 +62,14 @@ def check_ffn(config: Config) -> Iterator[Problem]:
 
 
 def ffn_widths(config: Config) -> Widths:
-    """What the sizes of the FFN must fit, under the names of the config's keys."""
+    """The widths that the sizes of the FFN must fit, with the names of the config's keys."""
     model = config.model
     names = ("model.hidden_size", "model.ffn_hidden_size", "parallel.tp", "ffn.")
     return Widths(model.hidden_size, model.ffn_hidden_size, config.parallel.tp, *names)
 
 
 def check_length(config: Config) -> Iterator[Problem]:
+    """Exactly one length of the run, in steps or in tokens."""
     training = config.training
     if (training.num_steps is None) == (training.num_tokens is None):
         found = "both are set" if training.num_steps else "neither is set"
@@ -75,7 +77,10 @@ def check_length(config: Config) -> Iterator[Problem]:
 
 
 def check_batch(config: Config, dp_size: int | None = None) -> Iterator[Problem]:
-    """`dp_size`: the replicas that there really are, where the config leaves it to the number of processes."""
+    """Batches that divide over the micro-batches of all replicas.
+
+    `dp_size` is the actual number of replicas, for a config that derives it from the number of processes.
+    """
     training, dp = config.training, dp_size or config.parallel.dp or 1
     share = training.micro_batch_size * dp
     factor = f"micro_batch_size {training.micro_batch_size}" + (f" x dp {dp}" if dp > 1 else "")
@@ -85,15 +90,16 @@ def check_batch(config: Config, dp_size: int | None = None) -> Iterator[Problem]
     ):
         if value % share:
             above = (value // share + 1) * share
-            yield Problem(where, f"{value} is no multiple of {factor}", f"{where}={above}")
+            yield Problem(where, f"{value} is not a multiple of {factor}", f"{where}={above}")
 
 
 def check_parallel(config: Config) -> Iterator[Problem]:
+    """Combinations of pipeline, ZeRO stage and precision that DeepSpeed supports."""
     pp, zero, model = config.parallel.pp, config.parallel.zero_stage, config.model
     if pp > 1 and zero > 1:
         yield Problem(
             "parallel.zero_stage",
-            f"{zero} with parallel.pp = {pp}; DeepSpeed's pipelines work with ZeRO 0 and 1",
+            f"{zero} with parallel.pp = {pp}, but DeepSpeed's pipelines work with ZeRO 0 and 1 only",
             "parallel.zero_stage=1, or parallel.pp=1",
         )
     if pp > model.num_layers:
@@ -101,13 +107,13 @@ def check_parallel(config: Config) -> Iterator[Problem]:
     if config.training.precision == "bf16" and zero == 0:
         yield Problem(
             "parallel.zero_stage",
-            "0 with training.precision = bf16; DeepSpeed has no fp32 gradient accumulation there",
+            "0 with training.precision = bf16, where DeepSpeed has no fp32 gradient accumulation",
             "parallel.zero_stage=1 (the same arithmetic; with one replica the same memory)",
         )
 
 
 def check_tensor_parallel(config: Config) -> Iterator[Problem]:
-    """What divides over the ranks of a tensor-parallel group, beside the FFN."""
+    """Sizes outside the FFN that must divide over the ranks of a tensor-parallel group."""
     tp, model = config.parallel.tp, config.model
     by_tp = f"parallel.tp = {tp}"
     yield from multiple_problems("training.seq_length", config.training.seq_length, tp, by_tp)
@@ -154,6 +160,7 @@ def _foreign_keys(
 
 
 def check_guided(config: Config) -> Iterator[Problem]:
+    """Self-guided training needs a structured FFN, and levels that divide a rank's part of the sequence."""
     guided, training, tp = config.guided, config.training, config.parallel.tp
     if guided.schedule == "off":
         if guided.fraction is not None:
@@ -174,12 +181,13 @@ def check_guided(config: Config) -> Iterator[Problem]:
 
 
 def check_spikes(config: Config) -> Iterator[Problem]:
+    """A spike factor above 1, and checkpoints to go back to."""
     factor = config.reliability.spike_factor
     if factor and factor <= 1:
-        found = f"{factor:g}: a loss above its median would be a spike"
+        found = f"{factor:g}: every loss above the median would count as a spike"
         yield Problem("reliability.spike_factor", found, "reliability.spike_factor=2, or 0 for off")
     if factor and not config.checkpoint.interval_steps:
-        found = "0 with reliability.spike_factor: there would be nothing to go back to"
+        found = "0 with reliability.spike_factor: there would be no checkpoint to go back to"
         yield Problem("checkpoint.interval_steps", found, "checkpoint.interval_steps=500")
 
 
@@ -197,5 +205,5 @@ CHECKS: tuple[Check, ...] = (
 
 
 def cross_field_problems(config: Config) -> list[Problem]:
-    """All problems between the keys of a config whose single keys are right."""
+    """All problems between keys of a config whose keys are valid one by one."""
     return [problem for check in CHECKS for problem in check(config)]

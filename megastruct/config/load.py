@@ -1,8 +1,8 @@
-"""YAML files and `section.key=value` overrides -> Config, or one UserError with everything that is wrong.
+"""Reads YAML files and `section.key=value` overrides into a Config, or raises one UserError with all mistakes.
 
-A file may begin with `include: [other.yaml, ...]`, paths relative to the file itself; later files and the file's own
-keys win. A path below `configs/` at which there is no file names a config of the package. Only plain YAML is read (no
-object tags).
+A file may begin with `include: [other.yaml, ...]`, with paths relative to the file itself. Later files override earlier
+ones, and the file's own keys override all of them. A path below `configs/` without a file there names a config of the
+package. Only plain YAML is read (no object tags).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _HOME = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 6e-4 as a number (YAML 1.1 wants 6.0e-4) and refuses a key given twice."""
+    """Safe YAML that reads 6e-4 as a number (YAML 1.1 requires 6.0e-4) and refuses a key that is given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key that is no word", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(problem="a key must be a plain word", problem_mark=key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"key {key_node.value!r} is given twice", problem_mark=key_node.start_mark
@@ -47,7 +47,10 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """Read, merge, check. Raises UserError with all problems: of files, keys, types, ranges and combinations."""
+    """Read, merge and check a config.
+
+    Raises UserError with all problems: with files, keys, types, ranges and combinations.
+    """
     values = _read_with_includes(_locate(Path(), path), ())
     problems: list[Problem] = []
     for override in overrides:
@@ -64,7 +67,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved config as YAML that `load_config` reads back."""
+    """The resolved config as YAML, which `load_config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -85,14 +88,14 @@ def _read_with_includes(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]
 
 
 def _locate(folder: Path, name: str | Path) -> Path:
-    """The path of `name` in `folder`, or in the package if it is below `configs/` and not in `folder`."""
+    """The path of `name` in `folder`, or in the package if `name` is below `configs/` and not in `folder`."""
     path = folder / name
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         if Path(name).parts[:1] == ("configs",) and (_HOME / name).is_file():
             return _HOME / name
-    except OSError:  # the one that was meant cannot be read: that is for the reader to say
+    except OSError:  # the file exists but cannot be read: reading it will report that
         pass
     return path
 
@@ -107,13 +110,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         close = difflib.get_close_matches(str(path), names, n=1, cutoff=0.3)
         raise UserError(Problem(str(path), error.strerror or str(error), close[0] if close else "")) from None
     except UnicodeDecodeError:
-        raise UserError(Problem(str(path), "not a text file in UTF-8", "a YAML file")) from None
+        raise UserError(Problem(str(path), "not a UTF-8 text file", "a YAML file")) from None
     try:
         values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(Problem(where, f"no valid YAML: {getattr(error, 'problem', error)}")) from None
+        raise UserError(Problem(where, f"not valid YAML: {getattr(error, 'problem', error)}")) from None
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -133,39 +136,39 @@ def _apply_override(values: dict[str, Any], override: str) -> list[Problem]:
     path, equals, text = override.partition("=")
     keys = path.split(".")
     if not equals or not all(keys) or len(keys) != 2:
-        return [Problem(override, "no override", "section.key=value, for example training.num_steps=100")]
+        return [Problem(override, "is not a valid override", "section.key=value, for example training.num_steps=100")]
     try:
         value = yaml.load(text, _Loader) if text else None
     except yaml.YAMLError:
-        return [Problem(path, f"{text!r} is no valid value", f"{path}='...' in quotes")]
+        return [Problem(path, f"{text!r} is not a valid value", f"{path}='...' in quotes")]
     section = values.setdefault(keys[0], {})
     if not isinstance(section, dict):
-        return [Problem(keys[0], f"{section!r} is no section", f"remove it from the file to set {path}")]
+        return [Problem(keys[0], f"{section!r} is not a section", f"remove it from the file to set {path}")]
     section[keys[1]] = value
     return []
 
 
 def _validated(values: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
-    """Check the keys; without the faulty ones, if that is possible, so that the other checks can speak as well."""
+    """Check the keys, then once more without the faulty ones, so that the remaining checks can run as well."""
     problems: list[Problem] = []
     faulty: set[tuple[int | str, ...]] = set()
     for _ in range(2):
         try:
             return Config.model_validate(values), problems
         except ValidationError as error:
-            # A required key that was faulty in the first round is missing in the second: that was said already.
+            # A required key that was faulty in the first round is missing in the second; it is reported once.
             errors = [item for item in error.errors() if item["loc"] not in faulty]
             problems += [_explain(item) for item in errors]
             faulty |= {item["loc"] for item in errors} | {item["loc"][:2] for item in errors}
             values = _without(values, [item["loc"] for item in errors])
             for item in errors:
-                _stand_in(values, item["loc"][:2])  # what lies deeper was dropped with its key
+                _stand_in(values, item["loc"][:2])  # nested keys were removed together with this one
     return None, problems
 
 
-# A required key that is missing or of a wrong type gets a value that offends nothing, for the sake of the other checks.
+# A required key that is missing or of the wrong type gets a harmless value, so that the other checks can run.
 _STAND_INS: dict[str, Any] = {"kind": "tokens", "name": "run", "path": "-", "learning_rate": 1.0}
-_STAND_IN_SIZE = 5040  # divides and is divided by most sizes
+_STAND_IN_SIZE = 5040  # a multiple of most small sizes, so that few checks fail because of it
 
 
 def _stand_in(values: dict[str, Any], path: tuple[int | str, ...]) -> None:
@@ -177,11 +180,11 @@ def _stand_in(values: dict[str, Any], path: tuple[int | str, ...]) -> None:
 
 def _explain(item: Any) -> Problem:
     where = ".".join(str(key) for key in item["loc"] if not _is_union_tag(key))
-    if len(item["loc"]) > 2:  # inside of a list of sources, where an override cannot reach
+    if len(item["loc"]) > 2:  # inside a list of sources, which an override cannot address
         wrong = {
             "extra_forbidden": "unknown key",
             "missing": "missing",
-            "model_type": f"{item['input']!r} is no section",
+            "model_type": f"{item['input']!r} is not a section",
         }
         found = wrong.get(item["type"], f"{item['input']!r}: {item['msg'][0].lower() + item['msg'][1:]}")
         return Problem(where, found, f"{'.'.join(map(str, item['loc'][:2]))}=[{{path: FOLDER, weight: 1}}, ...]")
@@ -199,8 +202,11 @@ def _explain(item: Any) -> Problem:
 
 
 def _value_that_is_right(item: Any) -> str:
-    """An override: the word that was meant, else the key's default, else the bound that was passed; empty where there
-    is none of them."""
+    """An override with a valid value: the word that was meant, else the key's default, else the bound that was
+    exceeded.
+
+    Empty if there is none of them.
+    """
     path = tuple(item["loc"])
     if len(path) != 2:
         return ""
@@ -214,7 +220,7 @@ def _value_that_is_right(item: Any) -> str:
 
 
 def _speaks_of(problem: Problem, keys: set[str]) -> bool:
-    # Of another key of its own section a problem speaks by the last word alone.
+    # A problem names another key of its own section by the last word only.
     words = keys | {word for key in keys if "_" in (word := key.rpartition(".")[2])}
     return any(word in str(problem) for word in words if "." in word or "_" in word)
 
@@ -228,7 +234,7 @@ def _known_keys(path: tuple[int | str, ...]) -> list[str]:
 
 
 def _section(path: tuple[int | str, ...]) -> type[BaseModel]:
-    """The class of the section at `path`; BaseModel itself, which has no keys, if there is none."""
+    """The class of the section at `path`; if there is no such section, BaseModel itself, which has no keys."""
     model: type[BaseModel] = Config
     for key in path:
         field = model.model_fields.get(str(key))

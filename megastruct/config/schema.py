@@ -1,6 +1,6 @@
 """The config of a run: one class per section of the YAML file, one line per key.
 
-Values are frozen and checked for type and range here; what concerns several keys at once is in `checks.py`.
+Values are frozen, and their types and ranges are checked here. Checks of several keys at once are in `checks.py`.
 Letters in descriptions: d = hidden_size, f = ffn_hidden_size, S = seq_length.
 """
 
@@ -28,7 +28,11 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(description="folder below `folder`")
+    """The name of the run, the folder that holds its folder, and the seed of all randomness."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        description="name of the run's folder, below `folder`"
+    )
     folder: str = "runs"
     seed: Count = 1234
 
@@ -39,8 +43,10 @@ class ModelConfig(Section):
     hidden_size: Size
     num_layers: Size
     num_attention_heads: Size
-    num_key_value_heads: Size | None = Field(None, description="fewer than num_attention_heads: GQA; left out: equal")
-    head_dim: Size | None = Field(None, description="attention width is heads x head_dim; left out: d / heads")
+    num_key_value_heads: Size | None = Field(
+        None, description="fewer than num_attention_heads gives GQA; left out: equal"
+    )
+    head_dim: Size | None = Field(None, description="the attention width is heads x head_dim; left out: d / heads")
     ffn_hidden_size: Size
     vocab_size: Size = 32_000
     activation: str = Field("gelu", description="one of config/activations.py")
@@ -52,8 +58,8 @@ class ModelConfig(Section):
     init_std: Annotated[float, Field(gt=0)] = 0.02
     base_width: Size | None = Field(
         None,
-        description="structure-aware start and learning rates, level over widths: optimizer.learning_rate is that of a "
-        "matrix with this fan-in; left out: the paper's start, and one learning rate for all",
+        description="scales initial values and learning rates by each matrix's fan-in; optimizer.learning_rate applies "
+        "to a matrix with this fan-in; left out: the paper's initialisation and one learning rate",
     )
 
     @field_validator("activation")
@@ -67,35 +73,41 @@ class ModelConfig(Section):
 
     @property
     def kv_heads(self) -> int:
+        """The number of key/value heads."""
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
     def attention_head_dim(self) -> int:
+        """The features of one attention head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def attention_width(self) -> int:
-        """a = heads x head_dim, the width inside the attention; equal to d unless `head_dim` says otherwise."""
+        """The width inside the attention, a = heads x head_dim; equal to d unless `head_dim` is set."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def linear_init_std(self) -> float | None:
-        """N(0, init_std^2) as the start of all linears; None: each by its own shape."""
+        """Standard deviation of the initial weights of all linears; None: it depends on the shape of each linear."""
         return self.init_std if self.base_width is None else None
 
     @property
     def logit_scale(self) -> float:
+        """The factor of the logits, which keeps their size independent of the width; 1 without `base_width`."""
         return self.base_width / self.hidden_size if self.base_width else 1.0
 
     @property
     def fc1_out_features(self) -> int:
-        """A gated activation's first linear makes gate and value in one map d -> 2f."""
+        """Outputs of the first FFN linear; a gated activation's computes gate and value in one map d -> 2f."""
         return self.ffn_hidden_size * ACTIVATIONS[self.activation].fc1_width
 
 
 class FFNConfig(Section):
-    """The structure of both feed-forward linears, and the sizes that it needs: the keys `Numbers.sizes` of the
-    structure, such as `rank` and `nblocks`. A size that is null is left out."""
+    """The structure of both feed-forward linears, and its sizes.
+
+    The sizes are the keys in the structure's `Numbers.sizes`, such as `rank` and `nblocks`; a null one counts as left
+    out.
+    """
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Size] = Field(init=False)
@@ -112,33 +124,37 @@ class FFNConfig(Section):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The sizes that are set, as numbers and layers take them."""
+        """The sizes that are set, by key."""
         return dict(self.__pydantic_extra__)
 
     @property
     def is_dense(self) -> bool:
+        """Whether both linears are dense."""
         return self.structure == DENSE
 
     def of_block(self, index: int) -> FFNConfig:
-        """What holds for one block."""
+        """The FFN config of block `index`, dense for the first block if `dense_first_block` is set."""
         return FFNConfig() if index == 0 and self.dense_first_block else self
 
 
 class GuidedConfig(Section):
-    """Self-guided training: a dense guide W beside every structured linear S, o = alpha W x + (1 - alpha) S x, with
-    alpha from 1 to 0 over the guided steps. Source: arXiv 2406.16450, section 3."""
+    """Self-guided training: a dense guide W beside every structured linear S, o = alpha W x + (1 - alpha) S x.
+
+    alpha falls from 1 to 0 over the guided steps. Source: arXiv 2406.16450, section 3.
+    """
 
     schedule: Literal["off", "fixedstep", "fixedflop"] = Field(
-        "off", description="fixedflop: what is read with the guide is read again at the end, without it"
+        "off", description="fixedflop: the data of the guided steps is read again at the end, without the guide"
     )
     fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="guided steps over base steps; left out: 0.5 (fixedstep), solved (fixedflop)"
+        None, description="guided steps / base steps; left out: 0.5 (fixedstep), computed to match FLOPs (fixedflop)"
     )
     alpha: Literal["cosine", "linear"] = "cosine"
     skip: Literal["rows", "coin", "none"] = Field(
-        "rows", description="W for a share alpha of the tokens, or for all with probability alpha, or for all"
+        "rows",
+        description="rows: W sees a share alpha of the tokens; coin: all with probability alpha; none: all always",
     )
-    levels: Size = Field(16, description="rows: the share is a multiple of 1 / levels")
+    levels: Size = Field(16, description="rows: the share is rounded to a multiple of 1 / levels")
 
     @field_validator("schedule", mode="before")
     @classmethod
@@ -147,62 +163,73 @@ class GuidedConfig(Section):
 
 
 class DataSource(Section):
-    """One source of a mixture."""
+    """One source of a mixture, with its relative weight."""
 
     path: Annotated[str, Field(min_length=1)]
     weight: Annotated[float, Field(gt=0)]
 
 
 def _path_kind(value: object) -> str:
-    return "-list" if isinstance(value, list) else "-path"  # no identifiers: they are left out of messages
+    return "-list" if isinstance(value, list) else "-path"  # not identifiers, so messages leave them out
 
 
 class DataConfig(Section):
-    kind: Literal["tokens", "text"] = Field(description="token shards of tools/prepare_data.py, or text shards")
+    """The training data and its tokenizer."""
+
+    kind: Literal["tokens", "text"] = Field(
+        description="tokens: shards of token ids from megastruct-prepare; text: shards of documents"
+    )
     path: Annotated[
         Annotated[str, Tag("-path")] | Annotated[list[DataSource], Field(min_length=1), Tag("-list")],
         Discriminator(_path_kind),
     ] = Field(
-        description="folder of token shards; or folder, glob, file or hub name of text shards; or a list of "
-        "{path, weight}: samples come from each in proportion to its weight"
+        description="tokens: folder of shards; text: folder, glob, file or dataset name on the hub; or a list of "
+        "{path, weight}: samples are drawn from each in proportion to its weight"
     )
-    tokenizer: str | None = Field(None, description="SentencePiece model; needed for text, checked for tokens")
+    tokenizer: str | None = Field(
+        None, description="SentencePiece model; required for text, compared with the data for tokens"
+    )
     text_column: str = "content"
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.005
-    num_streams: Size | None = Field(None, description="text: parallel streams of shards; left out: from the data")
-    num_workers: Count = Field(1, description="text: processes per rank that tokenise ahead; 0: a thread of the rank")
+    num_streams: Size | None = Field(
+        None, description="text: streams of shards that are read in parallel; left out: follows from the data"
+    )
+    num_workers: Count = Field(1, description="text: processes per rank that tokenise ahead; 0: a thread instead")
     patience_seconds: Annotated[float, Field(ge=0)] = Field(
-        300.0, description="text: how long a shard that cannot be reached is tried again"
+        300.0, description="text: how long reading a shard that cannot be reached is retried"
     )
 
     @property
     def sources(self) -> list[tuple[str, float]]:
-        """(path, weight) of every source; a plain path is one."""
+        """(path, weight) of every source; a plain path is a single source."""
         if isinstance(self.path, str):
             return [(self.path, 1.0)]
         return [(source.path, source.weight) for source in self.path]
 
 
 class TrainingConfig(Section):
+    """Batch sizes, length and precision of the training."""
+
     seq_length: Size
-    global_batch_size: Size = Field(description="sequences per optimizer step, over all replicas")
-    micro_batch_size: Size = Field(description="sequences per forward, on one replica")
-    num_steps: Size | None = Field(None, description="either num_steps or num_tokens")
+    global_batch_size: Size = Field(description="sequences per optimizer step, summed over all replicas")
+    micro_batch_size: Size = Field(description="sequences per forward on one replica")
+    num_steps: Size | None = Field(None, description="length of the run; set either num_steps or num_tokens")
     num_tokens: Size | None = None
     precision: Literal["fp32", "bf16"] = "bf16"
     document_attention: Literal["crossed", "separate"] = Field(
-        "crossed", description="separate: a token sees only earlier ones of its own document in the row"
+        "crossed", description="separate: a token attends only to earlier tokens of its own document"
     )
     activation_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile every block and the loss")
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens per optimizer step, over all replicas."""
         return self.global_batch_size * self.seq_length
 
     @property
     def base_steps(self) -> int:
-        """Steps over new data; a FLOP-matched self-guided run reads some of it again (`planning/steps.py`)."""
+        """Steps over new data; a FLOP-matched self-guided run then reads some data again (`planning/steps.py`)."""
         return self.num_steps or max(1, round((self.num_tokens or 0) / self.tokens_per_step))
 
 
@@ -243,49 +270,70 @@ class ScheduleConfig(Section):
 
 
 class ParallelConfig(Section):
+    """How the ranks are divided into pipeline stages, tensor-parallel groups and replicas, and the ZeRO stage."""
+
     pp: Size = Field(1, description="pipeline stages")
-    tp: Size = Field(1, description="ranks that share every block's weights; activations are cut along the sequence")
-    dp: Size | None = Field(None, description="replicas; left out: what the processes allow")
+    tp: Size = Field(1, description="ranks that share every block's weights and split activations along the sequence")
+    dp: Size | None = Field(None, description="replicas; left out: as many as the processes allow")
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
 
 
 class EvaluationConfig(Section):
+    """When and on how much held-out data the loss is computed."""
+
     interval_steps: Count = Field(0, description="0 = only after the last step")
     num_samples: Count = Field(0, description="held-out sequences; 0 = no validation")
 
 
 class LoggingConfig(Section):
+    """How often metrics are written, and whether a progress bar is shown."""
+
     interval_steps: Size = 10
     progress_bar: bool = True
 
 
 class CheckpointConfig(Section):
+    """How often checkpoints are saved, and how many are kept."""
+
     interval_steps: Count = Field(0, description="0 = only after the last step")
-    keep: Size = Field(2, description="complete checkpoints kept")
+    keep: Size = Field(2, description="number of complete checkpoints to keep")
 
 
 class ReliabilityConfig(Section):
-    """When a run ends by itself: a rank that is gone, stopped or late is named. See docs/reliability.md."""
+    """Limits after which a run ends itself and names the cause.
 
-    silence_seconds: Annotated[float, Field(gt=0)] = Field(60.0, description="a rank without a sign of life is lost")
+    Causes are a dead, stopped or hanging rank, skipped steps and loss spikes; see docs/reliability.md.
+    """
+
+    silence_seconds: Annotated[float, Field(gt=0)] = Field(
+        60.0, description="a rank that sends no heartbeat for this long ends the run"
+    )
     collective_seconds: Annotated[float, Field(gt=0)] = Field(
-        1800.0, description="the longest that ranks wait for each other: for the slowest save, compilation or disk"
+        1800.0, description="longest time that ranks wait for each other, such as for a slow save, compilation or disk"
     )
-    max_skipped_steps: Count = Field(0, description="steps with a loss or gradient that is not finite; one more ends")
+    max_skipped_steps: Count = Field(
+        0, description="steps with a loss or gradient that is not finite; one more ends the run"
+    )
     spike_factor: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="a loss above this x the median goes back to the newest checkpoint, skipping data; 0 = off"
+        0.0,
+        description="after a loss above this x the recent median, the run goes back to the newest checkpoint and skips "
+        "data; 0 = off",
     )
-    spike_window_steps: Size = Field(50, description="the last steps, of which the median is taken")
-    max_spikes: Count = Field(3, description="times that a run goes back; one more ends it")
+    spike_window_steps: Size = Field(50, description="number of recent losses in the median")
+    max_spikes: Count = Field(3, description="how often a run goes back; one more spike ends it")
 
 
 class HardwareConfig(Section):
+    """The device, and its peak for model FLOPs utilisation (MFU)."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    peak_tflops: Annotated[float, Field(gt=0)] | None = Field(None, description="per device, for MFU")
+    peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="peak of one device in TFLOP/s, for MFU; left out: from a table of GPUs"
+    )
 
 
 class Config(Section):
-    """A whole run."""
+    """The config of a whole run."""
 
     run: RunConfig
     model: ModelConfig

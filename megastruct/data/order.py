@@ -11,6 +11,7 @@ So the tokens of step t are the same set, whatever the layout of the run.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -67,8 +68,8 @@ class Permutation:
         """The indices whose images are `images`: `inverse(self(x)) == x`. Same types as `__call__`."""
         return self._walk(images, self._decipher)
 
-    def _walk(self, values, step) -> np.ndarray:
-        values = np.asarray(values)
+    def _walk(self, given: np.ndarray, step: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        values = np.asarray(given)
         if values.size and (values.min() < 0 or values.max() >= self.size):
             raise ValueError(f"values must be in [0, {self.size})")
         walked = step(values.astype(_UINT).ravel())
@@ -79,7 +80,8 @@ class Permutation:
         return walked.astype(np.int64).reshape(values.shape)
 
     def _encipher(self, values: np.ndarray) -> np.ndarray:
-        left, right = values % self._left_size, values // self._left_size
+        left: np.ndarray = values % self._left_size
+        right: np.ndarray = values // self._left_size
         for round_index, key in enumerate(self._keys):
             if round_index % 2 == 0:
                 left = (left + _mix(right, key) % self._left_size) % self._left_size
@@ -88,7 +90,8 @@ class Permutation:
         return right * self._left_size + left
 
     def _decipher(self, values: np.ndarray) -> np.ndarray:
-        left, right = values % self._left_size, values // self._left_size
+        left: np.ndarray = values % self._left_size
+        right: np.ndarray = values // self._left_size
         for round_index, key in reversed(list(enumerate(self._keys))):
             if round_index % 2 == 0:
                 left = (left + self._left_size - _mix(right, key) % self._left_size) % self._left_size

@@ -21,7 +21,10 @@ from megastruct.launch.environment import Process
 
 
 def choose_device(wanted: str, process: Process) -> torch.device:
-    """The device of this rank, on the accelerator that DeepSpeed chose when it was imported (DS_ACCELERATOR)."""
+    """The device of this rank, on the accelerator that DeepSpeed chose when it was imported (DS_ACCELERATOR).
+
+    `wanted` is "auto", "cpu" or "cuda". Raises UserError if it is not available.
+    """
     found = get_accelerator().device_name()
     if wanted != "auto" and found != wanted:
         suggestion = f"start with DS_ACCELERATOR={wanted}" if wanted == "cpu" else "hardware.device=auto"
@@ -42,12 +45,12 @@ def choose_device(wanted: str, process: Process) -> torch.device:
 
 
 def join(device: torch.device, collective_seconds: float = 1800.0) -> None:
-    """Initialise torch.distributed (nccl on GPUs, gloo on CPUs) and hand it to DeepSpeed.
+    """Initialise torch.distributed (nccl on GPUs, gloo on CPUs) and DeepSpeed.
 
-    `collective_seconds`: after which a collective of any group gives up.
+    `collective_seconds`: the timeout of collectives in every group. Raises UserError if the processes do not meet.
     """
     timeout = timedelta(seconds=collective_seconds)
-    # What groups have that are made without one, as DeepSpeed makes them.
+    # The default for groups that are made without a timeout, as DeepSpeed's are.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed broadcasts inside backward hooks; nothing is differentiated through it.
@@ -102,6 +105,6 @@ def _choose_network() -> None:
 
 
 def leave() -> None:
-    """Wait for all, then take the process group down."""
+    """Wait for all ranks, then destroy the process group."""
     dist.barrier()
     dist.destroy_process_group()

@@ -79,7 +79,8 @@ class Engine:
             compile_blocks(module, config.training.seq_length, device)
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Any:
+        """The model: a `GPT`, or a `GPTPipeline` with this rank's stage."""
         return self.deepspeed.module
 
     @property
@@ -104,7 +105,7 @@ class Engine:
         """What a checkpoint keeps of each of this rank's parameters, by global name: its master and its state."""
         return {name: (MASTER, *self.state_kinds(parameter)) for name, parameter in self.named_parameters()}
 
-    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    def gathered(self, parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
         """A context in which parameters are whole under ZeRO 3, too. Collective over the data-parallel group."""
         return zero.gathered(parameters, self.zero_stage)
 

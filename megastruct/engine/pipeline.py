@@ -75,6 +75,7 @@ class GPTPipeline(PipelineModule):
         return y if documents is None or self.stage_id == self.num_stages - 1 else (y, documents)
 
     def drop_guides(self) -> None:
+        """Free the guides of all blocks of this stage."""
         self.guidance = None
         for module in self.modules():
             if isinstance(module, MLP):
@@ -98,6 +99,7 @@ class GPTPipeline(PipelineModule):
 
 
 def deepspeed_topology(topology: Topology) -> PipeModelDataParallelTopology:
+    """The same grid of ranks as DeepSpeed's class."""
     return PipeModelDataParallelTopology(num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.dp_size)
 
 

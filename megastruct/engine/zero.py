@@ -10,12 +10,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer as TorchOptimizer
 
 from megastruct.optimizers import MASTER
@@ -104,9 +104,9 @@ def is_tied_copy(parameter: Any) -> bool:
     return getattr(parameter, "ds_pipe_replicated", False)
 
 
-def gathered(parameters: list[nn.Parameter], zero_stage: int) -> Any:
+def gathered(parameters: Sequence[Tensor], zero_stage: int) -> Any:
     """A context in which the parameters are whole, on all ranks of the data-parallel group. Collective over it."""
-    return deepspeed.zero.GatheredParameters(parameters) if zero_stage == 3 else contextlib.nullcontext()
+    return deepspeed.zero.GatheredParameters(list(parameters)) if zero_stage == 3 else contextlib.nullcontext()
 
 
 def accumulated_gradient(parameter: Any, in_bf16: bool) -> Tensor | None:

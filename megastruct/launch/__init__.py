@@ -1,1 +1,1 @@
-"""First floor: how processes come to be, and what they find in their environment."""
+"""First floor: starting processes, their environment, their signals, and the watch over them."""

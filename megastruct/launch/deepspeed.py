@@ -1,4 +1,4 @@
-"""The deepspeed launcher: its command line, its hostfile, and an end for all of its processes."""
+"""The deepspeed launcher: its command line, its hostfile, and how all of its processes are stopped."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from megastruct.launch.signals import STOP_SIGNALS, blocked
 
 ENCODED = "base64:"
 RANK_MODULE = "megastruct.train"
-REPEAT_SECONDS = 1.0  # one request may arrive as several signals
+REPEAT_SECONDS = 1.0  # signals within this time count as one request
 
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """Options that pass on to `deepspeed`; None = its own default. `num_gpus`: processes per node."""
+    """Options that are passed on to `deepspeed`; None means its own default. `num_gpus` is the processes per node."""
 
     hostfile: str | None = None
     num_gpus: int | None = None
@@ -41,16 +41,16 @@ class LaunchOptions:
 
     @property
     def by_ssh(self) -> bool:
-        """One command starts all nodes."""
+        """Whether one command starts the ranks of all nodes, over ssh."""
         return self.hostfile is not None and self.node_rank is None
 
 
 def deepspeed_command(options: LaunchOptions, arguments: Sequence[str]) -> list[str]:
     """The argv that starts the ranks of `megastruct.train` with `arguments`.
 
-    With a node rank, every node runs its own launcher and none needs ssh; otherwise deepspeed reaches the hosts of
-    the hostfile by pdsh and ssh, whose shells must find nothing to expand: Raises UserError for a path or address in
-    which they would.
+    With a node rank, every node runs its own launcher and ssh is not needed. Otherwise deepspeed reaches the hosts of
+    the hostfile through pdsh and ssh, whose shells would expand special characters. Raises UserError for a path or an
+    address that contains such characters.
     """
     if options.by_ssh:
         arguments = [encoded(arguments)]
@@ -61,15 +61,15 @@ def deepspeed_command(options: LaunchOptions, arguments: Sequence[str]) -> list[
             ("--master-addr", options.master_addr),
         ):
             if word is not None and shlex.quote(word) != word:
-                found = f"{word!r} would be changed by the shells between the nodes"
+                found = f"{word!r} contains characters that a shell would interpret on the way to the other nodes"
                 raise UserError(Problem(where, found, "a path without spaces and quotes, or --node-rank on each node"))
     command = [sys.executable, "-m", "deepspeed.launcher.runner"]  # what the `deepspeed` script runs, in this Python
     if options.hostfile is None:
-        # A machine-wide hostfile must not turn a local start into another one.
+        # A machine-wide hostfile must not turn a local start into a start on several nodes.
         command += ["--hostfile", "", *_local_devices(options.num_gpus or 1)]
     else:
         command += ["--hostfile", options.hostfile]
-        if options.num_gpus is not None:  # otherwise the hostfile's slots say how many
+        if options.num_gpus is not None:  # otherwise the slots in the hostfile count
             command += ["--num_gpus", str(options.num_gpus)]
     if options.num_nodes is not None:
         command += ["--num_nodes", str(options.num_nodes)]
@@ -83,19 +83,22 @@ def deepspeed_command(options: LaunchOptions, arguments: Sequence[str]) -> list[
 
 
 def encoded(arguments: Sequence[str]) -> str:
-    """One word in which no shell finds anything to expand or to split; `decoded` gives the arguments back."""
+    """The arguments as one word that no shell expands or splits; `decoded` is the inverse."""
     return ENCODED + base64.urlsafe_b64encode(json.dumps(list(arguments)).encode()).decode()
 
 
 def decoded(arguments: Sequence[str]) -> list[str]:
-    """What `encoded` was given; other arguments as they are."""
+    """The arguments that were passed to `encoded`; arguments that are not encoded are returned unchanged."""
     if len(arguments) == 1 and arguments[0].startswith(ENCODED):
         return json.loads(base64.urlsafe_b64decode(arguments[0].removeprefix(ENCODED)))
     return list(arguments)
 
 
 def hostfile_slots(path: Path, num_nodes: int | None, node_rank: int | None) -> list[int]:
-    """Processes per node, of the first `num_nodes` lines `host slots=N`. Raises UserError for anything else."""
+    """The number of processes per node, from the first `num_nodes` lines `host slots=N` of the file.
+
+    Raises UserError if the file cannot be read, if a line is not of this form, or if the file has too few lines.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -107,7 +110,9 @@ def hostfile_slots(path: Path, num_nodes: int | None, node_rank: int | None) -> 
             continue
         match = re.fullmatch(r"\s*[A-Za-z0-9][A-Za-z0-9._:-]*\s+slots=(\d+)\s*", line)
         if not match or int(match[1]) < 1:
-            raise UserError(Problem(f"{path}:{number}", f"{line.strip()!r} is no host", "node1 slots=8"))
+            raise UserError(
+                Problem(f"{path}:{number}", f"{line.strip()!r} is not a valid hostfile line", "node1 slots=8")
+            )
         slots.append(int(match[1]))
     slots = slots[:num_nodes]
     if not slots or (num_nodes or 0) > len(slots) or (node_rank or 0) >= len(slots):
@@ -117,11 +122,11 @@ def hostfile_slots(path: Path, num_nodes: int | None, node_rank: int | None) -> 
 
 
 def run_launcher(command: Sequence[str], environment: dict[str, str], stop_file: Path | None = None) -> int:
-    """Run to the end and return its exit code.
+    """Run the launcher to its end and return its exit code.
 
-    The first SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 goes to the ranks, which finish their step, save and end; the
-    launchers do not see it. `stop_file` says it to ranks on machines that the launcher reached by ssh. A later SIGTERM
-    or SIGINT ends all processes of this machine at once.
+    The first SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 is passed to the ranks, which finish their step, save and exit; the
+    launchers do not receive it. `stop_file` is made for ranks on machines that the launcher reached by ssh. A later
+    SIGTERM or SIGINT kills all processes of this run on this machine immediately.
     """
     with blocked():
         process = subprocess.Popen(command, env=environment)
@@ -134,7 +139,8 @@ def run_launcher(command: Sequence[str], environment: dict[str, str], stop_file:
         elif not asked:
             asked = time.monotonic()
             name = signal.Signals(number).name
-            print(f"{name}: the ranks finish their step and save; again to end at once", file=sys.stderr, flush=True)
+            request = "the ranks finish their step, save and exit; send it again to kill the run immediately"
+            print(f"{name} received: {request}", file=sys.stderr, flush=True)
             _signal_children(number, ranks_only=True)
             if stop_file is not None:
                 stop_file.touch()
@@ -156,7 +162,10 @@ def _signal_children(number: int, ranks_only: bool) -> None:
 
 
 def _local_devices(processes: int) -> list[str]:
-    """The launcher deletes CUDA_VISIBLE_DEVICES where it is told a number of GPUs: name those that it lists."""
+    """The launcher's options for `processes` GPUs, named as in CUDA_VISIBLE_DEVICES.
+
+    Given only a number of GPUs, the launcher would delete that variable.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     if all(device.strip().isdigit() for device in visible) and len(visible) >= processes:
         return ["--include", "localhost:" + ",".join(device.strip() for device in visible[:processes])]

@@ -1,4 +1,4 @@
-"""The environment variables that this project reads or sets, all in one place."""
+"""All environment variables that this project reads or sets, in one place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Process:
-    """This process among all: set by the deepspeed launcher, torchrun, or (alone) by nobody."""
+    """The place of this process among all processes of the run."""
 
     rank: int
     local_rank: int
@@ -22,7 +22,7 @@ class Process:
 
 
 def current_process() -> Process:
-    """From RANK, LOCAL_RANK and WORLD_SIZE; a process that nobody launched is rank 0 of 1."""
+    """Read RANK, LOCAL_RANK and WORLD_SIZE, which deepspeed or torchrun sets; without them this is rank 0 of 1."""
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
@@ -33,30 +33,30 @@ def current_process() -> Process:
 
 
 def take_share_of_cores() -> int:
-    """How many threads this process should compute with: OMP_NUM_THREADS if it is set, else its share of the cores.
-    OMP_NUM_THREADS is set to it, for the libraries of the processes that this one starts.
+    """The number of threads for this process: OMP_NUM_THREADS if it is set, else its share of the machine's cores.
 
-    Left to itself every process takes all cores. Eight of them on a machine are then many times slower than one, above
-    all at the start, when the first weights are decomposed.
+    Sets OMP_NUM_THREADS to the result, for libraries and for processes that this one starts. Otherwise every process
+    would use all cores. Eight of them on a machine are then many times slower than one, above all at the start, when
+    the first weights are decomposed.
     """
     if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # LOCAL_SIZE is the deepspeed launcher's, LOCAL_WORLD_SIZE torchrun's.
+    # The deepspeed launcher sets LOCAL_SIZE, torchrun sets LOCAL_WORLD_SIZE.
     threads = max(1, cores // int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1))
     os.environ["OMP_NUM_THREADS"] = str(threads)
     return threads
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
+    """A TCP port of this machine on which no process listens at the moment."""
     with socket.socket() as listener:
         listener.bind(("", 0))
         return listener.getsockname()[1]
 
 
 def describe_environment() -> dict[str, str]:
-    """Versions and the git commit of the code that runs, for the run folder."""
+    """Versions of Python, the system and the main packages, and the git commit of this code."""
     names = ("megastruct", "torch", "deepspeed", "datasets", "sentencepiece", "numpy")
     versions = {name: _version(name) for name in names}
     return {"python": sys.version.split()[0], "system": platform.platform(), **versions, "git_commit": _git_commit()}

@@ -1,7 +1,8 @@
-"""Asked to stop: by a signal to any process, or by a file in the run folder. All ranks stop after the same step.
+"""Requests to stop: a signal to any process of the run, or a file in the run folder. All ranks stop after the same
+step.
 
-The launchers between the command that was started and its ranks would end the ranks at a signal, or end alone: they
-are started with these signals blocked (`blocked`), and a rank unblocks them for itself (`StopRequest`).
+On a signal, the launchers between the user's command and its ranks would kill the ranks or exit without them. So
+launchers are started with the stop signals blocked (`blocked`), and each rank unblocks them for itself (`StopRequest`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ FILE_INTERVAL_SECONDS = 1.0
 
 @contextmanager
 def blocked() -> Iterator[None]:
-    """Processes that are started inside keep the stop signals for later, and theirs do, until they unblock them."""
+    """Block the stop signals in processes that are started inside, and in their children, until they unblock them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -34,7 +35,10 @@ def blocked() -> Iterator[None]:
 
 
 class StopRequest:
-    """Whether this run has been asked to stop. One for each rank, made early: a signal before it ends the process."""
+    """Whether this run has been asked to stop.
+
+    Each rank makes one object, early: a signal that arrives before ends the process.
+    """
 
     def __init__(self) -> None:
         self.reason = ""  # of this rank
@@ -46,20 +50,20 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def watch(self, file: Path) -> None:
-        """Look for this file, too, on one rank; what was left there before this process began is removed."""
+        """Let this rank look for a stop file as well; a file that is older than this process is removed."""
         self.file = file
         with suppress(FileNotFoundError):
-            if file.stat().st_mtime < psutil.Process().create_time():  # a later one asks this run, while it starts
+            if file.stat().st_mtime < psutil.Process().create_time():  # a newer one is meant for this run
                 file.unlink(missing_ok=True)
 
     def ask(self, device: torch.device) -> None:
-        """Send this rank's answer to all, before a step; it travels while the step runs. Collective."""
+        """Tell all ranks, before a step, whether this one was asked to stop; it overlaps with the step. Collective."""
         self._look()
         tensor = torch.tensor(int(bool(self.reason)), dtype=torch.int32, device=device)
         self._answer = tensor, dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True)
 
     def agreed(self) -> bool:
-        """Whether any rank had been asked when `ask` was called; the same on all."""
+        """Whether any rank had been asked to stop when `ask` was called; the same on all ranks."""
         if self._answer is None:
             return False
         (tensor, work), self._answer = self._answer, None
@@ -67,12 +71,12 @@ class StopRequest:
         return bool(tensor)
 
     def say(self, step: int, folder: Path) -> None:
-        """What happened, for the user; the stop file has done its work."""
+        """Print for the user why the run stopped, and remove the stop file."""
         if self.file:
             self.file.unlink(missing_ok=True)
         reason = self.reason or "a signal to another rank"
         print(
-            f"stopped by {reason} after step {step}, which is saved in {folder}; the same command resumes",
+            f"stopped by {reason} after step {step}, which is saved in {folder}; run the same command again to resume",
             file=sys.stderr,
             flush=True,
         )
@@ -81,7 +85,7 @@ class StopRequest:
         self.reason = signal.Signals(number).name
 
     def _look(self) -> None:
-        """A shared file system is asked seldom."""
+        """Look for the stop file, at most once a second, because the file system may be shared."""
         if self.file and not self.reason and time.monotonic() - self._looked > FILE_INTERVAL_SECONDS:
             self._looked = time.monotonic()
             with suppress(OSError):

@@ -1,6 +1,6 @@
-"""A run as a Slurm job, through submitit: one task per node starts the ranks of its node; preemption requeues it.
+"""Runs as Slurm jobs, through submitit: one task per node starts the ranks of its node; a preempted job is requeued.
 
-submitit pickles the job into its own folder and loads it on the nodes: the folder is made for its owner alone.
+submitit pickles the job into its folder and unpickles it on the nodes, so only the owner may access that folder.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from submitit.helpers import DelayedSubmission
 
 from megastruct.errors import EXIT_CODE_START_AGAIN, Problem, UserError
 
-FIRST_PORT, NUM_PORTS = 20_000, 10_000  # a job's number picks one, so that all of its nodes have the same
-SIGNAL_SECONDS = 2.0  # between the signal's arrival at the ranks and at the task above them
+FIRST_PORT, NUM_PORTS = 20_000, 10_000  # the job's number picks one, so that all of its nodes use the same port
+SIGNAL_SECONDS = 2.0  # the time between a signal's arrival at the ranks and at the task that started them
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What is asked of Slurm. `gpus_per_node`: also the processes; `slurm`: more of sbatch's options, by name."""
+    """What the job requests from Slurm.
+
+    `gpus_per_node` is also the number of processes per node; `slurm` holds further options of sbatch, by name.
+    """
 
     nodes: int
     gpus_per_node: int
@@ -41,30 +44,33 @@ class Resources:
 
 
 class TrainingJob:
-    """What runs on every node of a job. Called and asked for its checkpoint by submitit."""
+    """What runs on every node of a job. submitit calls it, and calls `checkpoint` before the job is preempted."""
 
     def __init__(self, arguments: list[str], nodes: int, processes_per_node: int) -> None:
-        """`arguments`: config and overrides, as for `megastruct.start`."""
+        """`arguments`: the config and overrides, as for `megastruct.start`."""
         self.arguments, self.nodes, self.processes = arguments, nodes, processes_per_node
         self.process: Any = None
         self.code: int | None = None
 
     def __call__(self) -> str:
-        """Train, and return when the run is finished or was stopped by a user. Raises RuntimeError if it failed."""
+        """Train until the run is finished or a user stops it. Raises RuntimeError if it fails."""
         self.process = subprocess.Popen(self.command(submitit.JobEnvironment()))
         threading.Thread(target=self._note_end, daemon=True).start()
         self._wait()
         if self.code == EXIT_CODE_START_AGAIN:
-            time.sleep(SIGNAL_SECONDS)  # if it was preemption, `checkpoint` is called now, and requeues
+            time.sleep(SIGNAL_SECONDS)  # in a preemption, `checkpoint` is called now and requeues the job
             return "stopped"
         if self.code:
-            raise RuntimeError(f"the run ended with exit code {self.code}; its output says why")
+            raise RuntimeError(f"the run ended with exit code {self.code}; see its output for the cause")
         return "finished"
 
     def checkpoint(self) -> DelayedSubmission:
-        """The time is over or another job comes first: save, end, and be started again with the same arguments."""
+        """Save and end the run before the time limit or a preemption; the returned job continues it.
+
+        Raises RuntimeError if the run fails to save.
+        """
         if self.process is not None:
-            # Slurm may have signalled the run before: a second SIGTERM would end it at once, without saving.
+            # Slurm may have sent SIGTERM already; a second one would kill the run without saving.
             self.process.send_signal(signal.SIGUSR1)
             self._wait()
             if self.code not in (0, EXIT_CODE_START_AGAIN):
@@ -72,7 +78,7 @@ class TrainingJob:
         return DelayedSubmission(TrainingJob(self.arguments, self.nodes, self.processes))
 
     def command(self, environment: Any) -> list[str]:
-        """The start of this node's ranks; with several nodes every node starts its own, without ssh."""
+        """The command that starts this node's ranks; with several nodes each starts its own, without ssh."""
         command = [sys.executable, "-u", "-m", "megastruct.start", *self.arguments]
         command += ["--num-gpus", str(self.processes)]
         if self.nodes == 1:
@@ -88,13 +94,13 @@ class TrainingJob:
         self.code = self.process.wait()
 
     def _wait(self) -> None:
-        """Without a lock: a signal's handler waits here, too, in the middle of the other waiting."""
+        """Wait for the run to end, without a lock: a signal handler may wait here while the main code does, too."""
         while self.code is None:
             time.sleep(0.1)
 
 
 class _AnySlurm(submitit.SlurmExecutor):
-    """Writes its job file also where Slurm is not installed."""
+    """An executor that writes its job file even where Slurm is not installed."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -102,14 +108,14 @@ class _AnySlurm(submitit.SlurmExecutor):
 
 
 def job_text(resources: Resources, job: TrainingJob) -> str:
-    """What `submit` would hand to sbatch, and what the job would run."""
+    """The text that `submit` would pass to sbatch, and the command that the job would run."""
     executor = _slurm(resources, _AnySlurm)
     text = executor._make_submission_file_text(executor._submitit_command_str, "dry")
     return f"{text}\n# on each of {resources.nodes} nodes:\n#   megastruct.start {job.arguments!r}\n"
 
 
 def submit(resources: Resources, job: TrainingJob) -> submitit.Job[str]:
-    """Submit to Slurm. Raises UserError where it is not installed or refuses the job."""
+    """Submit the job to Slurm. Raises UserError if Slurm is not installed or refuses the job."""
     try:
         executor = _slurm(resources, submitit.SlurmExecutor)
     except RuntimeError as error:
@@ -123,7 +129,7 @@ def submit(resources: Resources, job: TrainingJob) -> submitit.Job[str]:
 
 
 def run_here(resources: Resources, job: TrainingJob) -> submitit.Job[str]:
-    """The same job on this machine, in the background, requeued as Slurm would. One node."""
+    """Run the same job on this machine in the background, requeued as by Slurm. Raises UserError for several nodes."""
     if resources.nodes > 1:
         raise UserError(Problem("--nodes", f"{resources.nodes} with --local", "--nodes 1"))
     _private(resources.folder)
@@ -156,7 +162,7 @@ def _slurm(resources: Resources, kind: type[submitit.SlurmExecutor]) -> submitit
 
 
 def _private(folder: Path) -> None:
-    """Raises UserError if the folder cannot be made."""
+    """Make the folder, accessible to its owner only. Raises UserError if it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)

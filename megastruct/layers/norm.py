@@ -1,7 +1,7 @@
 """Normalisation over the last dimension.
 
-Over tensor-parallel ranks the weights are replicated and each rank normalises its own tokens: the gradients of weight
-and bias are summed over the group.
+The weights are replicated over tensor-parallel ranks, and each rank normalises its own tokens, so the gradients of
+weight and bias are summed over the group.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(hidden_size)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [s/tp, b, h] -> [s/tp, b, h]"""
+        """Normalise x [s/tp, b, h] over h; shape and dtype stay."""
         bias = None if self.bias is None else sum_gradient(self.bias, self.tp)
         return F.layer_norm(x, self.weight.shape, sum_gradient(self.weight, self.tp), bias, self.eps)
 
@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [s/tp, b, h] -> [s/tp, b, h]"""
+        """Normalise x [s/tp, b, h] over h; shape and dtype stay."""
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return x32.to(x.dtype) * sum_gradient(self.weight, self.tp)

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class Rotary:
-    """Angles position * base^(-2i/d), in float32 whatever the model's dtype: bf16 cannot tell late positions apart.
+    """Angles position * base^(-2i/d), in float32 for every dtype of the model: bf16 cannot tell late positions apart.
 
-    No module and no buffer, so that a cast of the model leaves the tables alone. They are made on first use for a
-    length and a device.
+    It is neither a module nor a buffer, so a cast of the model does not change the tables. They are made when a length
+    and device are first used.
     """
 
     def __init__(self, head_dim: int, base: float) -> None:
@@ -29,6 +29,9 @@ class Rotary:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [s, b, heads, head_dim] turned by its position: feature i is paired with i + head_dim / 2."""
+    """Rotate x [s, b, heads, head_dim] by the angles of its positions; shape and dtype stay.
+
+    Feature i is paired with feature i + head_dim / 2. cos and sin are float32 [s, 1, 1, head_dim / 2].
+    """
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

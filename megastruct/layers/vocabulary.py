@@ -1,8 +1,9 @@
-"""The vocabulary over tensor-parallel ranks: embedding, output head, cross-entropy; no rank sees all logits of a token.
+"""Embedding, output head and cross-entropy with the vocabulary sharded over tensor-parallel ranks.
 
-Letters: s sequence, b micro-batch, h hidden size, V words, Vt the rank's words, tp ranks. Rank t has the words
-[t * c, min((t + 1) * c, V)) with c = ceil(V / tp): equal shares, the last one shorter where tp does not divide V. There
-are no padding rows: nothing below needs equal shares, so the global parameter is [V, h] for every tp.
+No rank sees all logits of a token. Letters: s sequence, b micro-batch, h hidden size, V words, Vt the rank's words, tp
+ranks. Rank t has the words [t * c, min((t + 1) * c, V)) with c = ceil(V / tp): the shares are equal, except that the
+last is shorter where tp does not divide V. There are no padding rows, because nothing here needs equal shares, so the
+global parameter is [V, h] for every tp.
 Source of the sharded softmax: Shoeybi et al. 2019 (arXiv 1909.08053), section 3.
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from megastruct.layers.embedding import Embedding
 from megastruct.parallel.collectives import all_reduce, gather_sequence, reduce_scatter_sequence
@@ -23,8 +25,11 @@ from megastruct.structures.dense.layers import Linear
 from megastruct.structures.sharded import ShardedLayer
 
 
-class VocabParallelEmbedding(ShardedLayer):
-    """weight [Vt, h], the rank's words. `project` is the tied output head, its logits multiplied by `logit_scale`."""
+class VocabParallelEmbedding(ShardedLayer[Embedding]):
+    """The embedding: weight [Vt, h] holds the rank's words.
+
+    `project` is the tied output head, whose logits are multiplied by `logit_scale`.
+    """
 
     weight: nn.Parameter
 
@@ -36,7 +41,7 @@ class VocabParallelEmbedding(ShardedLayer):
         self.add_parameter("weight", self.sizes, ShardSpec.along(0, tp.size), uneven=True)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids int64 [b, s], the same on all ranks -> [s/tp, b, h]"""
+        """Map ids int64 [b, s], the same on all ranks, to the embeddings [s/tp, b, h] of the rank's own tokens."""
         if self.tp.size == 1:
             return F.embedding(ids.t(), self.weight)
         local, ours = _local_words(ids.t(), self.weight.shape[0], self.sizes[0], self.tp)  # [s, b]
@@ -44,15 +49,16 @@ class VocabParallelEmbedding(ShardedLayer):
         return reduce_scatter_sequence(x, self.tp)
 
     def project(self, x: Tensor) -> Tensor:
-        """x [s/tp, b, h] -> the rank's logits [s, b, Vt]"""
+        """Map x [s/tp, b, h] to the logits [s, b, Vt] of the rank's words."""
         return _logits(x, self.weight, self.logit_scale, self.tp)
 
+    @override
     def unsharded(self) -> Embedding:
         return Embedding(*self.sizes, init_std=self.init_std)
 
 
-class VocabParallelHead(ShardedLayer):
-    """The untied output head: weight [Vt, h], the rank's words, no bias; logits are multiplied by `logit_scale`."""
+class VocabParallelHead(ShardedLayer[Linear]):
+    """The untied output head: weight [Vt, h] holds the rank's words; logits are multiplied by `logit_scale`."""
 
     weight: nn.Parameter
 
@@ -64,30 +70,32 @@ class VocabParallelHead(ShardedLayer):
         self.add_parameter("weight", (vocab_size, hidden_size), ShardSpec.along(0, tp.size), uneven=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [s/tp, b, h] -> the rank's logits [s, b, Vt]"""
+        """Map x [s/tp, b, h] to the logits [s, b, Vt] of the rank's words."""
         return _logits(x, self.weight, self.logit_scale, self.tp)
 
+    @override
     def unsharded(self) -> Linear:
         return Linear(*self.sizes, bias=False, init_std=self.init_std)
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int, tp: TensorGroup) -> Tensor:
-    """logits [s, b, Vt] of any float dtype, labels int64 [b, s] -> float32 scalar, mean over the b x s tokens.
+    """The mean cross-entropy over b x s tokens: logits [s, b, Vt] of any float dtype, labels int64 [b, s] -> float32
+    scalar.
 
-    Equal to `models.loss.cross_entropy` of the whole logits, on every rank; the softmax is computed in float32. Sends
-    three numbers per token (a maximum, a sum, the label's logit). Kept for the backward: the logits as they came in,
-    and one float32 per token.
+    The result equals `models.loss.cross_entropy` of the whole logits, on every rank; the softmax is computed in
+    float32. Three numbers per token are communicated: a maximum, a sum and the label's logit. The logits as they came
+    in and one float32 per token are kept for the backward.
     """
     return _CrossEntropy.apply(logits, labels.t(), vocab_size, tp)
 
 
 def _logits(x: Tensor, weight: Tensor, scale: float, tp: TensorGroup) -> Tensor:
-    """x [s/tp, b, h], weight [Vt, h] -> [s, b, Vt]; the h values of a token are scaled, not its many more logits."""
+    """Map x [s/tp, b, h] to [s, b, Vt]. The h values of a token are scaled, because its logits are many more."""
     return F.linear(gather_sequence(x if scale == 1.0 else x * scale, tp), weight)
 
 
 def _local_words(words: Tensor, num_local: int, vocab_size: int, tp: TensorGroup) -> tuple[Tensor, Tensor]:
-    """words int64 [...] -> (row in this rank's shard, 0 for other ranks' words; bool: is it this rank's), both [...]"""
+    """(row of each word in this rank's shard, 0 for other ranks' words; whether it is this rank's), both [...]."""
     local = words - tp.rank * words_per_rank(vocab_size, tp.size)
     ours = (local >= 0) & (local < num_local)
     return local * ours, ours

@@ -1,13 +1,14 @@
-"""Causal self-attention with rotary positions and grouped key/value heads, of its own width a.
+"""Causal self-attention with rotary positions and grouped key/value heads; its width a may differ from h.
 
 Under tensor parallelism a rank has heads/tp query heads and their key/value heads. Between blocks a rank holds its
-part of the sequence; here it sees all of it, for its own heads.
+part of the sequence; inside the attention it has the whole sequence for its own heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from megastruct.layers.rotary import Rotary, rotate
 from megastruct.models.documents import Mask
 from megastruct.parallel.collectives import gather_sequence
 from megastruct.parallel.groups import TensorGroup
-from megastruct.structures.linear import LinearBuilder
+from megastruct.structures.sharded import LinearBuilder
 
 
 @cache
@@ -27,10 +28,10 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 
 class Attention(nn.Module):
-    """q [h -> heads x dh], k and v [h -> kv_heads x dh], out [heads x dh -> h].
+    """Projections q [h -> heads x dh], k and v [h -> kv_heads x dh], out [heads x dh -> h].
 
-    `column` makes a linear whose outputs are cut over the group (its input is the whole sequence), `row` one whose
-    inputs are. Where there are fewer key/value heads than ranks, `replicated` makes their projections, on every rank.
+    `column` builds a linear whose outputs are sharded over the group (its input is the whole sequence), `row` one whose
+    inputs are. If the ranks do not divide the key/value heads, `replicated` builds whole k and v on every rank.
     """
 
     def __init__(
@@ -59,9 +60,9 @@ class Attention(nn.Module):
         self.rotary = Rotary(head_dim, rope_base)
 
     def forward(self, x: Tensor, mask: Mask | None = None) -> Tensor:
-        """x [s/tp, b, h] -> [s/tp, b, h]
+        """Map x [s/tp, b, h] to [s/tp, b, h].
 
-        `mask` (see models/documents.py) says what tokens see; without it, all earlier ones.
+        `mask` (models/documents.py) says what each token sees; without a mask it sees itself and all earlier tokens.
         """
         x = gather_sequence(x, self.tp)  # [s, b, h]
         s, b, _ = x.shape
@@ -75,12 +76,14 @@ class Attention(nn.Module):
         if mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         elif isinstance(mask, BlockMask):
-            # It has to be compiled, or it computes all scores and keeps them; a compiled block takes it in.
-            attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+            # Uncompiled, it would compute and keep all scores. A compiled block compiles it along with the rest.
+            attend: Callable[..., Any] = flex_attention
+            if not torch.compiler.is_compiling():
+                attend = _compiled_flex_attention()
             y = attend(q, k, v, block_mask=mask, enable_gqa=self.grouped)
         else:
-            # Copies for every query head: of PyTorch's kernels for GPUs, the one that takes a mask and groups together
-            # keeps all scores.
+            # Keys and values are copied for every query head: the only kernel of PyTorch for GPUs that takes both a
+            # mask and groups keeps all scores.
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) if self.grouped else t for t in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.permute(2, 0, 1, 3).reshape(s, b, -1))  # [s, b, a/tp] -> [s/tp, b, h]

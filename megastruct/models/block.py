@@ -6,19 +6,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megastruct.models.attention import Attention
 from megastruct.models.documents import Mask
 from megastruct.models.guidance import NOT_EVALUATED, BlockChoices
+from megastruct.models.mlp import MLP
 
-# Blocks share their code, and so its limit: dense and structured ones, in training and evaluation, and with guides
-# all that each of the two linears may do.
+# All blocks share one limit, because they share their code: dense and structured blocks, training and evaluation, and,
+# with guides, every choice of the two linears.
 COMPILED_VARIANTS = 32
 
 
 class Block(nn.Module):
-    """`recompute`: keep only the block's input for the backward and run the forward again there."""
+    """A transformer block. `recompute`: keep only its input for the backward, which runs the forward again."""
 
     def __init__(
-        self, attention: nn.Module, mlp: nn.Module, attention_norm: nn.Module, mlp_norm: nn.Module, recompute: bool
+        self, attention: Attention, mlp: MLP, attention_norm: nn.Module, mlp_norm: nn.Module, recompute: bool
     ) -> None:
         super().__init__()
         self.attention_norm = attention_norm
@@ -28,13 +30,14 @@ class Block(nn.Module):
         self.recompute = recompute
 
     def forward(self, x: Tensor, choices: BlockChoices = NOT_EVALUATED, mask: Mask | None = None) -> Tensor:
-        """x [s/tp, b, h] -> [s/tp, b, h]
+        """Map x [s/tp, b, h] to [s/tp, b, h].
 
-        `choices`: what the guides of the FFN do, if it has them. `mask`: of the attention, if documents are separate.
+        `choices`: what the guides of the FFN do, if there are any. `mask`: the attention mask if documents are
+        separate.
         """
         if self.recompute and self.training:
-            # Nothing random happens inside (choices are made before), so no generator state has to be kept for the
-            # second forward.
+            # Nothing inside is random (choices are made before), so no generator state is needed for the second
+            # forward.
             return checkpoint(self._forward, x, choices, mask, use_reentrant=False, preserve_rng_state=False)
         return self._forward(x, choices, mask)
 
@@ -48,5 +51,5 @@ def compile_blocks(module: nn.Module, seq_length: int, device: torch.device) -> 
     torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
     for block in module.modules():
         if isinstance(block, Block):
-            block.attention.rotary.tables(seq_length, device)  # no part of the program
+            block.attention.rotary.tables(seq_length, device)  # outside the compiled program
             block.compile()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,22 +34,34 @@ EMBEDDING = "embedding"
 HEAD = "head"
 
 
+class _VocabularyOptions(TypedDict):
+    tp: TensorGroup
+    init_std: float
+    logit_scale: float
+
+
+class _LinearOptions(TypedDict):
+    tp: TensorGroup
+    bias: bool
+    init_std: float | None
+
+
 @dataclass(frozen=True)
 class NamedLayer:
-    """A layer to be built: its global name, and what makes it."""
+    """A layer to be built: its global name, and the function that builds it."""
 
     name: str
     build: Callable[[], nn.Module]
 
 
 def named_layers(config: Config, tp: TensorGroup, guided: bool = False) -> list[NamedLayer]:
-    """embedding, blocks.0 ..., final_norm, and head unless it is the embedding's weight.
+    """The layers embedding, blocks.0 ..., final_norm, and head unless the head is tied to the embedding.
 
-    `guided`: structured linears have their guides beside them.
+    `guided`: structured linears get guides.
     """
     model = config.model
     d, vocab = model.hidden_size, model.vocab_size
-    words = {"tp": tp, "init_std": model.init_std, "logit_scale": model.logit_scale}
+    words: _VocabularyOptions = {"tp": tp, "init_std": model.init_std, "logit_scale": model.logit_scale}
     layers = [NamedLayer(EMBEDDING, partial(VocabParallelEmbedding, vocab, d, **words))]
     layers += [NamedLayer(f"blocks.{i}", partial(_build_block, config, i, tp, guided)) for i in range(model.num_layers)]
     layers += [NamedLayer("final_norm", partial(_build_norm, model, tp))]
@@ -58,10 +71,10 @@ def named_layers(config: Config, tp: TensorGroup, guided: bool = False) -> list[
 
 
 class GPT(nn.Module):
-    """The whole decoder, without a pipeline: ids int64 [b, s] -> logits [s, b, v/tp].
+    """The whole decoder, without a pipeline.
 
-    `guidance`: says what the guides do; without it the model has none. `eod_id`: the token that ends a document, if
-    attention shall stay inside of documents; without it a row is one.
+    `guidance` says what the guides do; without it the model has none. `eod_id` is the token that ends a document, if
+    attention is to stay inside documents; without it the whole row counts as one document.
     """
 
     def __init__(
@@ -82,21 +95,23 @@ class GPT(nn.Module):
         self.tied = config.model.tie_embeddings
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Map ids int64 [b, s] to the logits [s, b, v/tp] of the rank's words."""
         choices = self.guidance.choices() if self.guidance else None
         documents = None if self.eod_id is None else document_ids(ids, self.eod_id)
         layers = ((name, self.get_submodule(name)) for name in self.layer_names)
         x = walk(layers, ids, choices, documents, self.head_dim)
-        return self.get_submodule(EMBEDDING).project(x) if self.tied else x
+        return cast(VocabParallelEmbedding, self.get_submodule(EMBEDDING)).project(x) if self.tied else x
 
 
 @torch.no_grad()
 def init_weights(layer: nn.Module, layer_name: str, seed: int) -> None:
-    """Fill all weights of one named layer from streams named by (seed, full name of the module).
+    """Fill all weights of one named layer from the random streams named by (seed, full name of the module).
 
-    A module with an `init_weights` of its own takes care of all that is below it.
+    A module that has `init_weights` itself fills everything below it.
     """
-    if hasattr(layer, "init_weights"):
-        layer.init_weights((seed, "weights", layer_name))
+    own = getattr(layer, "init_weights", None)
+    if own is not None:
+        own((seed, "weights", layer_name))
         return
     for name, child in layer.named_children():
         init_weights(child, f"{layer_name}.{name}", seed)
@@ -105,7 +120,7 @@ def init_weights(layer: nn.Module, layer_name: str, seed: int) -> None:
 def build_gpt(
     config: Config, tp: TensorGroup = ALONE, guidance: Guidance | None = None, eod_id: int | None = None
 ) -> GPT:
-    """The decoder in float32, with (this rank's part of) the weights of the run's seed."""
+    """The decoder in float32, with this rank's part of the weights that the run's seed gives."""
     model = GPT(config, tp, guidance, eod_id)
     for name in model.layer_names:
         init_weights(model.get_submodule(name), name, config.run.seed)
@@ -119,7 +134,8 @@ def _build_norm(model: ModelConfig, tp: TensorGroup) -> nn.Module:
 
 
 def _build_block(config: Config, index: int, tp: TensorGroup, guided: bool) -> Block:
-    model, common = config.model, {"tp": tp, "bias": config.model.bias, "init_std": config.model.linear_init_std}
+    model = config.model
+    common: _LinearOptions = {"tp": tp, "bias": model.bias, "init_std": model.linear_init_std}
     attention = Attention(
         model.hidden_size,
         model.num_attention_heads,

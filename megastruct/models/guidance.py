@@ -1,8 +1,7 @@
-"""What the guides do in each forward: decided on the host, before it, by pure functions of names.
+"""Decides what the guides do in each forward, on the host and in advance, by pure functions of names.
 
-A decision is a hash of (seed, step, micro-batch, block, linear). The micro-batch is counted over all replicas, so that
-every layout decides alike; there is no generator whose state could be lost in a resume or moved by a forward that is
-run again.
+A decision is a hash of (seed, step, micro-batch, block, linear). Micro-batches are numbered over all replicas, so that
+every layout decides alike. There is no generator whose state a resume could lose or a second forward could advance.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def is_guide(parameter_name: str) -> bool:
 
 
 class Decision(NamedTuple):
-    """`level` of `levels` positions in every run of `levels` are guided, cyclically from `offset` on."""
+    """In every run of `levels` positions, `level` of them are guided, cyclically from `offset` on."""
 
     level: int
     levels: int
@@ -36,17 +35,18 @@ class Decision(NamedTuple):
 
     @property
     def share(self) -> float:
+        """The share of positions that are guided."""
         return self.level / self.levels
 
 
 def decide(
     guided: GuidedConfig, alpha: float, seed: int, step: int, micro_batch: int, block: int, linear: str
 ) -> Decision:
-    """What a guide does in the forward of one micro-batch (numbered over all replicas) of one step.
+    """What one guide does in the forward of one micro-batch (numbered over all replicas) of one step.
 
-    rows: a share alpha of the tokens is guided, as a multiple of 1/levels that is alpha in the mean: rounded up with
-    the probability that the rest asks for, alike for both linears of a block, from an offset of their own. coin: all
-    tokens with probability alpha (arXiv 2406.16450, section 3). none: all tokens always, nothing is skipped.
+    rows: a share of the tokens is guided. It is alpha, rounded up or down at random to a multiple of 1/levels so that
+    its mean is alpha. Both linears of a block have the same share, but different offsets. coin: all tokens are guided
+    with probability alpha (arXiv 2406.16450, section 3). none: all tokens are always guided.
     """
     if guided.skip == "none":
         return Decision(1, 1)
@@ -58,7 +58,7 @@ def decide(
 
 
 class Guidance:
-    """One rank's decisions as tensors on its device: told the step, it gives the choices of each forward in turn."""
+    """One rank's decisions as tensors on its device: given the step, it returns the choices of each forward."""
 
     def __init__(
         self, config: Config, tp_size: int, replica: int, num_replicas: int, device: torch.device | str = "cpu"
@@ -70,18 +70,18 @@ class Guidance:
         self.start_evaluation(0.0)
 
     def start_step(self, step: int, alpha: float) -> None:
-        """The forwards that follow are the step's micro-batches, in their order."""
+        """Start a training step: the next forwards are its micro-batches, in their order."""
         self.step: int | None = step
         self.next_micro_batch = self.replica
         self._set_alpha(alpha)
 
     def start_evaluation(self, alpha: float) -> None:
-        """In the forwards that follow the guides take all tokens at `alpha`, or none at 0."""
+        """Start an evaluation: in the next forwards guides see all tokens with this `alpha`, or none if it is 0."""
         self.step = None
         self._set_alpha(alpha)
 
     def choices(self) -> list[BlockChoices]:
-        """For the next forward, the choices of every block."""
+        """The choices of every block in the next forward."""
         blocks = range(self.config.model.num_layers)
         if self.step is None:
             all_tokens = Choice(self._alpha_tensor, None, None)
@@ -91,7 +91,7 @@ class Guidance:
         return [self._block_choices(micro_batch, block) for block in blocks]
 
     def read_share(self) -> float:
-        """The share of the guides' work that was done in the training forwards since the last reading."""
+        """The share of tokens that guides saw in the training forwards since the last call."""
         share = self._share_sum / self._shares if self._shares else 0.0
         self._share_sum, self._shares = 0.0, 0
         return share
@@ -125,14 +125,14 @@ class Guidance:
         )
 
     def _make_rows(self, length: int, decision: Decision, *_owner: str) -> Rows:
-        # Every owner has tensors of its own: a block that gets one of them twice would be compiled anew.
+        # Every owner has tensors of its own: a block that got the same tensor twice would be compiled anew.
         return rows(length, decision, self.device)
 
 
 def rows(length: int, decision: Decision, device: torch.device | str = "cpu") -> Rows:
-    """The guided positions of a sequence of `length`, a multiple of the levels.
+    """The guided positions of a sequence of `length`, which is a multiple of the levels, on `device`.
 
-    Every rank's part of a sequence has the same ones, so that the ranks' parts make those of the whole.
+    Every rank's part of a sequence has the same ones, so that together they are those of the whole sequence.
     """
     position = torch.arange(length)
     mask = (position - decision.offset) % decision.levels < decision.level

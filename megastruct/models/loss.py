@@ -15,7 +15,7 @@ from megastruct.parallel.groups import TensorGroup
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """logits [s, b, v] of any float dtype, labels int64 [b, s] -> float32 scalar, mean over the b x s tokens.
+    """The mean over b x s tokens: logits [s, b, v] of any float dtype, labels int64 [b, s] -> float32 scalar.
 
     Every row is full, so the mean of micro-batch means is the mean over all tokens.
     """
@@ -23,7 +23,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def make_loss(config: Config, tp: TensorGroup) -> Callable[[Tensor, Tensor], Tensor]:
-    """(logits [s, b, v/tp], labels [b, s]) -> loss, compiled if the config asks for it."""
+    """The function (logits [s, b, v/tp], labels int64 [b, s]) -> loss, compiled if the config asks for it."""
     if tp.size > 1:
         return partial(vocab_parallel_cross_entropy, vocab_size=config.model.vocab_size, tp=tp)
     return torch.compile(cross_entropy) if config.training.compile else cross_entropy

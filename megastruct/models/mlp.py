@@ -1,4 +1,4 @@
-"""The feed-forward network, written against a builder of linears: the seam where structured matrices come in."""
+"""The feed-forward network. It is built with any linears, dense or structured."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megastruct.config.activations import Activation
 from megastruct.models.guidance import NOT_EVALUATED, BlockChoices
 from megastruct.parallel.seeds import Names
 from megastruct.structures.guide import Choice
-from megastruct.structures.linear import LinearBuilder
+from megastruct.structures.sharded import LinearBuilder, ShardedLinear
 
 
 class MLP(nn.Module):
@@ -37,13 +37,13 @@ class MLP(nn.Module):
         self.fc2_guide = fc2_guide(ffn_hidden_size, hidden_size) if fc2_guide else None
 
     def forward(self, x: Tensor, choices: BlockChoices = NOT_EVALUATED) -> Tensor:
-        """x [s/tp, b, h] -> [s/tp, b, h]"""
+        """Map x [s/tp, b, h] to [s/tp, b, h]; `choices` say what the guides of fc1 and fc2 do."""
         y = _linear(self.fc1, self.fc1_guide, x, choices[0])  # [s, b, f/tp] or [s, b, 2f/tp]
         return _linear(self.fc2, self.fc2_guide, self.activation(y), choices[1])
 
     @torch.no_grad()
     def init_weights(self, names: Names) -> None:
-        """The linears' own first weights; a guide starts as its linear's dense equivalent."""
+        """Fill the linears from the streams named by `names`; a guide starts as its linear's dense equivalent."""
         *path, name = names
         for linear, guide, suffix in ((self.fc1, self.fc1_guide, "fc1"), (self.fc2, self.fc2_guide, "fc2")):
             whole = linear.init_weights((*path, f"{name}.{suffix}"))
@@ -51,9 +51,10 @@ class MLP(nn.Module):
                 guide.load_whole({"weight": whole.to_dense()})
 
     def drop_guides(self) -> None:
+        """Free the guides, if there are any."""
         self.fc1_guide = self.fc2_guide = None
 
 
-def _linear(linear: nn.Module, guide: nn.Module | None, x: Tensor, choice: Choice | None) -> Tensor:
+def _linear(linear: ShardedLinear, guide: ShardedLinear | None, x: Tensor, choice: Choice | None) -> Tensor:
     y = linear(x)
     return y if guide is None else guide(x, y, linear.output_bias(), choice)

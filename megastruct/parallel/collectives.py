@@ -10,11 +10,11 @@ Letters: s sequence, b micro-batch, T = s*b tokens, c features, tp ranks of the 
     features_to_tokens         all-to-all      [c/tp,T] -> [c,T/tp]      all-to-all      [c,T/tp] -> [c/tp,T]
     sum_gradient               nothing                                   all-reduce      of the gradient, or nothing
 
-The two in the middle are feature-major, as the block-diagonal products leave and want their operands: so the order of
-the exchange is the order of the product, and one copy is made where a sequence-first tensor would need two or three.
-A group of size 1 communicates nothing and needs no process group. Dtypes are kept: a bf16 tensor is summed in bf16.
-The transport is an opaque operator to torch.compile: there is no graph break, and nothing is reordered across ranks as
-long as the ranks compile the same program. Source of the pairs: Korthikanti et al. 2022 (arXiv 2205.05198).
+gather_tokens and features_to_tokens are feature-major, like the operands of the block-diagonal products, so the order
+of the exchange is the order of the product: one copy is made where a sequence-first tensor would need two or three. A
+group of size 1 communicates nothing and needs no process group. Dtypes are kept: a bf16 tensor is summed in bf16. To
+torch.compile the transport is an opaque operator: there is no graph break, and nothing is reordered across ranks as
+long as all ranks compile the same program. Source of the pairs: Korthikanti et al. 2022 (arXiv 2205.05198).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 
 from megastruct.parallel.groups import TensorGroup
 
-_BUCKET_VALUES = 1 << 24  # of an all-reduce of several gradients; a copy of them is made
+_BUCKET_VALUES = 1 << 24  # of one all-reduce of several gradients, which are copied into the bucket
 _records: list[tuple[str, int]] | None = None
 
 
@@ -50,26 +50,26 @@ def count_bytes() -> Iterator[list[tuple[str, int]]]:
 
 
 def gather_sequence(x: Tensor, tp: TensorGroup) -> Tensor:
-    """x [s/tp, b, c] -> [s, b, c], every rank's tokens; backward sums the ranks' gradients of the own tokens."""
+    """Gather x [s/tp, b, c] to [s, b, c], all ranks' tokens; the backward sums the gradients of the own tokens."""
     return x if tp.size == 1 else _GatherSequence.apply(x, _name(tp), tp.size)
 
 
 def reduce_scatter_sequence(x: Tensor, tp: TensorGroup) -> Tensor:
-    """x [s, b, c], a partial sum on each rank -> [s/tp, b, c], the whole sum for the own tokens; backward gathers."""
+    """Sum x [s, b, c] over the ranks and return the part [s/tp, b, c] of the own tokens; the backward gathers."""
     return x if tp.size == 1 else _ReduceScatterSequence.apply(x, _name(tp), tp.size)
 
 
 def gather_tokens(x: Tensor, tp: TensorGroup) -> Tensor:
-    """x [c, T/tp] -> [c, T], feature-major; backward sums the ranks' gradients of the own tokens."""
+    """Gather x [c, T/tp] to [c, T], feature-major; the backward sums the ranks' gradients of the own tokens."""
     if tp.size == 1:
         return x
     return gather_sequence(x, tp).unflatten(0, (tp.size, -1)).transpose(0, 1).flatten(1)  # [tp * c, T/tp] -> [c, T]
 
 
 def features_to_tokens(x: Tensor, tp: TensorGroup) -> Tensor:
-    """x [c/tp, T], all tokens of a slice of features -> [c, T/tp], all features of the own tokens, by rank of origin.
+    """Exchange x [c/tp, T], a slice of the features of all tokens, for [c, T/tp], all features of the own tokens.
 
-    Backward is the reverse exchange.
+    The features are ordered by rank of origin. The backward is the reverse exchange.
     """
     if tp.size == 1:
         return x
@@ -78,18 +78,18 @@ def features_to_tokens(x: Tensor, tp: TensorGroup) -> Tensor:
 
 
 def sum_gradient(w: Tensor, tp: TensorGroup) -> Tensor:
-    """w itself; its gradient is summed over the group, to the same bits on all ranks.
+    """Return w itself, of any shape; its gradient is summed over the group, to the same bits on all ranks.
 
-    For a replicated parameter that is applied to a rank's own tokens: each rank alone knows only their share of its
-    gradient. The all-reduce runs at every backward, 2 (tp-1)/tp values per entry of w; where the group `sums_once`,
-    it is left to `sum_gradients`.
+    This is for a replicated parameter that each rank applies to its own tokens, so that each knows only a part of the
+    gradient. The all-reduce runs in every backward and sends 2 (tp-1)/tp values per entry of w. If the group
+    `sums_once`, the sum is left to `sum_gradients`.
     """
     return w if tp.size == 1 or tp.sums_once else _SumGradient.apply(w, _name(tp), tp.size)
 
 
 @torch.no_grad()
 def sum_gradients(gradients: Sequence[Tensor], tp: TensorGroup) -> None:
-    """Sum gradients of one dtype over the group in place, to the same bits on all ranks; several travel together."""
+    """Sum gradients of one dtype over the group in place, several in one all-reduce, to the same bits on all ranks."""
     bucket: list[Tensor] = []
     for index, gradient in enumerate(gradients):
         bucket.append(gradient)
@@ -102,7 +102,7 @@ def sum_gradients(gradients: Sequence[Tensor], tp: TensorGroup) -> None:
 
 
 def all_reduce(x: Tensor, tp: TensorGroup, operation: str = "sum") -> Tensor:
-    """The sum or the maximum ("max") of the ranks' x, as a new tensor; not differentiable (for use inside adjoints)."""
+    """The sum ("sum") or maximum ("max") of the ranks' x as a new tensor of its shape and dtype; not differentiable."""
     return x if tp.size == 1 else _all_reduce(x, operation, _name(tp), tp.size)
 
 

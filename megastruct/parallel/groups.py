@@ -1,4 +1,4 @@
-"""A tensor-parallel group as layers see it: who takes part, and which of them this process is."""
+"""A tensor-parallel group as layers see it: its process group, its size, and the rank of this process in it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """`size` ranks that share every block's weights; `group` is None for a process on its own (size 1).
+    """The `size` ranks that share every block's weights; `group` is None for a single process (size 1).
 
-    `sums_once`: whoever trains sums the gradients of replicated parameters over the group once a step (as
-    `collectives.sum_gradients`); otherwise every backward does.
+    `sums_once`: the engine sums the gradients of replicated parameters over the group once a step (with
+    `collectives.sum_gradients`); otherwise every backward sums them.
     """
 
     group: ProcessGroup | None = None

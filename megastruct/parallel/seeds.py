@@ -1,7 +1,7 @@
 """Random seeds derived from names.
 
-A seed is a hash of what it is for (`"weights", "blocks.3.mlp.fc1.weight"`), never a position in a global random
-stream. So a weight, a shuffle or a coin is the same whatever was drawn before it and on whichever rank it is drawn.
+A seed is a hash of the names of what it is for (`"weights", "blocks.3.mlp.fc1.weight"`), never a position in a global
+random stream. So a weight, a shuffle or a coin toss is the same on every rank, whatever was drawn before it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def derive_seed(*names: str | int) -> int:
 def named_generator(*names: str | int) -> torch.Generator:
     """A CPU generator at the start of the stream named by `names`.
 
-    Weights are drawn on the CPU whatever the device: the streams of different GPUs differ.
+    Weights are drawn on the CPU for every device, because the random streams of different GPUs differ.
     """
     import torch  # here, so that config checks and data tools need not load it
 
@@ -35,7 +35,7 @@ def named_generator(*names: str | int) -> torch.Generator:
 
 
 def draw_normal(shape: tuple[int, ...], std: float, names: Names) -> Tensor:
-    """N(0, std^2) in float32 from the stream `names`."""
+    """A float32 CPU tensor of `shape`, drawn from N(0, std^2) with the stream named by `names`."""
     import torch
 
     return torch.randn(shape, generator=named_generator(*names)) * std

@@ -1,7 +1,7 @@
 """Which part of a global parameter a tensor-parallel rank holds.
 
-A global parameter has the name and the meaning that it has in the unsharded layer. `ShardSpec` takes it apart and puts
-it together again, so that weights, gradients and optimizer state have one form in checkpoints for every tp.
+A global parameter has the name and the meaning that it has in the unsharded layer. `ShardSpec` cuts it into shards and
+joins shards again, so that weights, gradients and optimizer state have the same form in checkpoints for every tp.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cut:
-    """Dimension `dim` in `ranks` contiguous chunks, as `torch.chunk` cuts: equal, the last ones shorter or missing."""
+    """Dimension `dim` cut into `ranks` contiguous chunks, as by `torch.chunk`: the last may be short or missing."""
 
     dim: int
     ranks: int
@@ -31,7 +31,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Box:
-    """A cuboid that a rank holds: where it starts in the global tensor, where in the local one, and its sizes."""
+    """A cuboid that a rank holds: its start in the global tensor, its start in the local tensor, and its sizes."""
 
     global_offsets: tuple[int, ...]
     local_offsets: tuple[int, ...]
@@ -40,37 +40,40 @@ class Box:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """One or more cuts, each along another dimension; the ranks count through them with the last cut fastest."""
+    """One or more cuts along different dimensions; ranks are numbered with the index of the last cut fastest."""
 
     cuts: tuple[Cut, ...]
 
     @classmethod
     def along(cls, dim: int, ranks: int) -> ShardSpec:
+        """One cut of dimension `dim` over `ranks` ranks."""
         return cls((Cut(dim, ranks),))
 
     @property
     def num_ranks(self) -> int:
+        """The number of shards."""
         return math.prod(cut.ranks for cut in self.cuts)
 
     def boxes(self, global_shape: Sequence[int], rank: int) -> list[Box]:
-        """What `rank` holds of the global tensor, as cuboids: one."""
+        """The cuboids of the global tensor that `rank` holds; here there is exactly one."""
         offsets, sizes = [0] * len(global_shape), list(global_shape)
         for cut, index in zip(self.cuts, self._indices(rank), strict=True):
             offsets[cut.dim], sizes[cut.dim] = cut.chunk(global_shape[cut.dim], index)
         return [Box(tuple(offsets), (0,) * len(offsets), tuple(sizes))]
 
     def local_shape(self, global_shape: Sequence[int], rank: int) -> tuple[int, ...]:
+        """The shape of the shard of `rank`."""
         return self.boxes(global_shape, rank)[0].sizes
 
     def shard(self, full: Tensor, rank: int) -> Tensor:
-        """The part of `rank`, as a copy."""
+        """The shard of `rank`, as a copy."""
         [box] = self.boxes(full.shape, rank)
         return _within(full, box).clone()
 
     def unshard(self, shards: Sequence[Tensor]) -> Tensor:
-        """The global tensor from the parts of all ranks, in their order.
+        """The global tensor from the shards of all ranks, in the order of ranks.
 
-        Raises ValueError if their number or a shape does not fit the cuts.
+        Raises ValueError if the number of shards or the shape of one does not fit the cuts.
         """
         if len(shards) != self.num_ranks:
             raise ValueError(f"{len(shards)} shards for {self.num_ranks} ranks")

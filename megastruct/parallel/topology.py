@@ -1,8 +1,8 @@
-"""Which rank is which: the grid of pipeline stages x data-parallel replicas x tensor-parallel ranks.
+"""The place of each rank in the grid of pipeline stages x data-parallel replicas x tensor-parallel ranks.
 
-The order of ranks is DeepSpeed's (`PipeModelDataParallelTopology`, axes pipe, data, model, the last one fastest): the
-ranks of a tensor-parallel group, which talk most, are neighbours on a node. A topology is plain arithmetic; groups of
-processes are made from it where they are needed.
+The order of ranks is DeepSpeed's (`PipeModelDataParallelTopology`, axes pipe, data, model, the last one fastest). So
+the ranks of a tensor-parallel group, which communicate most, are neighbours on a node. A topology is plain arithmetic;
+process groups are made from it where they are needed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megastruct.errors import Problem, UserError
 
 @dataclass(frozen=True)
 class Topology:
-    """rank = (stage * dp_size + replica) * tp_size + tensor rank."""
+    """The sizes of the grid: rank = (stage * dp_size + replica) * tp_size + tensor rank."""
 
     pp_size: int
     dp_size: int
@@ -22,21 +22,27 @@ class Topology:
 
     @property
     def world_size(self) -> int:
+        """The number of processes."""
         return self.pp_size * self.dp_size * self.tp_size
 
     def pp_rank(self, rank: int) -> int:
+        """The pipeline stage of `rank`."""
         return rank // (self.dp_size * self.tp_size)
 
     def dp_rank(self, rank: int) -> int:
+        """The data-parallel replica of `rank`."""
         return rank // self.tp_size % self.dp_size
 
     def tp_rank(self, rank: int) -> int:
+        """The position of `rank` in its tensor-parallel group."""
         return rank % self.tp_size
 
     def is_first_stage(self, rank: int) -> bool:
+        """Whether `rank` is on the first stage, which reads the ids."""
         return self.pp_rank(rank) == 0
 
     def is_last_stage(self, rank: int) -> bool:
+        """Whether `rank` is on the last stage, which computes the loss."""
         return self.pp_rank(rank) == self.pp_size - 1
 
     def tp_groups(self) -> list[list[int]]:
@@ -45,7 +51,7 @@ class Topology:
 
     @classmethod
     def of_world(cls, world_size: int, pp_size: int, dp_size: int | None, tp_size: int = 1) -> Topology:
-        """The grid for `world_size` processes; `dp_size` None takes what stages and tensor parallelism leave.
+        """The grid for `world_size` processes; `dp_size` None uses all processes for replicas.
 
         Raises UserError if the sizes do not multiply to the world size.
         """
@@ -67,7 +73,7 @@ class Topology:
                 Problem(
                     "parallel.dp",
                     f"{sizes} needs {share * dp_size} processes, {world_size} were started",
-                    f"start {share * dp_size} processes, or leave parallel.dp out to use what there is",
+                    f"start {share * dp_size} processes, or leave parallel.dp out to use all processes",
                 )
             )
         return cls(pp_size=pp_size, dp_size=dp_size, tp_size=tp_size)

@@ -1,1 +1,1 @@
-"""Ground floor: what a run will cost, from its config alone: FLOPs, memory, traffic, stages, steps. Loads no torch."""
+"""Ground floor: the costs of a run, from its config alone: FLOPs, memory, traffic, stages, steps. Loads no torch."""

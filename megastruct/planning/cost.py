@@ -1,7 +1,7 @@
 """Parameters and FLOPs of a model, from its config alone. Source: arXiv 2406.16450, section 4 (table 1 agrees).
 
-FLOPs count every multiply-add as two, matrix products only; attention scores count the full sequence (the causal
-half is not taken off, nor what lies in other documents), and the backward costs two forwards.
+FLOPs are those of matrix products only, two per multiply-add. Attention scores count the full sequence, although half
+of them are masked, as are those between documents. The backward costs two forwards.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ PARTS = ("attention_projections", "attention_scores", "ffn", "head")
 class LayerCost:
     """One layer of the list in gpt.py: parameters, and forward FLOPs per token by part (see PARTS).
 
-    Of the parameters a tensor-parallel rank holds `parameters_per_rank` (the first one; where words do not divide, the
-    last has fewer). `replicated_parameters` of them are the same on every rank, their gradients summed over the ranks.
+    A tensor-parallel rank holds `parameters_per_rank` of the parameters; the last rank has fewer if the words do not
+    divide. `replicated_parameters` of them are the same on every rank, and their gradients are summed over the ranks.
     """
 
     name: str
@@ -31,11 +31,12 @@ class LayerCost:
     replicated_parameters: int = 0
     flops: Mapping[str, int] = field(default_factory=dict)
     ffn_weights: int = 0
-    guide_weights: int = 0  # of the guides that a self-guided run has beside them (none in dense blocks); in no other
+    guide_weights: int = 0  # of the guides in self-guided training (none in dense blocks); not in `parameters`
     vectors_per_rank: int = 0  # of `parameters_per_rank`, those of norms and biases
 
     @property
     def forward_flops(self) -> int:
+        """Forward FLOPs per token."""
         return sum(self.flops.values())
 
 
@@ -52,6 +53,7 @@ def layer_costs(config: Config) -> list[LayerCost]:
 
 
 def total_parameters(config: Config) -> int:
+    """Parameters of the whole model, without guides; a tied head counts once."""
     return sum(layer.parameters for layer in layer_costs(config))
 
 
@@ -61,21 +63,23 @@ def ffn_parameters(config: Config) -> int:
 
 
 def forward_flops_per_token(config: Config) -> int:
+    """Forward FLOPs per token of the whole model, without guides."""
     return sum(layer.forward_flops for layer in layer_costs(config))
 
 
 def forward_flops_by_part(config: Config) -> dict[str, int]:
+    """Forward FLOPs per token by part of the model (PARTS)."""
     layers = layer_costs(config)
     return {part: sum(layer.flops.get(part, 0) for layer in layers) for part in PARTS}
 
 
 def training_flops_per_token(config: Config, guide_share: float = 0.0) -> float:
-    """`guide_share`: for how much of the tokens the guides of self-guided training are evaluated."""
+    """FLOPs per token of forward and backward. `guide_share`: the share of the tokens that guides are evaluated for."""
     return 3 * (forward_flops_per_token(config) + 2 * guide_share * guide_weights(config))
 
 
 def mean_guide_share(config: Config) -> float:
-    """Share of the tokens that a guide sees, over the guided steps: alpha's mean, or all."""
+    """The mean share of the tokens that a guide sees in the guided steps: the mean of alpha, or 1 without skipping."""
     return 1.0 if config.guided.skip == "none" else 0.5
 
 
@@ -85,17 +89,17 @@ def dense_equivalent(config: Config) -> Config:
 
 
 def guide_weights(config: Config) -> int:
-    """Entries of the dense matrices that guide the structured linears (none in dense blocks)."""
+    """The number of weights of all guides (dense blocks have none)."""
     return sum(layer.guide_weights for layer in layer_costs(config))
 
 
 def guided_fraction(config: Config, dense: Config | None = None) -> float:
-    """g of the FLOP-matched schedule: guided for g of the base steps, which are then read again without the guide.
+    """The fraction g of the base steps that the FLOP-matched schedule guides; their data is read again without guides.
 
-    Such a run costs what the dense one does, with the guide evaluated half of the time: F_struct (1 + g) + g F_guide/2
-    = F_dense, forward FLOPs of whole models (with `guided.skip: none`, F_guide whole). `dense` is the model to be
-    matched, if it is not the same one with dense FFNs (as for the paper's wide models, which match their GQA
-    baselines). 0 where the structured model costs as much.
+    Such a run costs as much as the dense one: F_struct (1 + g) + g F_guide/2 = F_dense, where F are forward FLOPs of
+    whole models and the guide is evaluated half of the time (always with `guided.skip: none`, so F_guide is not
+    halved). `dense` is the model to be matched, if it is not the same model with dense FFNs; the paper's wide models
+    match their GQA baselines. The result is 0 if the structured model costs as much as the dense one.
     """
     structured, matched = (forward_flops_per_token(c) for c in (config, dense or dense_equivalent(config)))
     guide = 2 * mean_guide_share(config) * guide_weights(config)
@@ -121,7 +125,7 @@ def _block_cost(config: Config, index: int, norm: int) -> LayerCost:
     ffn_weights = sum(linear.weights for linear in linears)
     biases = with_bias * ((a + 2 * kv + d) + (model.fc1_out_features + d))
     parameters = attention + ffn_weights + biases + 2 * norm
-    # Norms, the biases of the row maps (attention's output, fc2), keys and values of fewer heads than ranks.
+    # Norms, the biases of the row maps (attention's output, fc2), and keys and values with fewer heads than ranks.
     replicated = 2 * norm + with_bias * 2 * d + sum(linear.replicated_weights for linear in linears)
     replicated += 2 * kv * (d + with_bias) if model.kv_heads % tp else 0
     multiply_adds = sum(linear.multiply_adds for linear in linears)
@@ -144,6 +148,8 @@ def _block_cost(config: Config, index: int, norm: int) -> LayerCost:
 
 
 def has_block_kernel(head_dim: int) -> bool:
-    """Whether FlexAttention's kernels take heads of this width (on a GPU, in half precision): from 16 on, and powers of
-    two, which older releases of PyTorch ask for."""
+    """Whether FlexAttention's kernels support heads of this width, on a GPU in half precision.
+
+    The width must be at least 16, and a power of two, which older releases of PyTorch require.
+    """
     return head_dim >= 16 and head_dim.bit_count() == 1

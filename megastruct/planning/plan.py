@@ -1,6 +1,6 @@
-"""What a config will cost, before anything is started: parameters, FLOPs, memory, traffic, and what looks unwise.
+"""The plan of a run before it is started: parameters, FLOPs, memory, traffic, and warnings.
 
-Arithmetic alone: no device, no process group, no torch.
+It is arithmetic only, and needs no device, process group or torch.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ LONG_BUBBLE = 0.2  # share of the time that a pipeline's stages idle
 def make_plan(config: Config, num_devices: int | None = None, dense: Config | None = None) -> dict[str, Any]:
     """The plan as plain values (JSON); its `memory_bytes` are those of the fullest stage.
 
-    `num_devices` None: what pp, tp and dp of the config ask for. `dense`: the model whose FLOPs a self-guided run shall
-    match, if not the same one with dense FFNs.
-    Raises UserError if the devices do not divide into the layout, or the batch not into the devices.
+    `num_devices` None means pp x tp x dp of the config. `dense` is the model whose FLOPs a self-guided run matches, if
+    it is not the same model with dense FFNs. Raises UserError if the devices do not divide into the layout, or the
+    batch not over the devices.
     """
     parallel = config.parallel
     if num_devices is None:
@@ -74,15 +74,15 @@ def make_plan(config: Config, num_devices: int | None = None, dense: Config | No
 
 
 def ffn_share(config: Config, ffn: FFNConfig) -> float:
-    """Weights of a structured block's FFN as a share of the dense one's: the paper's 63 % and 32 %."""
+    """The weights of a structured block's FFN as a share of the dense FFN's, such as the paper's 63 % and 32 %."""
     linears = ffn_linears(config, ffn)
     return sum(linear.weights for linear in linears) / sum(linear.n * linear.m for linear in linears)
 
 
 def suggest(config: Config, share: float) -> list[dict[str, Any]]:
-    """For every structure the sizes nearest to a share of the dense FFN's weights, as {key: value} of overrides.
+    """For every structure, the sizes that come nearest to a share of the dense FFN's weights, by config key.
 
-    Raises UserError for a share that is none.
+    Raises UserError if the share is not between 0 and 1.
     """
     if not 0.0 < share < 1.0:
         raise UserError(Problem("--ffn-share", f"{share:g} is not between 0 and 1", "--ffn-share 0.32"))
@@ -98,35 +98,36 @@ def suggest(config: Config, share: float) -> list[dict[str, Any]]:
 
 
 def _share_of(config: Config, structure: str, sizes: Sizes) -> float:
-    return ffn_share(config, FFNConfig(structure=structure, **sizes))
+    return ffn_share(config, FFNConfig.model_validate({"structure": structure, **sizes}))
 
 
 def warnings(config: Config, stages: list[Stage], dp_size: int) -> Iterator[str]:
-    """What works but is slower or larger than it need be, each with a way out."""
+    """Settings that work but make the run slower or larger than necessary, each with an alternative."""
     yield from _width_warnings(config)
     if not config.ffn.is_dense and ffn_share(config, config.ffn) >= 1.0:
-        yield f"the {config.ffn.structure} FFN costs as much as the dense one: a smaller rank or more blocks would pay"
+        yield f"the {config.ffn.structure} FFN costs as much as the dense one; use a smaller rank or more blocks"
     pp, flops = config.parallel.pp, [stage.forward_flops for stage in stages]
     excess = max(flops) * len(flops) / sum(flops)
     if excess > UNBALANCED:
         where = f"stage {flops.index(max(flops))} has {excess:.2f} times the mean stage's FLOPs"
-        yield f"{where}: the others wait; fewer stages than parallel.pp={pp} balance better"
+        yield f"{where}, so the others wait; fewer stages than parallel.pp={pp} balance better"
     micro_batches = micro_batches_per_step(config, dp_size)
     idle = (pp - 1) / (micro_batches + pp - 1)
     if idle > LONG_BUBBLE:
         where = f"{micro_batches} micro-batches per step leave {pp} stages idle {idle:.0%} of the time"
-        yield f"{where}: a smaller training.micro_batch_size or fewer replicas help"
+        yield f"{where}; use a smaller training.micro_batch_size or fewer replicas"
 
 
 def _width_warnings(config: Config) -> Iterator[str]:
-    """Widths that fill no whole tiles, in models large enough for it to matter."""
+    """Warnings about widths that are not multiples of a tile, for models in which this matters."""
     model, ffn = config.model, config.ffn
     if model.hidden_size < 4 * TILE:
         return
     yield from STRUCTURES[ffn.structure].numbers.tile_warnings(ffn_widths(config), ffn.sizes)
     if model.vocab_size % TILE:
         nearest = f"model.vocab_size={nearest_multiple(model.vocab_size, TILE)}"
-        yield f"model.vocab_size = {model.vocab_size} is no multiple of {TILE}: tiles stay half empty; try {nearest}"
+        found = f"model.vocab_size = {model.vocab_size} is not a multiple of {TILE}"
+        yield f"{found}, so tiles stay half empty; try {nearest}"
 
 
 def _stage(config: Config, stage: Stage, dp_size: int) -> dict[str, Any]:

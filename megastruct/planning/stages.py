@@ -1,4 +1,4 @@
-"""Where a pipeline is cut, and what each stage then holds: arithmetic on the list of layers, nothing is built."""
+"""Where a pipeline is cut and what each stage holds, by arithmetic on the list of layers; no layer is built."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ class Stage:
 
     @property
     def forward_flops(self) -> int:
+        """Forward FLOPs per token."""
         return sum(layer.forward_flops for layer in self.layers)
 
     @property
     def replicated_parameters(self) -> int:
-        """Those that every tensor-parallel rank holds."""
+        """The number of parameters that every tensor-parallel rank holds."""
         return sum(layer.replicated_parameters for layer in self.layers)
 
     @property
     def guide_weights(self) -> int:
-        """Of the guides that a self-guided run has beside its parameters; its devices share them."""
+        """The number of weights of the guides in self-guided training, which the stage's devices share."""
         return sum(layer.guide_weights for layer in self.layers)
 
     @property
@@ -44,15 +45,17 @@ class Stage:
 
     @property
     def has_embedding(self) -> bool:
+        """Whether the embedding is on this stage."""
         return self.layers[0].name == "embedding"
 
     @property
     def has_head(self) -> bool:
+        """Whether the output head is on this stage."""
         return self.layers[-1].name == "head"
 
 
 def pipeline_stages(config: Config) -> list[Stage]:
-    """The stages of `parallel.pp`. A tied head on another stage than the embedding holds a copy of its weight."""
+    """The stages for `parallel.pp`; a tied head that is not on the embedding's stage has a copy of the weight."""
     layers = layer_costs(config)
     cuts = balanced_stages([layer.forward_flops for layer in layers], config.parallel.pp)
     stages = []
@@ -76,9 +79,9 @@ def _by_role(layers: list[LayerCost]) -> dict[Role, int]:
 
 
 def balanced_stages(costs: list[int], num_stages: int) -> list[int]:
-    """Cut the list of layers into stages of at least one layer: boundaries [0, ..., len(costs)], length num_stages + 1.
+    """Cut the list of layers into stages of at least one layer; returns num_stages + 1 boundaries [0, ..., len(costs)].
 
-    The largest stage is as small as possible; among such cuts, the squares of the stages' costs sum to least.
+    The cost of the largest stage is minimal; among such cuts, the sum of the squares of the stages' costs is minimal.
     """
     totals = [0]
     for cost in costs:

@@ -1,4 +1,4 @@
-"""What a device sends in one optimizer step, by kind of parallelism, from the config alone.
+"""The bytes that a device sends in one optimizer step, by kind of parallelism, from the config alone.
 
 One function per kind; each returns bytes by purpose. Collectives are counted as rings: over D ranks, an all-reduce of
 n bytes sends 2 (D - 1) / D n from each device, an all-gather, a reduce-scatter or an all-to-all half of that.
@@ -17,7 +17,7 @@ from megastruct.planning.stages import Stage
 def traffic_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, dict[str, int]]:
     """Bytes that each device of a stage sends per step: {kind of parallelism: {purpose: bytes}}.
 
-    "guides" is what self-guided training adds in the mean of its guided steps.
+    "guides" is what self-guided training adds, averaged over its guided steps.
     """
     own, dp_guides = stage.parameters_per_device, 0
     if config.guided.schedule != "off":
@@ -32,17 +32,19 @@ def traffic_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, dict[
 
 
 def tensor_parallel_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, int]:
-    """What `parallel/collectives.py` counts in all micro-batches of a step, for blocks that run as written:
+    """Bytes by purpose, as `parallel/collectives.py` counts them in all micro-batches of a step.
 
-    attention: its input is gathered, its output reduce-scattered, d values per token each. ffn: what `LinearMap` says.
-    vocabulary: the embedding's output is reduce-scattered, the head's input gathered, d each; the loss reduces three
-    fp32 per token in the forward. The backward of all but the loss sends as much as the forward.
-    guides: those that self-guided training has beside structured linears, as dense ones, for the mean share of tokens.
-    replicated_gradients: an all-reduce of the gradients of what every rank holds. With ZeRO 0 and 1 once a step, in
-    fp32; with ZeRO 2 and 3, which keep no whole gradient, in every micro-batch, and of fc2's bias twice if it is
-    guided: both branches add it.
-    With activation checkpointing the blocks' forward is sent again, but for a collective that ends its map (a dense
-    fc2's): the second forward ends where nothing more is needed.
+    attention: the input is gathered and the output reduce-scattered, d values per token each.
+    ffn: the exchanges of its two `LinearMap`s.
+    vocabulary: the embedding's output is reduce-scattered and the head's input gathered, d values per token each. The
+    loss reduces three fp32 values per token in the forward, and nothing in the backward. For everything else, the
+    backward sends as much as the forward.
+    guides: those of self-guided training, which communicate like dense linears for the mean share of the tokens.
+    replicated_gradients: an all-reduce of the gradients of replicated parameters. With ZeRO 0 and 1 it runs once a
+    step, in fp32. With ZeRO 2 and 3, which keep no whole gradient, it runs in every micro-batch, and twice for the bias
+    of a guided fc2, which both branches add.
+    With activation checkpointing the collectives of the blocks' forward run again, except one that ends its map (that
+    of a dense fc2), because the second forward stops when nothing more is needed.
     """
     training, tp, e = config.training, config.parallel.tp, value_bytes(config)
     micro_batches = micro_batches_per_step(config, dp_size)
@@ -74,19 +76,20 @@ def tensor_parallel_bytes(config: Config, stage: Stage, dp_size: int) -> dict[st
 
 
 def linear_bytes_per_token(config: Config, ffn: FFNConfig) -> dict[str, float]:
-    """Bytes that a device sends per token of the sequence in the forward of fc1 and of fc2; in the backward again."""
+    """Bytes that a device sends per token in the forward of fc1 and of fc2; the backward sends as many."""
     tp, e = config.parallel.tp, value_bytes(config)
     fc1, fc2 = (e * linear.exchange(tp).width * (tp - 1) / tp for linear in ffn_linears(config, ffn))
     return {"fc1": fc1, "fc2": fc2}
 
 
 def data_parallel_bytes(config: Config, parameters: int, dp_size: int) -> dict[str, int]:
-    """By ZeRO stage, gradients in fp32 on the wire:
+    """Bytes by purpose for the ZeRO stage of the config; gradients are sent in fp32.
 
-    0: gradients all-reduced once. 1: the same, then the updated weights all-gathered. 2: as 1, but gradients are
-    reduced in every micro-batch, as no device keeps them all. 3: weights gathered in every forward and every backward
-    (once more for a forward that is run again), gradients reduce-scattered in every micro-batch, no gather at the end.
-    DeepSpeed reduces by all-reduce up to stage 2 (`use_multi_rank_bucket_allreduce`), by reduce-scatter in stage 3.
+    0: gradients are all-reduced once. 1: the same, then the updated weights are all-gathered. 2: as 1, but gradients
+    are reduced in every micro-batch, because no device keeps all of them. 3: weights are gathered in every forward and
+    every backward (once more for a recomputed forward), gradients are reduce-scattered in every micro-batch, and
+    nothing is gathered at the end. DeepSpeed reduces by all-reduce up to stage 2 (`use_multi_rank_bucket_allreduce`),
+    by reduce-scatter in stage 3.
     """
     zero = config.parallel.zero_stage
     micro_batches = micro_batches_per_step(config, dp_size)
@@ -100,10 +103,11 @@ def data_parallel_bytes(config: Config, parameters: int, dp_size: int) -> dict[s
 
 
 def pipeline_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, int]:
-    """Per micro-batch one tensor of activations [s/tp, b, h] forward over each border, and its gradient back. Where
-    attention stays inside of documents, the documents int32 [b, s] go forward, too.
+    """Bytes by purpose: activations, their gradients, and the gradient of a tied embedding.
 
-    A tied head on another stage than the embedding sums its gradient with the embedding's: an all-reduce of two.
+    Per micro-batch, activations [s/tp, b, h] go forward over each border and their gradient goes back. If attention
+    stays inside documents, the documents int32 [b, s] go forward as well. If a tied head is not on the embedding's
+    stage, an all-reduce between the two stages sums their gradients.
     """
     training, model, stages, tp = config.training, config.model, config.parallel.pp, config.parallel.tp
     border = training.micro_batch_size * training.seq_length // tp * model.hidden_size * value_bytes(config)
@@ -119,4 +123,5 @@ def pipeline_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, int]
 
 
 def micro_batches_per_step(config: Config, dp_size: int) -> int:
+    """Micro-batches of each replica in one optimizer step."""
     return config.training.global_batch_size // (config.training.micro_batch_size * dp_size)

@@ -1,1 +1,1 @@
-"""Fifth floor: one run: its folder, its checkpoints, what it checks before it starts, and when it goes back."""
+"""Fifth floor: one run, with its folder, its checkpoints, its checks before the start, and its way back from spikes."""

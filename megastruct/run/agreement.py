@@ -1,4 +1,4 @@
-"""What all ranks of a run must agree on: the data that they see, and the place in it."""
+"""What all ranks of a run must agree on: the data that they see, and the position in it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def check_same_data(data: dict[str, Any]) -> None:
     for rank, other in enumerate(others, 1):
         for key in first:
             if other.get(key) != first[key]:
-                found = f"rank {rank} sees {key} = {other.get(key)!r}, rank 0 {first[key]!r}"
-                suggestion = "the same files on all nodes; of a hub's dataset ORG/NAME@COMMIT"
+                found = f"{key} is {other.get(key)!r} on rank {rank} but {first[key]!r} on rank 0"
+                suggestion = "the same files on all nodes; for a dataset of the hub, ORG/NAME@COMMIT"
                 raise UserError(Problem("data.path", found, suggestion), on_all_ranks=True)
 
 

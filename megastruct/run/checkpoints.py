@@ -1,4 +1,4 @@
-"""A run's state between an engine and its checkpoints: parameters, optimizer state, step, place in the data."""
+"""A run's state between an engine and its checkpoints: parameters, optimizer state, step, position in the data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megastruct.run.run_folder import RunFolder
 
 
 class Loaded(NamedTuple):
-    """What a checkpoint held beside the tensors: steps done, the run's place in the data, plain values."""
+    """What a checkpoint holds besides tensors: finished steps, the run's position in the data, plain values."""
 
     step: int
     cursor: np.ndarray | None
@@ -33,7 +33,7 @@ class Loaded(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run: written while training goes on, and found again.
+    """Writes the checkpoints of a run while training continues, and finds them again.
 
     Each rank of a run has one object, because a save outlives the engine that it came from.
     """
@@ -44,7 +44,7 @@ class Checkpoints:
         self._saver = BackgroundSaver()
 
     def start_save(self, engine: Engine, step: int, cursor: np.ndarray, state: dict[str, Any]) -> None:
-        """Copy `step`'s state to host memory and write it while training goes on. Collective over the world.
+        """Copy `step`'s state to host memory and write it while training continues. Collective over the world.
 
         `cursor`: the whole run's (`gather_cursor`). From the end of the guided phase on the guides are left out.
         Waits for the save before. Raises UserError on all ranks if that one could not be written.
@@ -96,7 +96,7 @@ class Checkpoints:
         sees = not steps or checkpoint_folder(self.root, steps).is_dir()
         blind = [rank for rank, seen in enumerate(gather(sees)) if not seen]
         if blind:
-            message = f"rank {blind[0]} does not see the checkpoint of step {steps} that rank 0 sees"
+            message = f"rank {blind[0]} does not see the checkpoint of step {steps}, which rank 0 sees"
             suggestion = "a folder on a file system that all nodes share"
             raise UserError(Problem("run.folder", message, suggestion), on_all_ranks=True)
         return steps

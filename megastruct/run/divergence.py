@@ -1,4 +1,4 @@
-"""Steps that must not count: a loss or a gradient that is not finite, and a loss that is suddenly far too high."""
+"""Detects steps that must not count: a loss or gradient that is not finite, and a sudden spike of the loss."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from megastruct.run.run_folder import RunFolder
 
 
 class Divergence:
-    """What has gone wrong in a run so far; the same on all ranks, and kept in its checkpoints."""
+    """The skipped steps and spikes of a run so far; the same on all ranks, and stored in its checkpoints."""
 
     def __init__(self, config: Config, state: dict[str, Any]) -> None:
-        """`state`: a checkpoint's, or empty."""
+        """`state`: the plain values of a checkpoint, or empty."""
         self.config = config
         self.skipped_steps: int = state.get("skipped_steps", 0)
         self.spikes: int = state.get("spikes", 0)
-        self.skipped_data_steps: int = state.get("skipped_data_steps", 0)  # how far the data is ahead of the steps
+        self.skipped_data_steps: int = state.get(
+            "skipped_data_steps", 0
+        )  # by how many steps the data is ahead of the run
         if state.get("step") == config.training.base_steps:  # from here on the data is read again, from its start
             self.skipped_data_steps = 0
         self.recent_losses: deque[float] = deque(
@@ -28,7 +30,7 @@ class Divergence:
         )
 
     def state_at(self, step: int) -> dict[str, Any]:
-        """What a checkpoint of `step` keeps beside tensors and the place in the data."""
+        """The plain values that a checkpoint of `step` stores."""
         state: dict[str, Any] = {"tokens": step * self.config.training.tokens_per_step}
         state |= {"skipped_steps": self.skipped_steps}
         if self.config.reliability.spike_factor:
@@ -36,10 +38,11 @@ class Divergence:
         return state | {"skipped_data_steps": self.skipped_data_steps}
 
     def note(self, step: int, loss: float, gradient_norm: float) -> bool:
-        """Count a step that the optimizer skipped because the norm is not finite. `step`: finished steps with this one.
+        """Note the loss of step `step`, and count the step if the optimizer skipped it for a norm that is not finite.
 
         Returns whether the loss is a spike. Raises UserError on all ranks if there are too many skipped steps or too
-        many spikes, or if the loss is not finite while the gradient is: before lost weights replace a good checkpoint.
+        many spikes, or if the loss is not finite although the gradient is; so broken weights never replace a good
+        checkpoint.
         """
         if math.isfinite(loss) and math.isfinite(gradient_norm):
             return self._is_spike(step, loss)
@@ -53,7 +56,7 @@ class Divergence:
         raise self._end(found)
 
     def went_back(self, from_step: int, to_step: int, state: dict[str, Any]) -> Divergence:
-        """After a spike at `from_step`: what holds with the checkpoint of `to_step` and the data that comes next."""
+        """The counts after a return from a spike at `from_step` to the checkpoint of `to_step`, with later data."""
         back = Divergence(self.config, state)
         back.spikes = self.spikes + 1
         back.skipped_data_steps = self.skipped_data_steps + from_step - to_step
@@ -66,13 +69,15 @@ class Divergence:
         if limits.spike_factor and full and loss > limits.spike_factor * median(self.recent_losses):
             if self.spikes < limits.max_spikes:
                 return True
-            found = f"the loss is {loss:.4g} at step {step}, {limits.spike_factor:g} x its median or more, after"
-            raise self._end(f"{found} {self.spikes} returns (reliability.max_spikes = {limits.max_spikes})")
+            found = f"loss spike at step {step}: {loss:.4g} is above {limits.spike_factor:g} x the recent median"
+            times = "once" if self.spikes == 1 else f"{self.spikes} times"
+            limit = f"reliability.max_spikes = {limits.max_spikes}"
+            raise self._end(f"{found}, and the run has already gone back {times} ({limit})")
         self.recent_losses.append(loss)
         return False
 
     def _end(self, found: str) -> UserError:
         folder = RunFolder(self.config)
         saved = f"step {folder.finished_steps()} is saved in {folder.path}"
-        suggestion = f"a lower optimizer.learning_rate or a longer warm-up, as another run ({saved})"
+        suggestion = f"a new run with a lower optimizer.learning_rate or a longer warm-up ({saved})"
         return UserError(Problem("training", found, suggestion), on_all_ranks=True)

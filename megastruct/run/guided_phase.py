@@ -1,4 +1,4 @@
-"""The end of the guided phase, which gives the guides' memory back; the factors' distance from their guides."""
+"""The end of the guided phase, which frees the guides' memory, and the distance of structured linears from guides."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ REPORT_FILE = "end_of_guided_phase.json"
 def end_guided_phase(
     engine: Engine, checkpoints: Checkpoints, step: int, cursor: np.ndarray, state: dict[str, Any]
 ) -> Engine:
-    """Go on without guides: their weights, gradients, fp32 masters and optimizer state are freed on every rank, the
-    factors' state goes on untouched. Collective.
+    """Return an engine without guides. Collective.
 
-    The way is the one of every resume: a checkpoint of this step, which no longer has the guides, is loaded into an
-    engine without them. So what is trained after the border is what a run that was killed here would train. Memory
-    before and after, of every rank, is written to REPORT_FILE in the run folder.
+    The guides' weights, gradients, fp32 masters and optimizer state are freed on every rank; the state of the factors
+    does not change. This is a normal resume: a checkpoint of this step, which does not store the guides, is loaded into
+    an engine without them. So a run that is killed here and resumed trains the same. The memory of every rank before
+    and after, in bytes, is written to REPORT_FILE in the run folder.
     """
     before = memory_bytes(engine.device)
     folder = checkpoint_folder(checkpoints.root, step)
@@ -60,8 +60,10 @@ def _report(engine: Engine, path: Path, step: int, before_bytes: int, after_byte
 
 @torch.no_grad()
 def guide_distances(engine: Engine) -> dict[str, float]:
-    """|W - S| / |W| (Frobenius) of every guided linear, by name: 0 at the start; W the guide, S the structured matrix
-    beside it, both as the forward sees them. Collective."""
+    """The distance |W - S| / |W| (Frobenius norm) of every guided linear, by name. Collective.
+
+    W is the guide and S the structured matrix, both as the forward sees them. The distance is 0 at the start.
+    """
     names = [f"blocks.{block}.{linear}" for block in range(engine.config.model.num_layers) for linear in LINEARS]
     distances = torch.zeros(len(names), device=engine.device)
     for path, module in engine.module.named_modules():
@@ -70,7 +72,7 @@ def guide_distances(engine: Engine) -> dict[str, float]:
             for linear in LINEARS:
                 index = names.index(f"{block}.{linear}")
                 distances[index] = _distance(engine, getattr(module, linear), getattr(module, f"{linear}_guide"))
-    dist.all_reduce(distances, op=dist.ReduceOp.MAX)  # every stage knows its own
+    dist.all_reduce(distances, op=dist.ReduceOp.MAX)  # every stage knows only its own distances
     return {name: value for name, value in zip(names, distances.tolist(), strict=True) if value > 0.0}
 
 

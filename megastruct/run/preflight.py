@@ -1,4 +1,4 @@
-"""Everything that can be wrong and be seen from one process, before any process group exists."""
+"""The checks that one process can make before any process group exists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megastruct.run.run_folder import RunFolder
 def preflight(config: Config, world_size: int) -> tuple[Topology, TrainingData]:
     """Check layout, batch, data and run folder for `world_size` processes.
 
-    Raises UserError with all that is wrong.
+    Raises UserError with all problems.
     """
     parallel, problems = config.parallel, Problems(check_guided_steps(config))
     topology = problems.collect(lambda: Topology.of_world(world_size, parallel.pp, parallel.dp, parallel.tp))

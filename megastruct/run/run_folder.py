@@ -38,7 +38,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def finished_steps(self) -> int:
-        """Steps of the newest complete checkpoint of which no file is cut off, 0 if there is none."""
+        """Steps of the newest complete checkpoint of which no file is truncated, 0 if there is none."""
         latest = newest_of_right_size(self.checkpoints)
         return step_of(latest) if latest else 0
 
@@ -63,7 +63,7 @@ class RunFolder:
     def lock(self, shared: bool = False) -> FileLock:
         """Make the folder and take its lock, which is held until it is released or the process ends.
 
-        `shared`: beside others that only ask. The one that trains has it alone.
+        `shared`: hold it together with other processes that only check. The process that trains holds it alone.
         Raises UserError if the folder cannot be written or another process trains in it.
         """
         try:
@@ -76,7 +76,7 @@ class RunFolder:
             raise UserError(Problem("run.name", found, f"wait for it, or run.name={self.path.name}-2")) from None
 
     def described_data(self) -> dict[str, Any]:
-        """What the data was when the run was started; empty if it has not been yet."""
+        """The description of the data from when the run was started; empty if it was not started yet."""
         path = self.path / DATA_FILE
         try:
             return json.loads(path.read_text(encoding="utf-8"))

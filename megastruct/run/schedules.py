@@ -1,4 +1,4 @@
-"""Schedules: pure functions of the step, applied on visible lines of the loop in train.py."""
+"""The schedules of learning rate and alpha, as pure functions of the step. The loop in train.py applies them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Scheduled(NamedTuple):
 
 
 def scheduled(config: Config, step: int) -> Scheduled:
-    """What holds in the step that follows `step` finished steps."""
+    """The scheduled values of the step that follows `step` finished steps."""
     return Scheduled(learning_rate(config, step), alpha(config, step))
 
 
@@ -37,8 +37,11 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def alpha(config: Config, step: int) -> float:
-    """The guide's part in the blend, for the step after `step` finished ones: 1 at the start, 0 from the guided steps'
-    end on, along half a cosine or a line (arXiv 2406.16450, section 3)."""
+    """The weight of the guide in the blend, for the step that follows `step` finished steps.
+
+    It falls from 1 at the start to 0 at the end of the guided steps, along half a cosine or a line. Source: arXiv
+    2406.16450, section 3.
+    """
     guided = guided_steps(config)
     if step >= guided:
         return 0.0

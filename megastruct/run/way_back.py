@@ -1,4 +1,4 @@
-"""The way back from a spike of the loss: to the newest checkpoint, and on with the data after the spike."""
+"""The return from a loss spike to the newest checkpoint, from which the run continues with the data after the spike."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from megastruct.run.divergence import Divergence
 
 
 class Returned(NamedTuple):
-    """Where a run goes on after it went back: the finished steps, and what has gone wrong so far."""
+    """Where a run continues after it went back: its finished steps, and its skipped steps and spikes so far."""
 
     step: int
     divergence: Divergence
 
 
 def is_way_back(config: Config, spike: int, to: int, guides_left: bool) -> bool:
-    """Whether a run can go back from a spike at step `spike` to the checkpoint of step `to`, 0 without one.
+    """Whether a run can go back from a spike at step `spike` to the checkpoint of step `to` (0: there is none).
 
-    Not over the start of the data's second reading, where the reader begins anew and would undo what is left out; and
-    not to before the guides left.
+    It cannot cross the start of the second reading of the data, where the reader begins anew and would not skip the
+    data. And it cannot go back into the guided phase once the guides are dropped.
     """
     over_the_start = to <= config.training.base_steps < spike
     return to > 0 and not over_the_start and not (guides_left and to < guided_steps(config))
@@ -34,17 +34,17 @@ def is_way_back(config: Config, spike: int, to: int, guides_left: bool) -> bool:
 def go_back(
     engine: Engine, checkpoints: Checkpoints, divergence: Divergence, spike: int, loss: float, cursor: np.ndarray
 ) -> Returned | None:
-    """After a spike at step `spike`: load the newest checkpoint, and save it again with the data's place `cursor`.
+    """After a spike at step `spike`, load the newest checkpoint and save it again with the data position `cursor`.
 
-    None if there is no way back: then the loss counts as a usual one. Collective.
+    Returns None if the run cannot go back; the loss then counts as a normal one. Collective.
     """
     config, guides_left = engine.config, not engine.guidance
     checkpoints.finish_save()  # it may be the newest
-    checkpoint = None  # all files of a checkpoint are read to find it intact: only for a way back that there is
+    checkpoint = None  # searched only if going back is possible, because all its files are read to check them
     if is_way_back(config, spike, checkpoints.agreed_finished_steps(), guides_left):
         checkpoint = checkpoints.newest()
     if checkpoint is None or not is_way_back(config, spike, step_of(checkpoint), guides_left):
-        divergence.recent_losses.append(loss)  # else every loss after a lasting rise would be a spike
+        divergence.recent_losses.append(loss)  # otherwise every loss after a lasting rise would be a spike
         return None
     loaded = load_checkpoint(engine, checkpoint)
     divergence = divergence.went_back(spike, loaded.step, loaded.state)

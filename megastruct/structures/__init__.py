@@ -1,9 +1,9 @@
 """Ground floor: structured matrices, one folder per structure, and nothing about a structure anywhere else.
 
-numbers.py         what a structure says of itself without torch: sizes, weights, communication, what must divide
+numbers.py         the numbers of a structure, without torch: sizes, weights, communication, what must divide
 sizes.py           ranks and numbers of blocks, which several structures have
-registry.py        the structures that there are
-layers.py          the torch half of a structure; layers are handed sizes and a tensor-parallel group, nothing else
+registry.py        the registry of all structures
+layers.py          the torch half of a structure; its layers are given sizes and a tensor-parallel group only
 linear.py          a linear layer of one process
 sharded.py         a linear layer of which every tensor-parallel rank holds a part
 guide.py           the dense guide beside a structured layer in self-guided training

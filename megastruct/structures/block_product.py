@@ -1,13 +1,13 @@
 """Products with block-diagonal matrices, in layouts that cost no copy.
 
 Shapes: w [B, o, i] maps x [..., B i] to [..., B o]: block l reads the features from l i on and writes those from l o
-on; shuffled, block l reads features r B + l and writes s B + l. A tensor [..., F] of T tokens is either token-major
+on; if shuffled, it reads the features r B + l and writes s B + l. A tensor [..., F] of T tokens is either token-major
 (contiguous) or feature-major (in memory a contiguous [F, T]). cuBLAS reads and writes one matrix per block with any
-distance between rows, so the blocks of either layout are strides to it, and so is a shuffle in the feature-major one.
+distance between rows, so the blocks of both layouts, and the shuffle in the feature-major one, are only strides.
 
-These are operators of their own because the products write straight into their places, which autograd has no word for,
-and because the compiler then keeps the layouts that they ask for. They take all dimensions of x as they are: through a
-view, the compiler would lay out an element-wise neighbour token-major and copy it.
+The products are custom operators for two reasons: they write straight into their destination, which autograd cannot
+express, and the compiler keeps the layouts that custom operators ask for. They take x with all its dimensions: if x
+went through a view, the compiler would lay out a neighbouring element-wise operator token-major and copy its result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 def autocast_pair(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in autocast's dtype where it is on, as torch's own products have it."""
+    """Cast both to autocast's dtype where autocast is on, as torch's own products do; the shapes stay."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -30,6 +30,7 @@ def autocast_pair(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_feature_major(x: Tensor) -> bool:
+    """Whether x [..., F] is laid out in memory as a contiguous [F, T]."""
     return not x.is_contiguous() and x.movedim(-1, 0).is_contiguous()
 
 
@@ -48,7 +49,10 @@ def _empty(x: Tensor, features: int, feature_major: bool) -> Tensor:
 
 @torch.library.custom_op("megastruct::block_product", mutates_args=())
 def block_product(x: Tensor, w: Tensor, shuffled: bool, feature_major: bool) -> Tensor:
-    """x [..., B i], w [B, o, i] -> [..., B o] in the layout asked for; `shuffled`, both are to be feature-major."""
+    """Multiply x [..., B i] by w [B, o, i] to [..., B o], in the layout that is asked for.
+
+    If `shuffled`, x must be feature-major, and so must the layout of the result.
+    """
     nblocks, out_per_block, _ = w.shape
     y = _empty(x, nblocks * out_per_block, feature_major)
     torch.bmm(_by_block(x, nblocks, shuffled), w.mT, out=_by_block(y, nblocks, shuffled))
@@ -77,8 +81,11 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, bool, bool], output: 
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-    """The gradient of x gets the layout of x. One that arrives in neither layout, or shuffled and token-major, as it
-    comes from a residual stream, is copied here."""
+    """The gradient of x gets the layout of x.
+
+    The incoming gradient is copied if it is in neither layout, or if it is token-major and the product is shuffled, as
+    it is when it comes from a residual stream.
+    """
     x, w = ctx.saved_tensors
     if ctx.shuffled or not gradient.is_contiguous():
         gradient = gradient.movedim(-1, 0).contiguous().movedim(0, -1)

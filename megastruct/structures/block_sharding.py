@@ -1,12 +1,13 @@
-"""The block-diagonal first factor V_b of BlockDense and BlockShuffle over tensor-parallel ranks.
+"""Sharding of the block-diagonal first factor V_b of BlockDense and BlockShuffle over tensor-parallel ranks.
 
 Letters: T = s*b tokens, N inputs, K hidden features (R of BlockDense), B blocks, tp ranks. v is [B, K/B, N/B]. A matrix
-[T, K] is token-major or feature-major, as `ops/blocks.py` has it; features are exchanged feature-major.
+[T, K] is token-major or feature-major, as in `block_product.py`; features are exchanged feature-major.
 
-In a row layer (fc2) a rank's N/tp inputs are whole blocks if tp <= B, so its hidden features are complete and only
-change hands: from a slice of the features for all tokens to all features for own tokens. If tp > B, k = tp/B ranks
-share a block, each with N/tp of its inputs. Their partial sums change hands in the same way, K/B values per token and
-rank, and are added where they arrive: never more than a reduce-scatter of K, and no group besides the one.
+In a row layer (fc2) a rank's N/tp inputs are whole blocks if tp <= B. Its hidden features are then complete, and ranks
+only exchange them: a slice of the features for all tokens becomes all features for the rank's own tokens. If tp > B,
+tp/B ranks share a block, and each has N/tp of its inputs. They exchange their partial sums in the same way, K/B values
+per token and rank, and the receiver adds them. This never costs more than a reduce-scatter of K values, and needs no
+second process group.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from megastruct.structures.sizes import blocks_divide
 
 
 def hidden_features(x: Tensor, v: Tensor, feature_major: bool) -> Tensor:
-    """V_b x: x [..., N], v [B, K/B, N/B] -> [T, K] in the layout asked for"""
+    """Compute V_b x: x [..., N], v [B, K/B, N/B] -> [T, K], in the layout that is asked for."""
     x, v = autocast_pair(x, v)
     return block_product(x.reshape(-1, x.shape[-1]), v, shuffled=False, feature_major=feature_major)
 
 
 def row_spec(nblocks: int, tp_size: int) -> ShardSpec:
-    """How v [B, K/B, N/B] is cut so that rank t has what acts on inputs [t * N/tp, (t+1) * N/tp).
+    """How v [B, K/B, N/B] is cut so that rank t has the entries for inputs [t * N/tp, (t+1) * N/tp).
 
-    tp <= B: B/tp blocks a rank. tp > B: the inputs of a block over tp/B ranks. Raises ValueError if neither divides.
+    If tp <= B, each rank has B/tp blocks. If tp > B, the inputs of a block are split over tp/B ranks. Raises ValueError
+    if neither of the two numbers divides the other.
     """
     if nblocks % tp_size == 0:
         return ShardSpec.along(0, tp_size)
@@ -39,7 +41,10 @@ def row_spec(nblocks: int, tp_size: int) -> ShardSpec:
 
 
 def row_hidden_features(x: Tensor, v: Tensor, nblocks: int, tp: TensorGroup, feature_major: bool) -> Tensor:
-    """x [s, b, N/tp], v the rank's part -> [T/tp, K], own tokens; feature-major whenever there is an exchange."""
+    """Map x [s, b, N/tp] with the rank's part of v to the hidden features [T/tp, K] of the rank's own tokens.
+
+    The result is feature-major whenever there is an exchange; on one rank it has the layout that is asked for.
+    """
     if tp.size == 1:
         return hidden_features(x, v, feature_major)
     partial = hidden_features(x, v, feature_major=True).t()  # [K/tp, T], or [K/B, T] of the inputs of a shared block

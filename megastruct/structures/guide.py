@@ -1,9 +1,9 @@
 """The dense guide W of a structured linear S: o = alpha W x + (1 - alpha) S x + b, on all tokens or on chosen ones.
 
 The guide is a dense column- or row-parallel linear without a bias of its own (the structured linear's serves both). It
-starts as the exact dense equivalent, so that the output does not depend on alpha then. Which tokens it sees is decided
-on the host and handed in as tensors: a compiled block is the same for every choice. Source: arXiv 2406.16450, section
-3; the choice of rows is ours.
+starts as the exact dense equivalent, so at first the output does not depend on alpha. The host decides which tokens the
+guide sees and passes them in as tensors, so that one compiled block serves every choice. Source: arXiv 2406.16450,
+section 3; the choice of rows is our own.
 
 Letters: s sequence, b micro-batch, N inputs, M outputs, tp ranks, n guided positions of the s.
 """
@@ -19,7 +19,7 @@ from megastruct.structures.dense.layers import ColumnParallelLinear, RowParallel
 
 
 class Rows(NamedTuple):
-    """n guided positions of a sequence of s."""
+    """The n guided positions of a sequence of s."""
 
     taken: Tensor  # int64 [n], ascending
     place: Tensor  # int64 [s]: a guided position's index in `taken`, 0 for the others
@@ -27,18 +27,18 @@ class Rows(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What one guided linear does in one forward."""
+    """What the guide of one linear does in one forward."""
 
     alpha: Tensor  # float32 scalar
-    own: Rows | None  # of the rank's s/tp positions; None: all are guided
-    whole: Rows | None  # of all s positions, the same ones
+    own: Rows | None  # among the rank's s/tp positions; None: all are guided
+    whole: Rows | None  # the same among all s positions
 
 
 class ColumnGuide(ColumnParallelLinear):
     """weight [M/tp, N]: only the guided tokens are gathered."""
 
     def forward(self, x: Tensor, y: Tensor, bias: Tensor | None, choice: Choice | None) -> Tensor:  # type: ignore[override]
-        """x [s/tp, b, N], y = S x + b [s, b, M/tp] -> o [s, b, M/tp]; without a choice o = y."""
+        """Blend x [s/tp, b, N] and y = S x + b [s, b, M/tp] to o [s, b, M/tp]; without a choice o = y."""
         if choice is None:
             return keep_gradient(y, self.weight)
         guided = super().forward(take(x, choice.own))  # [n, b, M/tp]
@@ -49,7 +49,7 @@ class RowGuide(RowParallelLinear):
     """weight [M, N/tp]: only the guided tokens are reduced and scattered."""
 
     def forward(self, x: Tensor, y: Tensor, bias: Tensor | None, choice: Choice | None) -> Tensor:  # type: ignore[override]
-        """x [s, b, N/tp], y = S x + b [s/tp, b, M] -> o [s/tp, b, M]; without a choice o = y."""
+        """Blend x [s, b, N/tp] and y = S x + b [s/tp, b, M] to o [s/tp, b, M]; without a choice o = y."""
         if choice is None:
             return keep_gradient(y, self.weight)
         guided = super().forward(take(x, choice.whole))  # [n/tp, b, M]
@@ -57,9 +57,9 @@ class RowGuide(RowParallelLinear):
 
 
 def blend(y: Tensor, guided: Tensor, alpha: Tensor, rows: Rows | None) -> Tensor:
-    """alpha guided + (1 - alpha) y on the guided positions, y on the others.
+    """Compute alpha guided + (1 - alpha) y at the guided positions, y at the others.
 
-    y [s, b, M], guided [n, b, M] -> [s, b, M]; the sum is made in float32 for bf16 operands.
+    y [s, b, M], guided [n, b, M] -> [s, b, M] in the dtype of y; the sum of bf16 operands is made in float32.
     """
     if rows is None:
         weight = alpha.view(1, 1, 1)
@@ -75,16 +75,16 @@ def take(x: Tensor, rows: Rows | None) -> Tensor:
 
 
 def keep_gradient(y: Tensor, weight: Tensor) -> Tensor:
-    """y itself; `weight` gets a gradient of zeros.
+    """Return y [s, b, M] itself, and give `weight` a gradient of zeros.
 
-    A guide that is skipped is no guide without a gradient: ranks would disagree on which parameters have one, and what
-    the optimizer does to it would depend on the ZeRO stage. So its gradient is what it is, zero, everywhere.
+    A guide that is skipped needs a gradient nevertheless. Otherwise ranks would disagree on which parameters have one,
+    and what the optimizer does to the guide would depend on the ZeRO stage.
     """
     return _KeepGradient.apply(y, weight) if torch.is_grad_enabled() else y
 
 
 class _Take(torch.autograd.Function):
-    """x[taken]; both directions read rows, none scatters: no atomic additions, the same bits in every run."""
+    """x[taken]. Both directions read rows, none scatters: without atomic additions every run is bit-equal."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, taken: Tensor, place: Tensor, mask: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class _Take(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """Guided rows at their positions; what stands at the others has no meaning, and a zero gradient comes from them."""
+    """Guided rows at their positions. The values at all other positions are unused, and their gradient is zero."""
 
     @staticmethod
     def forward(ctx: Any, guided: Tensor, taken: Tensor, place: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is known of a structure without its mathematics: sizes, weights, communication, and which sizes fit.
+"""What is known about a structure without its mathematics: sizes, weights, communication, and which sizes fit.
 
 Everything here is integer arithmetic and loads no torch, so that configs are checked and runs planned in an instant.
 
@@ -26,8 +26,8 @@ Sizes = Mapping[str, int]
 class Exchange:
     """The collective of a map's forward. Each rank sends (tp-1)/tp x `width` values per token of the sequence.
 
-    The backward sends as many, with the adjoint collective. `ends_the_map`: no product follows it, so that a forward
-    that is run again for activation checkpointing leaves it out.
+    The backward sends as many, with the adjoint collective. `ends_the_map`: no product follows the collective, so the
+    second forward of activation checkpointing skips it.
     """
 
     collective: Collective
@@ -37,9 +37,9 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Widths:
-    """The widths that sizes must fit, and what they are called in messages.
+    """The widths that sizes must fit, and the names that messages give them.
 
-    `prefix` stands before a size's name, as in `ffn.rank`.
+    `prefix` is put before the name of a size, as in `ffn.rank`.
     """
 
     outer: int
@@ -52,14 +52,16 @@ class Widths:
 
     @property
     def full_rank(self) -> int:
+        """The rank of a dense matrix between the two widths."""
         return min(self.outer, self.inner)
 
     @property
     def common_divisor(self) -> int:
+        """The greatest common divisor of the two widths."""
         return math.gcd(self.outer, self.inner)
 
     def problem(self, size: str, found: str, nearest: int | None) -> Problem:
-        """A problem of one size; `nearest`: the value that fits."""
+        """A problem with one size. `nearest` is the value that fits, None if there is none to suggest."""
         where = f"{self.prefix}{size}"
         return Problem(where, found, "" if nearest is None else f"{where}={nearest}")
 
@@ -69,8 +71,8 @@ class Numbers(ABC):
 
     Attributes:
         name: as in the config's `ffn.structure`.
-        sizes: the keys of the config's `ffn` section that it needs, each with a description. Methods and layers take
-            their values as keyword arguments.
+        sizes: the keys of the config's `ffn` section that it needs, each with a description. Methods take their values
+            as one mapping `sizes`, layers as keyword arguments.
         formula: the map, for the documentation.
         weights_formula: the number of weights, for the documentation.
     """
@@ -81,7 +83,7 @@ class Numbers(ABC):
     weights_formula: ClassVar[str]
 
     @abstractmethod
-    def factor_shapes(self, n: int, m: int, **sizes: int) -> dict[str, tuple[int, ...]]:
+    def factor_shapes(self, n: int, m: int, sizes: Sizes) -> dict[str, tuple[int, ...]]:
         """The global shape [..., d_out, d_in] of every factor of a map N -> M, by parameter name."""
 
     @abstractmethod
@@ -89,47 +91,47 @@ class Numbers(ABC):
         """The factors that every tensor-parallel rank holds as a whole. The others are sharded."""
 
     @abstractmethod
-    def inner_width(self, form: Form, n: int, m: int, **sizes: int) -> int:
-        """Values per token between the factors, which the backward keeps; 0 if there is one factor only."""
+    def inner_width(self, form: Form, n: int, m: int, sizes: Sizes) -> int:
+        """Values per token between the factors, which are kept for the backward; 0 if there is only one factor."""
 
     @abstractmethod
-    def exchange(self, form: Form, n: int, m: int, tp_size: int, **sizes: int) -> Exchange:
+    def exchange(self, form: Form, n: int, m: int, tp_size: int, sizes: Sizes) -> Exchange:
         """What a sharded map of this form communicates in its forward."""
 
     @abstractmethod
     def size_problems(self, widths: Widths, given: Sizes) -> Iterator[Problem]:
-        """What is wrong with the given sizes, or missing, for these widths, without tensor parallelism.
+        """Sizes that are missing or do not fit these widths, without tensor parallelism.
 
-        The suggestions of all problems fit each other.
+        The suggestions of all problems are consistent with each other.
         """
 
     @abstractmethod
     def shard_problems(self, widths: Widths, given: Sizes) -> Iterator[Problem]:
-        """What does not divide over the `tp` ranks, with the nearest value that does."""
+        """Sizes and widths that do not divide over the `tp` ranks, each with the nearest value that does."""
 
     @abstractmethod
     def nearest_sizes(self, widths: Widths, share: float, share_of: Callable[[Sizes], float], given: Sizes) -> Sizes:
-        """The sizes that come nearest to `share` of the dense weights; `share_of` computes it for sizes.
+        """The sizes whose weights come nearest to `share` of the dense weights. `share_of` gives the share of sizes.
 
-        `given` are the sizes of the config; what `share` does not decide is taken from them.
+        `given` are the sizes of the config; whatever `share` does not decide is taken from them.
         """
 
     def tile_warnings(self, widths: Widths, given: Sizes) -> Iterator[str]:
         """Sizes that work but leave the tiles of a GPU's matrix products half empty."""
         yield from ()
 
-    def weights(self, n: int, m: int, **sizes: int) -> int:
-        """Entries of all factors."""
-        return sum(math.prod(shape) for shape in self.factor_shapes(n, m, **sizes).values())
+    def weights(self, n: int, m: int, sizes: Sizes) -> int:
+        """Number of entries of all factors."""
+        return sum(math.prod(shape) for shape in self.factor_shapes(n, m, sizes).values())
 
-    def replicated_weights(self, form: Form, n: int, m: int, **sizes: int) -> int:
-        """Entries of the factors that every rank holds."""
-        shapes = self.factor_shapes(n, m, **sizes)
+    def replicated_weights(self, form: Form, n: int, m: int, sizes: Sizes) -> int:
+        """Number of entries of the factors that every rank holds as a whole."""
+        shapes = self.factor_shapes(n, m, sizes)
         return sum(math.prod(shapes[name]) for name in self.replicated_factors(form))
 
-    def multiply_adds(self, form: Form, n: int, m: int, **sizes: int) -> int:
+    def multiply_adds(self, form: Form, n: int, m: int, sizes: Sizes) -> int:
         """Multiply-adds per token. Unless a structure says otherwise, every weight is used once."""
-        return self.weights(n, m, **sizes)
+        return self.weights(n, m, sizes)
 
 
 @dataclass(frozen=True)
@@ -144,19 +146,24 @@ class LinearMap:
 
     @property
     def weights(self) -> int:
-        return self.numbers.weights(self.n, self.m, **self.sizes)
+        """Number of entries of all factors."""
+        return self.numbers.weights(self.n, self.m, self.sizes)
 
     @property
     def multiply_adds(self) -> int:
-        return self.numbers.multiply_adds(self.form, self.n, self.m, **self.sizes)
+        """Multiply-adds per token, over all ranks."""
+        return self.numbers.multiply_adds(self.form, self.n, self.m, self.sizes)
 
     @property
     def inner_width(self) -> int:
-        return self.numbers.inner_width(self.form, self.n, self.m, **self.sizes)
+        """Values per token between the factors; 0 if there is only one factor."""
+        return self.numbers.inner_width(self.form, self.n, self.m, self.sizes)
 
     @property
     def replicated_weights(self) -> int:
-        return self.numbers.replicated_weights(self.form, self.n, self.m, **self.sizes)
+        """Number of entries of the factors that every tensor-parallel rank holds as a whole."""
+        return self.numbers.replicated_weights(self.form, self.n, self.m, self.sizes)
 
     def exchange(self, tp_size: int) -> Exchange:
-        return self.numbers.exchange(self.form, self.n, self.m, tp_size, **self.sizes)
+        """The collective of the forward over `tp_size` ranks."""
+        return self.numbers.exchange(self.form, self.n, self.m, tp_size, self.sizes)

@@ -1,4 +1,4 @@
-"""The nearest orthonormal matrix, with which the block structures start. Source: arXiv 2406.16450, section 4.1."""
+"""The nearest orthonormal matrix, from which the block structures start. Source: arXiv 2406.16450, section 4.1."""
 
 from __future__ import annotations
 

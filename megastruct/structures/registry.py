@@ -1,8 +1,8 @@
-"""The structures that there are. Config, planner, layers, checks, documentation and tests all read this registry.
+"""The registry of structures. Config, planner, layers, checks, documentation and tests all read it.
 
-A structure is a folder with numbers (no torch), mathematics and layers. Its `__init__.py` makes a `Structure`, which
-`register` takes. The torch half is loaded when a layer is first wanted. Structures of other installed packages are
-found by the entry-point group `megastruct.structures`, each a `Structure`. docs/extending.md shows a whole one.
+A structure is a folder with numbers (no torch), mathematics and layers. Its `__init__.py` makes a `Structure`, which is
+passed to `register`. The torch half is loaded when a layer is first needed. Structures of other installed packages are
+found through the entry-point group `megastruct.structures`; each entry point names a `Structure`.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ STRUCTURES: Mapping[str, Structure] = MappingProxyType(_structures)
 
 @dataclass(frozen=True)
 class Structure:
-    """`numbers`, and the name of the module whose `LAYERS` is the torch half (`structures/layers.py`)."""
+    """A structure: its numbers, and the module whose `LAYERS` is the torch half (`structures/layers.py`)."""
 
     numbers: Numbers
     layers_module: str
 
     @property
     def name(self) -> str:
+        """The value of the config's `ffn.structure`."""
         return self.numbers.name
 
     @cached_property
     def layers(self) -> Layers:
-        """The torch half. Raises TypeError with the name of what the module lacks."""
+        """The torch half. Raises TypeError if the module has no `LAYERS`."""
         from megastruct.structures.layers import Layers
 
         found = getattr(import_module(self.layers_module), "LAYERS", None)
@@ -51,11 +52,12 @@ class Structure:
         return found
 
     def linear_map(self, form: Form, n: int, m: int, sizes: Sizes) -> LinearMap:
+        """The map of `n` inputs to `m` outputs in this form."""
         return LinearMap(self.numbers, form, n, m, sizes)
 
 
 def register(structure: Structure) -> None:
-    """Add a structure. Raises TypeError with the name of what it lacks, ValueError if its name is taken."""
+    """Add a structure. Raises TypeError that names what it lacks, and ValueError if its name is taken."""
     numbers = structure.numbers
     if missing := [name for name in _ATTRIBUTES if not hasattr(numbers, name)]:
         raise TypeError(f"{type(numbers).__name__} lacks {', '.join(missing)}")
@@ -66,12 +68,12 @@ def register(structure: Structure) -> None:
 
 
 def known_sizes() -> dict[str, str]:
-    """Every size that any structure has, with its description."""
+    """The description of every size that any structure has, by config key."""
     return {key: text for structure in STRUCTURES.values() for key, text in structure.numbers.sizes.items()}
 
 
 def nearest_name(name: str) -> str:
-    """The structure that was probably meant."""
+    """The name of the structure that was probably meant."""
     return next(iter(difflib.get_close_matches(name, STRUCTURES, n=1, cutoff=0.0)), DENSE)
 
 

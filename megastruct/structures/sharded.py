@@ -1,27 +1,30 @@
-"""What all sharded layers share: parameters that know their part of the global one, and first weights from it.
+"""What all sharded layers share: parameters that know which part of the global one they are, and their first weights.
 
-A layer is handed its `TensorGroup`; a group of one rank makes it the layer of one process. Its parameters have the
-names and the global meaning that they have there.
+A layer is given its `TensorGroup`; over a group of one rank it is the layer of one process. Its parameters have the
+same names and the same global meaning as those of the layer of one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import override
 
 from megastruct.parallel.collectives import sum_gradient
 from megastruct.parallel.groups import TensorGroup
 from megastruct.parallel.seeds import Names
 from megastruct.parallel.shards import ShardSpec
-from megastruct.structures.linear import StructuredLinear, check_sizes
+from megastruct.structures.linear import SeededLayer, StructuredLinear, check_sizes
 from megastruct.structures.numbers import Form, Widths
 
+Whole = TypeVar("Whole", bound=SeededLayer)  # the layer of one process
 
-class ShardedLayer(nn.Module):
+
+class ShardedLayer(nn.Module, Generic[Whole]):
     """A layer of which every rank of `tp` holds a part.
 
     A sharded parameter carries `shard_spec` and `global_shape` (which part of which tensor it is) and
@@ -38,8 +41,10 @@ class ShardedLayer(nn.Module):
     def add_parameter(
         self, name: str, global_shape: tuple[int, ...], spec: ShardSpec | None = None, uneven: bool = False
     ) -> None:
-        """Register this rank's part of the parameter `name`. Raises ValueError if the ranks' parts would differ in
-        shape, unless `uneven`; a rank without any part is refused always."""
+        """Register this rank's part of the parameter `name`, of the dtype that torch defaults to.
+
+        Raises ValueError if a rank would have no part, or, unless `uneven`, if the ranks' parts would differ in shape.
+        """
         if spec is None or self.tp.size == 1:
             self.register_parameter(name, nn.Parameter(torch.empty(global_shape)))
             return
@@ -53,42 +58,43 @@ class ShardedLayer(nn.Module):
         self.register_parameter(name, parameter)
 
     def replicated(self, parameter: Tensor) -> Tensor:
-        """A replicated parameter, applied to this rank's share of tokens: its gradient is summed over the group, in the
-        backward or once a step (`TensorGroup.sums_once`)."""
+        """A replicated parameter for use on this rank's share of the tokens.
+
+        Its gradient is summed over the group, in every backward or once a step (`TensorGroup.sums_once`).
+        """
         return sum_gradient(parameter, self.tp)
 
     def replicated_bias(self) -> Tensor | None:
-        """`self.bias`, if there is one, as `replicated` gives it."""
+        """The bias [M] as `replicated` gives it; None without a bias."""
         return None if self.bias is None else self.replicated(self.bias)
 
     def output_bias(self) -> Tensor | None:
-        """`self.bias` as this rank adds it to its outputs: its own part, or the whole for the rank's own tokens."""
+        """The bias as this rank adds it to its outputs: its own part, or the whole one for the rank's own tokens."""
         return self.bias if hasattr(self.bias, "shard_spec") else self.replicated_bias()
 
-    def unsharded(self) -> nn.Module:
-        """A new layer of one process with the same global parameters."""
+    def unsharded(self) -> Whole:
+        """A new layer of one process with parameters of the same names and global shapes, not yet filled."""
         raise NotImplementedError
 
-    def init_weights(self, names: Names) -> nn.Module:
-        """Fill in this rank's part of what the unsharded layer's `init_weights(names)` makes, bit for bit; returns that
-        layer."""
+    def init_weights(self, names: Names) -> Whole:
+        """Make the unsharded layer with its `init_weights(names)`, take this rank's part bit for bit, and return it."""
         whole = self.unsharded()
-        whole.init_weights(names)  # type: ignore[operator]
+        whole.init_weights(names)
         self.load_whole({name: parameter.detach() for name, parameter in whole.named_parameters()})
         return whole
 
     @torch.no_grad()
     def load_whole(self, parameters: Mapping[str, Tensor]) -> None:
-        """Take this rank's part of global parameters, by name."""
+        """Take this rank's part of the global parameters, which are given by name."""
         for name, parameter in self.named_parameters():
             spec = getattr(parameter, "shard_spec", None)
             parameter.copy_(parameters[name] if spec is None else spec.shard(parameters[name], self.tp.rank))
 
 
-class ShardedLinear(ShardedLayer):
-    """A linear layer N -> M over the ranks; a structure sets `linear`, the form, and how its factors are cut.
+class ShardedLinear(ShardedLayer[StructuredLinear]):
+    """A linear layer N -> M over the ranks. A structure sets `linear` and `form`, and says how its factors are cut.
 
-    forward: column form x [s/tp, b, N] -> [s, b, M/tp]; row form x [s, b, N/tp] -> [s/tp, b, M].
+    The column form maps x [s/tp, b, N] to [s, b, M/tp], the row form x [s, b, N/tp] to [s/tp, b, M].
     """
 
     linear: ClassVar[type[StructuredLinear]]
@@ -103,7 +109,7 @@ class ShardedLinear(ShardedLayer):
         init_std: float | None = 0.02,
         **sizes: int,
     ) -> None:
-        """The bias is sharded with the outputs of a column form, and replicated in a row form.
+        """Register this rank's part of the factors and the bias, which is sharded in the column form only.
 
         Raises ValueError for sizes that do not fit the widths or the ranks, with the nearest that do.
         """
@@ -114,7 +120,7 @@ class ShardedLinear(ShardedLayer):
         check_sizes(numbers, Widths(outer, inner, tp.size, *names), sizes)
         self.in_features, self.out_features, self.sizes, self.init_std = in_features, out_features, sizes, init_std
         self.register_parameter("bias", None)
-        shapes, specs = numbers.factor_shapes(in_features, out_features, **sizes), self.factor_specs(tp.size)
+        shapes, specs = numbers.factor_shapes(in_features, out_features, sizes), self.factor_specs(tp.size)
         self.factor_names = tuple(shapes)
         for name, shape in shapes.items():
             self.add_parameter(name, shape, specs.get(name))
@@ -122,7 +128,7 @@ class ShardedLinear(ShardedLayer):
             self.add_parameter("bias", (out_features,), ShardSpec.along(0, tp.size) if column else None)
 
     def factor_specs(self, tp_size: int) -> dict[str, ShardSpec]:
-        """How each sharded factor is cut over the ranks. The factors that are not named are replicated."""
+        """How each sharded factor is cut over the ranks, by name. All other factors are replicated."""
         raise NotImplementedError
 
     def factors(self) -> list[Tensor]:
@@ -130,16 +136,20 @@ class ShardedLinear(ShardedLayer):
         return [getattr(self, name) for name in self.factor_names]
 
     def forward(self, x: Tensor) -> Tensor:
-        """On one rank the one `apply` of the structure, as one operator: the compiler keeps it in its neighbours'
-        layout, and a kernel that is put there trains."""
+        """Map x as the form says.
+
+        One rank calls `apply` of the structure's `maths.py`: there the compiler keeps the layout of the neighbouring
+        operators, and a kernel that is added there is the one that trains.
+        """
         if self.tp.size == 1:
             return self.linear.maths.apply(x, *self.factors(), bias=self.bias)
         return self.forward_sharded(x)
 
     def forward_sharded(self, x: Tensor) -> Tensor:
-        """`forward` on more than one rank."""
+        """The forward on more than one rank."""
         raise NotImplementedError
 
+    @override
     def unsharded(self) -> StructuredLinear:
         bias = self.bias is not None
         return self.linear(self.in_features, self.out_features, bias=bias, init_std=self.init_std, **self.sizes)
@@ -148,6 +158,9 @@ class ShardedLinear(ShardedLayer):
     def to_dense(self) -> Tensor:
         """The equal dense weight [M, N] of the whole layer, in float32. Collective over the group."""
         return self.linear.maths.to_dense(*(whole_parameter(factor, self.tp).float() for factor in self.factors()))
+
+
+LinearBuilder = Callable[[int, int], ShardedLinear]  # (in_features, out_features) -> layer
 
 
 def whole_parameter(parameter: Tensor, tp: TensorGroup) -> Tensor:

@@ -1,6 +1,6 @@
-"""The two kinds of size that several structures have, a rank and a number of blocks: what they must hold.
+"""The two sizes that several structures have, a rank and a number of blocks, and the rules for them.
 
-Functions yield a `Problem` for what does not fit, with the nearest value that does.
+The functions yield a `Problem` for each size that does not fit, with the nearest value that does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from megastruct.errors import Problem
 from megastruct.parallel.sizes import multiple_problems, nearest_divisor, nearest_multiple
 from megastruct.structures.numbers import Sizes, Widths
 
-TILE = 128  # the width of a tile of a GPU's matrix product
+TILE = 128  # features; the width of a tile of a GPU's matrix product
 GRANULES = (TILE, 64, 32, 16, 8, 4, 2, 1)
 USUAL_BLOCKS = 4
 
@@ -21,7 +21,7 @@ NBLOCKS = "number of blocks B"
 
 
 def rank_problems(widths: Widths, structure: str, given: Sizes, nblocks: int = 1) -> Iterator[Problem]:
-    """A rank is at most the full rank, and a multiple of the blocks that divide it."""
+    """Problems with a rank, which must be at most the full rank and a multiple of the number of blocks."""
     rank, full_rank = given.get("rank"), widths.full_rank
     if rank is None:
         nearest = nearest_multiple(min(widths.outer // 4, full_rank), nblocks)
@@ -33,11 +33,11 @@ def rank_problems(widths: Widths, structure: str, given: Sizes, nblocks: int = 1
         yield widths.problem("rank", f"{rank} is above the full rank {full_rank}", nearest)
     elif rank % nblocks:
         nearest = min(nearest_multiple(rank, nblocks), full_rank)
-        yield widths.problem("rank", f"{rank} is no multiple of {widths.prefix}nblocks = {nblocks}", nearest)
+        yield widths.problem("rank", f"{rank} is not a multiple of {widths.prefix}nblocks = {nblocks}", nearest)
 
 
 def block_problems(widths: Widths, structure: str, given: Sizes) -> Iterator[Problem]:
-    """A number of blocks divides both widths."""
+    """Problems with a number of blocks, which must divide both widths."""
     nblocks, nearest = given.get("nblocks"), fitting_blocks(widths, given)
     if nblocks is None:
         yield widths.problem("nblocks", f"missing, but {widths.prefix}structure is {structure}", nearest)
@@ -47,8 +47,10 @@ def block_problems(widths: Widths, structure: str, given: Sizes) -> Iterator[Pro
 
 
 def fitting_blocks(widths: Widths, given: Sizes) -> int:
-    """The given number of blocks if it divides the widths, else the nearest that does; it divides a given rank that may
-    stay, too."""
+    """The given number of blocks if it divides the widths, else the nearest number that does.
+
+    That number divides the given rank too, if the rank is a valid one.
+    """
     nblocks, rank, common = given.get("nblocks"), given.get("rank"), widths.common_divisor
     if nblocks and nblocks > 0 and common % nblocks == 0:
         return nblocks
@@ -57,12 +59,12 @@ def fitting_blocks(widths: Widths, given: Sizes) -> int:
 
 
 def inner_width_problems(widths: Widths, divisor: int, divisor_name: str) -> Iterator[Problem]:
-    """The inner width divides over the ranks."""
+    """A problem if the inner width is not a multiple of `divisor`."""
     yield from multiple_problems(widths.inner_name, widths.inner, divisor, divisor_name)
 
 
 def block_shard_problems(widths: Widths, given: Sizes) -> Iterator[Problem]:
-    """Of blocks and ranks one divides the other."""
+    """A problem if neither the number of blocks nor the number of ranks divides the other."""
     nblocks = given["nblocks"]
     if blocks_divide(nblocks, widths.tp):
         return
@@ -72,7 +74,7 @@ def block_shard_problems(widths: Widths, given: Sizes) -> Iterator[Problem]:
 
 
 def blocks_divide(nblocks: int, tp_size: int) -> bool:
-    """Whether a rank of a row map has whole blocks, or a block whole ranks."""
+    """Whether each rank of a row map holds whole blocks, or each block is shared by whole ranks."""
     return nblocks % tp_size == 0 or tp_size % nblocks == 0
 
 
@@ -87,9 +89,9 @@ def nearest_nblocks(nblocks: int, tp_size: int, divided: list[int]) -> int:
 
 
 def nearest_rank(widths: Widths, share: float, share_of: Callable[[int], float], nblocks: int = 1) -> int:
-    """The rank whose weights come nearest to `share`, which is proportional to it.
+    """The rank whose weights come nearest to `share` of the dense weights; the share is proportional to the rank.
 
-    A multiple of 128 if that comes within 5 % of the share, else of 64, 32 ...
+    The rank is a multiple of 128 if one comes within 5 % of the share, else a multiple of 64, of 32 and so on.
     """
     exact = share / share_of(nblocks) * nblocks
     rank = nblocks
@@ -101,19 +103,21 @@ def nearest_rank(widths: Widths, share: float, share_of: Callable[[int], float],
 
 
 def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, in ascending order."""
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def rank_tile_warnings(widths: Widths, given: Sizes) -> Iterator[str]:
+    """A warning if the rank is not a multiple of a tile's width."""
     rank, where = given["rank"], f"{widths.prefix}rank"
     if rank % TILE:
         nearest = nearest_multiple(rank, TILE)
-        yield f"{where} = {rank} is no multiple of {TILE}: tiles stay half empty; try {where}={nearest}"
+        yield f"{where} = {rank} is not a multiple of {TILE}, so tiles stay half empty; try {where}={nearest}"
 
 
 def block_tile_warnings(widths: Widths, given: Sizes, blocked_width: int) -> Iterator[str]:
-    """`blocked_width`: what the blocks divide."""
+    """A warning if the blocks of `blocked_width` features are not multiples of half a tile's width."""
     nblocks, where = given["nblocks"], f"{widths.prefix}nblocks"
     width = blocked_width // nblocks
     if width % (TILE // 2):
-        yield f"{where} = {nblocks} leaves blocks of width {width}, no multiple of {TILE // 2}: try fewer"
+        yield f"{where} = {nblocks} gives blocks of width {width}, not a multiple of {TILE // 2}; try fewer blocks"

@@ -180,7 +180,7 @@ def test_one_process_loads_the_model(saved: tuple[Path, list[Any]]) -> None:
 def test_a_checkpoint_of_another_model_is_refused(saved: tuple[Path, list[Any]]) -> None:
     latest = latest_checkpoint(saved[0] / "tiny" / "checkpoints")
     assert latest is not None
-    with pytest.raises(UserError, match=r"of shape \[64, 16\], the model wants \[64, 32\]"):
+    with pytest.raises(UserError, match=r"has shape \[64, 16\], but the model needs \[64, 32\]"):
         load_tensors(latest, {"master.embedding.weight": torch.empty(64, 32)})
     with pytest.raises(UserError, match="missing"):
         load_tensors(latest, {"master.blocks.9.mlp.fc1.u": torch.empty(1)})
@@ -246,4 +246,4 @@ def test_ranks_that_see_other_data_are_named() -> None:
     alike, other = {"num_shards": 3, "num_bytes": 70}, {"num_shards": 3, "num_bytes": 71}
     assert run_ranks(2, compare_data, [alike, dict(alike)]) == ["", ""]
     messages = run_ranks(3, compare_data, [alike, alike, other])
-    assert messages[0].startswith("data.path: rank 2 sees num_bytes = 71, rank 0 70") and len(set(messages)) == 1
+    assert messages[0].startswith("data.path: num_bytes is 71 on rank 2 but 70 on rank 0") and len(set(messages)) == 1

@@ -48,7 +48,7 @@ def test_a_killed_rank_is_named_at_once(config: Path, tmp_path: Path, lost: int)
         found = only_message(text)
         assert f"rank {lost}" in found and "is lost: its process has ended" in found, text
         assert f"process {forked.ranks[lost].pid} on " in found, text
-        assert "the same command goes on from the newest checkpoint" in text
+        assert "run the same command again to resume from the newest checkpoint" in text
 
 
 @pytest.mark.parametrize("lost", [0, 3])

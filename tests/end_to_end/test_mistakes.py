@@ -143,7 +143,7 @@ def test_hostfiles(config: Path, tmp_path: Path, capsys: Any) -> None:
     assert f"{hosts}:1" in message(capsys, config, "--hostfile", hosts)
     hosts.write_text("node1 slots=1\nnode2 slots=1\n")
     found = message(capsys, config, "--hostfile", hosts, "--master-addr", "$(hostname)")
-    assert "--master-addr: '$(hostname)' would be changed by the shells" in found
+    assert "--master-addr: '$(hostname)' contains characters that a shell would interpret" in found
     hosts.write_text("node1 slots=2\n# spare\nnode2 slots=1\n")
     # all checks of a local start, for the processes of all nodes
     assert "micro_batch_size 2 x dp 3" in message(capsys, config, "--hostfile", hosts)

@@ -59,7 +59,7 @@ def test_a_spike_is_gone_back_from_and_its_data_skipped(
     bad_batches.add(BAD_BATCH)
     with Forked(tmp_path, run, 2, *arguments) as forked:
         assert forked.codes() == [0, 0], forked.text()
-        assert forked.text().count("a spike; on from step 6 with later data") == 1, forked.text()
+        assert forked.text().count("continuing from step 6 with later data") == 1, forked.text()
         assert "step 8: the loss is" in forked.text()
     records = read_metrics(run)
     assert [record["step"] for record in records] == list(range(1, 13))
@@ -85,5 +85,5 @@ def test_too_many_spikes_end_the_run(config: Path, tmp_path: Path, bad_batches: 
     arguments = (config, *SPIKE, "parallel.pp=2", "reliability.max_spikes=1")
     with Forked(tmp_path, tmp_path / "runs" / "test", 2, *arguments) as forked:
         assert forked.codes() == [2, 2], forked.text()
-        assert "after 1 returns (reliability.max_spikes = 1)" in forked.text(), forked.text()
+        assert "the run has already gone back once (reliability.max_spikes = 1)" in forked.text(), forked.text()
         assert "Traceback" not in forked.text()

@@ -19,7 +19,7 @@ RUN = ("parallel.pp=2", "training.num_steps=200", "checkpoint.interval_steps=0",
 def stopped_step(run: Path, stderr: str) -> int:
     """The step after which a run stopped: said once, and saved."""
     assert "Traceback" not in stderr
-    assert stderr.count("the same command resumes") == 1, stderr
+    assert stderr.count("run the same command again to resume") == 1, stderr
     step = max(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
     assert f"after step {step}, which is saved" in stderr
     assert last_step(run) == step
@@ -35,7 +35,7 @@ def test_stopped_and_resumed_is_the_undisturbed_run(config: Path, tmp_path: Path
     started.process.send_signal(signal.SIGTERM)
     code, stderr = started.end()
     assert code == 75, stderr
-    assert "SIGTERM: the ranks finish their step and save" in stderr
+    assert "SIGTERM received: the ranks finish their step, save and exit" in stderr
     steps.append(stopped_step(run, stderr))
 
     def one_rank(forked: Forked) -> None:

@@ -99,7 +99,7 @@ def test_preempted_saved_requeued_finished(config: Path, tmp_path: Path) -> None
     log = next((folder / "jobs").glob("*_log.out")).read_text()
     assert submitted.returncode == 0 and output.splitlines()[-1] == "finished", f"{output}{errors}{log}"
     assert "this job is" in log and "Requeued job" in log, log
-    assert log.count("the same command resumes") == 1 and "resuming after step" in log, log
+    assert log.count("run the same command again to resume") == 1 and "resuming after step" in log, log
     assert stat.S_IMODE((folder / "jobs").stat().st_mode) == 0o700
 
     train_forked(tmp_path, tmp_path / "runs" / "undisturbed", 2, config, *RUN, "run.name=undisturbed")

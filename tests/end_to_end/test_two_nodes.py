@@ -25,7 +25,7 @@ def test_without_ssh(config: Path, tmp_path: Path) -> None:
         both[1].process.send_signal(signal.SIGTERM)
         for started in both:
             assert started.end()[0] == 75, started.stderr()
-        assert "the same command resumes" in both[0].stderr()
+        assert "run the same command again to resume" in both[0].stderr()
     found, wanted = losses(run), losses(tmp_path / "runs" / "one")
     assert 10 <= len(found) < len(wanted) and found == wanted[: len(found)]
 

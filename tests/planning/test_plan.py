@@ -231,7 +231,7 @@ def test_warnings(config: Config, num_devices: int | None, warning: str | None) 
 def test_layouts_that_do_not_fit() -> None:
     with pytest.raises(UserError, match=r"parallel.pp: 3 processes do not divide"):
         make_plan(tiny_config(parallel={"pp": 2}), 3)
-    with pytest.raises(UserError, match=r"training.global_batch_size: 16 is no multiple of micro_batch_size 2 x dp 3"):
+    with pytest.raises(UserError, match=r"global_batch_size: 16 is not a multiple of micro_batch_size 2 x dp 3"):
         make_plan(tiny_config(), 3)
     with pytest.raises(UserError, match="--num-gpus: 0 devices"):
         make_plan(tiny_config(), 0)

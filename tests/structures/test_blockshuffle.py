@@ -72,7 +72,7 @@ def test_flops_are_counted() -> None:
     x, (v, u) = draw(7, 12, seed=0), factors(3, 4, 6)
     with FlopCounterMode(display=False) as counter:
         blockshuffle.apply(x.requires_grad_(), v.requires_grad_(), u.requires_grad_()).sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * 7 * STRUCTURES["blockshuffle"].numbers.weights(12, 18, nblocks=3)
+    assert counter.get_total_flops() == 3 * 2 * 7 * STRUCTURES["blockshuffle"].numbers.weights(12, 18, {"nblocks": 3})
 
 
 def test_layer_starts_with_the_nearest_orthonormal_blocks() -> None:

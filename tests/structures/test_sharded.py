@@ -281,7 +281,7 @@ def joined(parts: tuple[Part, ...]) -> Part:
             partial(BlockShuffleRowLinear, 9, 8, nblocks=2),
             "2 does not divide out_features = 8 and in_features",
         ),
-        (partial(BlockDenseColumnLinear, 8, 8, nblocks=2, rank=3), "rank: 3 is no multiple of nblocks = 2"),
+        (partial(BlockDenseColumnLinear, 8, 8, nblocks=2, rank=3), "rank: 3 is not a multiple of nblocks = 2"),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(build: Any, message: str) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,10 +29,10 @@ class OutputError(UserError):
     @classmethod
     def of(cls, path: Path, error: OSError) -> OutputError:
         found = f"cannot be written ({error.strerror or error})"
-        suggestion = "make room or give access; the same command goes on, finished shards are kept"
+        suggestion = "free disk space or fix permissions, then run the same command again; finished shards are kept"
         return cls(Problem(str(path), found, suggestion))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return (OutputError, (self.problems, self.headline, self.on_all_ranks))
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ from megastruct.processes import end_with_parent
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_BETWEEN_LINES = 30.0
-_counts = None  # in a worker: shared [documents, tokens, bytes of shards] of all workers
+_counts: Any = None  # in a worker: shared [documents, tokens, bytes of shards] of all workers
 
 
 def run_jobs(jobs: list[ShardJob], num_workers: int, report: Callable[[str], None]) -> dict[int, ShardRecord]:
@@ -69,7 +70,7 @@ def _run_in_pool(jobs: list[ShardJob], num_workers: int, progress: _Progress) ->
         running: set[Future] = set(jobs_of)
         while running:
             done, running = wait(running, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
-            progress.set(*counts)
+            progress.set(counts[0], counts[1], counts[2])
             for future in done:
                 try:
                     records[jobs_of[future].index] = future.result()
@@ -93,7 +94,7 @@ def _run_in_pool(jobs: list[ShardJob], num_workers: int, progress: _Progress) ->
     return records
 
 
-def _start_worker(counts, parent: int) -> None:
+def _start_worker(counts: Any, parent: int) -> None:
     global _counts
     _counts = counts
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent says it once

@@ -47,7 +47,7 @@ def list_dataset(name: str) -> tuple[str, list[HubFile]]:
             if entry["type"] == "file"
         ]
         url = page.links.get("next", {}).get("url")
-    return commit, files
+    return str(commit), files
 
 
 def at_commit(name: str, commit: str | None) -> str:

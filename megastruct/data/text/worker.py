@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ class Failed(NamedTuple):
 def serve(connection: Connection, sources: Sequence[TextSource], starts: dict[StreamName, StreamCursor]) -> None:
     """Answer one wish after the other until the other side is gone."""
 
-    def watcher(name: StreamName):
+    def watcher(name: StreamName) -> Callable[[str, str], None]:
         return lambda uri, failure: connection.send(Reading(name, uri, failure))
 
     streams = {

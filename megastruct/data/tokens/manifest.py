@@ -21,8 +21,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from megastruct.data.sources.shards import MANIFEST_NAME
 from megastruct.errors import Problem, Problems, UserError
 
-FORMAT_NAME = "megastruct-tokens"
-FORMAT_VERSION = 1
+FORMAT_NAME: Literal["megastruct-tokens"] = "megastruct-tokens"
+FORMAT_VERSION: Literal[1] = 1
 SPLITS = ("train", "validation")
 _MAKE_AGAIN = "make the folder again with tools/prepare_data.py, or copy it again"
 

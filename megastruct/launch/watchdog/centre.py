@@ -1,4 +1,4 @@
-"""The thread of rank 0: hears all ranks, judges, and tells all ranks when the run must end."""
+"""The thread of rank 0: receives from all ranks, judges, and tells all ranks when the run must end."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from megastruct.launch.watchdog.this_rank import ThisRank, own_name
 from megastruct.launch.watchdog.transport import Connection
 from megastruct.processes import allow_open_files
 
-FILES_BESIDE = 4096  # that rank 0 may have open beside its connections
-LAST_WORDS_SECONDS = 0.5  # in which a message reaches the others
+FILES_BESIDE = 4096  # files that rank 0 may have open besides its connections
+LAST_WORDS_SECONDS = 0.5  # time for a message to reach the other ranks
 
 
 class Centre:
+    """The watch over all ranks, in a thread of rank 0."""
+
     def __init__(self, this_rank: ThisRank, listener: socket.socket, word: str) -> None:
-        """Begin to hear. `word`: what a connection must begin with."""
+        """Start the thread. `word`: the secret word with which a connection must begin."""
         self.this_rank, self.listener, self.word = this_rank, listener, word
         allow_open_files(FILES_BESIDE + this_rank.process.world_size)
         now = time.monotonic()
@@ -61,7 +63,7 @@ class Centre:
             self.selector.register(Connection(link, wait_seconds=0.0), selectors.EVENT_READ)
 
     def _read(self, connection: Connection, rank: int | None) -> bool:
-        """Take what `rank` says, None being a stranger; whether it is to be judged at once."""
+        """Receive from `rank`, None if it is not known yet. Returns whether to judge immediately."""
         try:
             for message in connection.receive():
                 if rank is None:
@@ -86,11 +88,11 @@ class Centre:
         return rank is not None and bool(self.peers[rank].said.goodbye)
 
     def _welcome(self, connection: Connection, hello: Message) -> int:
-        """The rank of a new connection. Raises MalformedError for whoever does not know the word."""
+        """The rank of a new connection. Raises MalformedError if it does not begin with the word of the run."""
         if not isinstance(hello, Hello) or not secrets.compare_digest(hello.word.encode(), self.word.encode()):
-            raise MalformedError("a stranger")
+            raise MalformedError("the first message does not have the word of the run")
         if not 0 < hello.rank < len(self.peers) or hello.rank in self.connections:
-            raise MalformedError(f"rank {hello.rank} is connected, or is none of this run")
+            raise MalformedError(f"rank {hello.rank} is connected already, or is not a rank of this run")
         self.peers[hello.rank] = Peer(hello.rank, time.monotonic(), hello.name)
         self.connections[hello.rank] = connection
         self.selector.modify(connection, selectors.EVENT_READ, hello.rank)
@@ -113,7 +115,7 @@ class Centre:
             self.this_rank.end_later(self.verdict.code)
 
     def _let_it_arrive(self) -> None:
-        """Read on for a moment: what is unread when a connection closes would undo the message."""
+        """Keep reading for a moment: a connection that is closed with unread data would discard the message."""
         self.selector.unregister(self.listener)
         deadline = time.monotonic() + LAST_WORDS_SECONDS
         while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Who is to blame: a pure function of what the ranks have said, the time and the limits.
+"""Decides which rank is to blame, as a pure function of what the ranks have said, the time and the limits.
 
 All times are seconds on the monotonic clock of the process that judges. Rank 0 judges all ranks; the others judge
 rank 0 by the same function.
@@ -18,7 +18,7 @@ NAMED_RANKS = 8  # in one message, at most
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a rank may say nothing, and how long the others may wait for it."""
+    """How long a rank may be silent, and how long the others may wait for it."""
 
     silence_seconds: float
     patience_seconds: float  # for a rank that lives but does not arrive
@@ -34,26 +34,30 @@ class Peer:
     name: str = ""  # process and host, once it has connected
     said: Heartbeat = field(default_factory=Heartbeat)  # the last one
     disconnected: bool = False  # its connection was open, and has closed
-    malformed: bool = False  # it has sent a line that is no message
+    malformed: bool = False  # it has sent a line that is not a message
 
     def __str__(self) -> str:
         return f"rank {self.rank}" + (f" ({self.name})" if self.name else "")
 
     def hear(self, heartbeat: Heartbeat, now: float) -> Peer:
-        """With a new heartbeat. Heartbeats of two threads may overtake each other: goodbye and failure stay said."""
+        """This peer with a new heartbeat.
+
+        Heartbeats of two threads may overtake each other, so goodbye and failure are kept once they were said.
+        """
         goodbye = heartbeat.goodbye if self.said.goodbye is None else self.said.goodbye
         failed = heartbeat.failed or self.said.failed
         return replace(self, heard_seconds=now, said=replace(heartbeat, goodbye=goodbye, failed=failed))
 
     @property
     def last_place(self) -> str:
+        """The step and the code of the last heartbeat, for messages; empty if there was none."""
         said = self.said
         return f" (last heard of at step {said.step + 1}, in {said.doing})" if said.doing else ""
 
 
 @dataclass(frozen=True)
 class State:
-    """What `judge` remembers from call to call. The first call takes State()."""
+    """What `judge` remembers between calls. The first call takes State()."""
 
     judged_seconds: float = math.inf  # when it judged last
     awake_since_seconds: float = -math.inf  # the end of the last time in which this process stood still
@@ -64,20 +68,20 @@ class State:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The run must end: because of which ranks, and why."""
+    """The decision that the run must end: because of which ranks, and why."""
 
     ranks: tuple[int, ...]
     why: Literal["lost", "malformed", "ended", "silent", "late", "left out"]
     step: int | None = None  # where the other ranks wait; for one rank alone, the step it was heard of last
-    message: str = ""  # empty where the rank has ended with an error of its own, which it says itself
+    message: str = ""  # empty if the rank ended with an error of its own, which it reports itself
     code: int = 1
 
 
 def judge(peers: Sequence[Peer], now: float, limits: Limits, state: State) -> tuple[Verdict | None, State]:
-    """The first reason to end the run, or None; and the state for the next call.
+    """The first reason to end the run, or None, and the state for the next call.
 
     The caller judges much more often than once in `silence_seconds / 2`. A longer time between two calls means that
-    this process itself stood still (SIGSTOP, a sleeping machine): nobody is blamed for that time.
+    this process itself was stopped (SIGSTOP, a sleeping machine), and no rank is blamed for that time.
     """
     if now - state.judged_seconds > limits.silence_seconds / 2:
         state = State(awake_since_seconds=now)
@@ -95,7 +99,7 @@ def judge(peers: Sequence[Peer], now: float, limits: Limits, state: State) -> tu
 
 
 def _remember(running: Sequence[Peer], now: float, state: State) -> State:
-    """With the times since when ranks are late, and since when a collective has failed."""
+    """The state with updated times since when ranks are late and since when a collective has failed."""
     low = min((peer.said.arrivals for peer in running), default=0)
     late_since = None
     if any(peer.said.arrivals > low for peer in running):

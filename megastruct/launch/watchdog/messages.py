@@ -1,4 +1,4 @@
-"""What ranks send to each other: each message is one line of JSON in UTF-8."""
+"""The messages that ranks send to each other, each one line of JSON in UTF-8."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Heartbeat:
 
 @dataclass(frozen=True, config=_EXACT)
 class Answer:
-    """Rank 0 lives."""
+    """A sign of life from rank 0."""
 
     kind: Literal["answer"] = "answer"
 
 
 @dataclass(frozen=True, config=_EXACT)
 class End:
-    """Rank 0 tells a rank to end with `code`; without a `message`, another rank says itself what happened."""
+    """Tells a rank to exit with `code`; `message` is empty if another rank reports itself what happened."""
 
     code: ExitCode
     message: str = ""
@@ -57,11 +57,11 @@ _ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discrimina
 
 
 class MalformedError(ValueError):
-    """A line that is no message."""
+    """A line is not a valid message."""
 
 
 def encode(message: Message) -> bytes:
-    """One line, its end included."""
+    """The message as one line, including the line end."""
     return _ADAPTER.dump_json(message) + b"\n"
 
 
@@ -70,4 +70,4 @@ def decode(line: bytes) -> Message:
     try:
         return _ADAPTER.validate_json(line)
     except ValidationError as error:
-        raise MalformedError(f"{len(line)} bytes are no message") from error
+        raise MalformedError(f"{len(line)} bytes are not a message") from error

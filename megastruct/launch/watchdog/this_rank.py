@@ -1,4 +1,4 @@
-"""What a process knows about itself, and how it ends."""
+"""The state that a process reports about itself, and how it ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megastruct.launch.watchdog.messages import Heartbeat
 
 
 class ThisRank:
-    """The main thread writes here where it is; the thread of the watch reads it, and may end the process."""
+    """The main thread writes its progress here; the watch thread reads it and may end the process."""
 
     def __init__(self, process: Process, limits: Limits) -> None:
         self.process, self.limits = process, limits
@@ -30,6 +30,7 @@ class ThisRank:
         self._main_thread = threading.main_thread().ident
 
     def heartbeat(self) -> Heartbeat:
+        """The heartbeat of this moment."""
         return Heartbeat(
             step=self.step,
             arrivals=self.arrivals,
@@ -40,36 +41,39 @@ class ThisRank:
 
     @property
     def is_ending(self) -> bool:
+        """Whether `end_later` was called."""
         return self._ending is not None
 
     def end(self, message: str, code: int, speaks: bool = False) -> None:
-        """End this process now, without waiting for anything, unless it has said goodbye.
+        """Exit now with `code`, without waiting for anything, unless this process has said goodbye.
 
-        The first rank of each node prints the message; `speaks`: this one prints it, too.
+        The first rank of each node prints the message; with `speaks` this rank prints it, too.
         """
         if self.goodbye is not None:
             return
         if speaks or self.process.local_rank == 0:
-            # The progress bar leaves its line open.
-            print(f"\nerror: {message}\n    the same command goes on from the newest checkpoint", file=sys.stderr)
+            # The message begins on a new line, because the progress bar does not end its line.
+            hint = "run the same command again to resume from the newest checkpoint"
+            print(f"\nerror: {message}\n    {hint}", file=sys.stderr)
         _exit(code)
 
     def end_later(self, code: int) -> None:
-        """Another rank has ended with an error: end with its exit code, after some time to report errors here."""
+        """Exit with `code`, that of another rank's error, after some time in which this rank may report its own."""
         self._ending = self._ending or (time.monotonic() + self.limits.grace_seconds, code)
 
     def end_if_due(self) -> None:
+        """Exit if the time after `end_later` is over."""
         if self._ending and time.monotonic() > self._ending[0] and self.goodbye is None:
             _exit(self._ending[1])
 
 
 def own_name() -> str:
-    """Process and host, for messages to users."""
+    """The process id and host of this process, for messages to users."""
     return _printable(f"process {os.getpid()} on {socket.gethostname()}")
 
 
 def place_of(thread: int | None) -> str:
-    """The place in the code where a thread of this process is."""
+    """The file, line and function that a thread of this process is executing."""
     frame = sys._current_frames().get(thread) if thread is not None else None
     if frame is None:
         return "its end"
@@ -77,7 +81,7 @@ def place_of(thread: int | None) -> str:
 
 
 def is_of_a_collective(error: BaseException) -> bool:
-    """Whether a collective failed or timed out. gloo raises plain RuntimeErrors, in many words."""
+    """Whether the error is of a collective that failed or timed out; gloo raises plain RuntimeErrors of many texts."""
     if isinstance(error, dist.DistError):
         return True
     frames = list(traceback.walk_tb(error.__traceback__))
@@ -86,7 +90,7 @@ def is_of_a_collective(error: BaseException) -> bool:
 
 
 def _printable(text: str) -> str:
-    """Without the lone surrogates that stand for bytes of file names which are not UTF-8: no message can carry them."""
+    """Replace lone surrogates (bytes of file names that are not UTF-8), which a message cannot contain."""
     return text.encode(errors="replace").decode()
 
 

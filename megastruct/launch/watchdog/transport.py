@@ -1,4 +1,4 @@
-"""Sockets: connections that carry messages. What the messages say is nothing to this file."""
+"""Connections that carry messages over sockets; the content of the messages does not matter here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 
 from megastruct.launch.watchdog.messages import MalformedError, Message, decode, encode
 
-MAX_LINE_BYTES = 65536  # far above any message; what a stranger sends must not fill the memory
+MAX_LINE_BYTES = 65536  # far longer than any message; a connection from outside the run must not fill the memory
 LISTEN_BACKLOG = 1024  # all ranks connect at once
 
 
@@ -25,9 +25,11 @@ class Connection:
         return self._link.fileno()
 
     def send(self, message: Message) -> None:
-        """Send, if the other side takes it. A stopped process may take nothing: then the message is dropped, since a
-        newer one will follow, but a line that was begun is finished first. A process that is gone is noticed by
-        `receive`."""
+        """Send a message if the other side accepts it.
+
+        A stopped process may accept nothing. The message is then dropped, since a newer one will follow; but a line
+        that was begun is finished first. `receive` notices a process that is gone.
+        """
         with self._sending, contextlib.suppress(OSError):
             if self._unsent:
                 self._unsent = self._unsent[self._link.send(self._unsent) :]
@@ -36,10 +38,10 @@ class Connection:
                 self._unsent = line[self._link.send(line) :]
 
     def receive(self) -> list[Message]:
-        """The whole messages that have arrived, perhaps none.
+        """The complete messages that have arrived, possibly none.
 
-        Raises ConnectionError where the other side has closed the connection, MalformedError where it has sent what is
-        no message, and OSError for other faults of the network.
+        Raises ConnectionError if the other side has closed the connection, MalformedError if it has sent something that
+        is not a message, and OSError for other network errors.
         """
         try:
             received = self._link.recv(MAX_LINE_BYTES)
@@ -53,11 +55,12 @@ class Connection:
         return [decode(line) for line in lines]
 
     def close(self) -> None:
+        """Close the connection."""
         self._link.close()
 
 
 def listen() -> socket.socket:
-    """A listener on all addresses of this machine, at a free port."""
+    """A listening socket on all addresses of this machine, at a free port."""
     if socket.has_dualstack_ipv6():
         address = ("", 0)
         return socket.create_server(address, family=socket.AF_INET6, dualstack_ipv6=True, backlog=LISTEN_BACKLOG)
@@ -65,5 +68,5 @@ def listen() -> socket.socket:
 
 
 def connect(host: str, port: int, wait_seconds: float, connect_seconds: float) -> Connection:
-    """To rank 0. Raises OSError where it is not reached within `connect_seconds`."""
+    """Connect to rank 0. Raises OSError if it is not reached within `connect_seconds`."""
     return Connection(socket.create_connection((host, port), timeout=connect_seconds), wait_seconds)

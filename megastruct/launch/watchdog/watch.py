@@ -1,4 +1,4 @@
-"""The face for the training loop, and the thread of all ranks but the first."""
+"""The interface for the training loop, and the watch thread of all ranks except rank 0."""
 
 from __future__ import annotations
 
@@ -21,16 +21,22 @@ from megastruct.launch.watchdog.transport import Connection, connect, listen
 
 
 class Watch:
-    """Watches this rank and is watched. Use as a context, after `join`; collective. A process alone is not watched."""
+    """The watch of this rank, a context manager to be entered after `join`. Collective.
+
+    A single process is not watched.
+    """
 
     def __init__(self, process: Process, silence_seconds: float, collective_seconds: float) -> None:
-        """`silence_seconds`: after which a rank without a heartbeat is stopped; `collective_seconds`: after which a
-        rank that the others wait for hangs, the timeout of the process groups."""
+        """Set the limits.
+
+        `silence_seconds`: time without a heartbeat after which a rank counts as stopped. `collective_seconds`: time
+        that the others wait for a rank before it counts as hanging; the timeout of the process groups.
+        """
         self.this_rank = ThisRank(process, Limits(silence_seconds, collective_seconds))
         self._connection: Connection | None = None  # to rank 0
 
     def arrived(self, step: int) -> None:
-        """The main thread begins the step after `step` finished ones."""
+        """Note that the main thread begins the step after `step` finished ones."""
         self.this_rank.step = step
         self.this_rank.arrivals += 1  # last, for the thread that reads both
 
@@ -53,7 +59,7 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Say goodbye. After an error that may be another rank's, wait first for the word which rank that is."""
+        """Say goodbye. After an error that another rank may have caused, first wait to learn which rank it was."""
         this = self.this_rank
         if this.process.world_size == 1:
             return
@@ -65,7 +71,7 @@ class Watch:
         self._hurry()
 
     def _hurry(self) -> None:
-        """Send a heartbeat now. Rank 0 hears its own with the next tick, which matters where something failed."""
+        """Send a heartbeat now. Rank 0 notes its own with the next tick, for which it waits if something failed."""
         if self._connection is not None:
             self._connection.send(self.this_rank.heartbeat())
         elif self.this_rank.goodbye:
@@ -73,7 +79,7 @@ class Watch:
 
 
 def _report(this: ThisRank, connection: Connection, name: str) -> None:
-    """Send heartbeats to rank 0, called `name`, judge it by its answers, and end when it says so."""
+    """Send heartbeats to rank 0, whose name is `name`, judge it by its answers, and end when it says so."""
     centre, state, speaks = Peer(0, time.monotonic(), name), State(), this.process.rank == 1
     while True:
         connection.send(this.heartbeat())

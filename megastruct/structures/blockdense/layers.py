@@ -1,12 +1,17 @@
-"""BlockDense(B, R), y = U (V_b x) + b: on one process, and over tensor-parallel ranks, where R or R/tp values per token
-are communicated.
+"""BlockDense(B, R), y = U (V_b x) + b, on one process and over tensor-parallel ranks.
+
+fc1 communicates R values per token, fc2 R / min(tp, B).
 
 Letters: s sequence, b micro-batch, T = s*b tokens, N inputs, M outputs, R hidden features, B blocks, tp ranks.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import ClassVar
+
 from torch import Tensor, nn
+from typing_extensions import override
 
 from megastruct.parallel.collectives import gather_sequence
 from megastruct.parallel.seeds import Names, draw_normal
@@ -23,7 +28,8 @@ from megastruct.structures.sharded import ShardedLinear
 class BlockDenseLinear(StructuredLinear):
     """y = U (V_b x) + b: v [B, R/B, N/B], u [M, R], bias [M]. Starts with orthonormal blocks and U."""
 
-    numbers, maths = BlockDenseNumbers(), maths
+    numbers = BlockDenseNumbers()
+    maths: ClassVar[ModuleType] = maths
 
     def __init__(
         self,
@@ -36,6 +42,7 @@ class BlockDenseLinear(StructuredLinear):
     ) -> None:
         super().__init__(in_features, out_features, bias, init_std, nblocks=nblocks, rank=rank)
 
+    @override
     def draw_factors(self, std: float, names: Names) -> dict[str, Tensor]:
         drawn = (draw_normal(tuple(getattr(self, name).shape), std, (*names, name)) for name in ("v", "u"))
         v, u = maths.init_factors(*drawn)
@@ -49,28 +56,32 @@ class BlockDenseColumnLinear(ShardedLinear):
     v: nn.Parameter
     u: nn.Parameter
 
+    @override
     def factor_specs(self, tp_size: int) -> dict[str, ShardSpec]:
         return {"u": ShardSpec.along(0, tp_size)}
 
     def forward_sharded(self, x: Tensor) -> Tensor:
-        """x [s/tp, b, N] -> [s, b, M/tp]"""
+        """Map x [s/tp, b, N] to [s, b, M/tp]."""
         hidden = hidden_features(x, self.replicated(self.v), feature_major=False).unflatten(0, (-1, x.shape[1]))
         return product(gather_sequence(hidden, self.tp), self.u, self.bias)  # [s/tp, b, R] -> [s, b, M/tp]
 
 
 class BlockDenseRowLinear(ShardedLinear):
-    """fc2: the rank's blocks of v [B/tp, R/B, N/B] (tp > B: its inputs of one block, [1, R/B, N/tp]); u [M, R] and
-    bias [M] replicated, applied to own tokens."""
+    """fc2: v [B/tp, R/B, N/B] is the rank's blocks; u [M, R] and bias [M] are replicated, applied to own tokens.
+
+    If tp > B, v [1, R/B, N/tp] is the rank's inputs of one block.
+    """
 
     linear, form = BlockDenseLinear, "row"
     v: nn.Parameter
     u: nn.Parameter
 
+    @override
     def factor_specs(self, tp_size: int) -> dict[str, ShardSpec]:
         return {"v": row_spec(self.sizes["nblocks"], tp_size)}
 
     def forward_sharded(self, x: Tensor) -> Tensor:
-        """x [s, b, N/tp] -> [s/tp, b, M]"""
+        """Map x [s, b, N/tp] to [s/tp, b, M]."""
         hidden = row_hidden_features(x, self.v, self.sizes["nblocks"], self.tp, feature_major=False)  # [T/tp, R]
         y = product(hidden, self.replicated(self.u), self.replicated_bias())  # [T/tp, M]
         return y.unflatten(0, (-1, x.shape[1]))

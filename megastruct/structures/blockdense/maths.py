@@ -14,9 +14,10 @@ from megastruct.structures.orthonormal import nearest_orthonormal
 
 
 def apply(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., N] -> [..., M]; v [B, R/B, N/B], u [M, R], bias [M].
+    """Map x [..., N] to [..., M]; v [B, R/B, N/B], u [M, R], bias [M].
 
-    The hidden vector is written where U reads it, and the gradient of x in the layout of x: nothing is copied.
+    The hidden vector is written in the layout that U reads, and the gradient of x in the layout of x: nothing is
+    copied.
     """
     x, v = autocast_pair(x, v)
     hidden = block_product(x, v, shuffled=False, feature_major=False)  # [..., R]
@@ -24,7 +25,7 @@ def apply(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def apply_reference(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same map written as its sums, block by block and feature by feature."""
+    """The same map written out as sums, block by block and feature by feature."""
     nblocks, rank_per_block, n_per_block = v.shape
     hidden = []
     for block in range(nblocks):

@@ -1,5 +1,6 @@
-"""BlockShuffle(B), y = f^-1(U_b f(V_b x)) + b: on one process, and over tensor-parallel ranks, where K values per
-token go into fc1 and K/tp out of fc2.
+"""BlockShuffle(B), y = f^-1(U_b f(V_b x)) + b, on one process and over tensor-parallel ranks.
+
+fc1 communicates K values per token, fc2 K / min(tp, B).
 
 Letters: s sequence, b micro-batch, T = s*b tokens, N inputs, M outputs, K = min(N, M) hidden features, B blocks, tp
 ranks. Hidden vectors and outputs are feature-major, where the shuffles are strides: see `maths.py`.
@@ -7,7 +8,11 @@ ranks. Hidden vectors and outputs are feature-major, where the shuffles are stri
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import ClassVar
+
 from torch import Tensor, nn
+from typing_extensions import override
 
 from megastruct.parallel.collectives import gather_tokens
 from megastruct.parallel.seeds import Names, draw_normal
@@ -27,13 +32,15 @@ class BlockShuffleLinear(StructuredLinear):
     Starts with orthonormal blocks.
     """
 
-    numbers, maths = BlockShuffleNumbers(), maths
+    numbers = BlockShuffleNumbers()
+    maths: ClassVar[ModuleType] = maths
 
     def __init__(
         self, in_features: int, out_features: int, nblocks: int, bias: bool = True, init_std: float | None = 0.02
     ) -> None:
         super().__init__(in_features, out_features, bias, init_std, nblocks=nblocks)
 
+    @override
     def draw_factors(self, std: float, names: Names) -> dict[str, Tensor]:
         drawn = (draw_normal(tuple(getattr(self, name).shape), std, (*names, name)) for name in ("v", "u"))
         v, u = maths.init_factors(*drawn)
@@ -51,29 +58,33 @@ class BlockShuffleColumnLinear(ShardedLinear):
     v: nn.Parameter
     u: nn.Parameter
 
+    @override
     def factor_specs(self, tp_size: int) -> dict[str, ShardSpec]:
         return {"u": ShardSpec.along(1, tp_size)}
 
     def forward_sharded(self, x: Tensor) -> Tensor:
-        """x [s/tp, b, N] -> [s, b, M/tp]"""
+        """Map x [s/tp, b, N] to [s, b, M/tp]."""
         hidden = hidden_features(x, self.replicated(self.v), feature_major=True)  # [T/tp, K]
         hidden = gather_tokens(hidden.t(), self.tp).t()  # [T, K]
         return _second_factor(hidden, self.u, self.bias, x.shape[1])
 
 
 class BlockShuffleRowLinear(ShardedLinear):
-    """fc2: the rank's blocks of v [B/tp, K/B, N/B] (tp > B: its inputs of one block, [1, K/B, N/tp]); u [B, M/B, K/B]
-    and bias [M] replicated, applied to own tokens."""
+    """fc2: v [B/tp, K/B, N/B] is the rank's blocks; u [B, M/B, K/B] and bias [M] are replicated, applied to own tokens.
+
+    If tp > B, v [1, K/B, N/tp] is the rank's inputs of one block.
+    """
 
     linear, form = BlockShuffleLinear, "row"
     v: nn.Parameter
     u: nn.Parameter
 
+    @override
     def factor_specs(self, tp_size: int) -> dict[str, ShardSpec]:
         return {"v": row_spec(self.sizes["nblocks"], tp_size)}
 
     def forward_sharded(self, x: Tensor) -> Tensor:
-        """x [s, b, N/tp] -> [s/tp, b, M]"""
+        """Map x [s, b, N/tp] to [s/tp, b, M]."""
         hidden = row_hidden_features(x, self.v, self.sizes["nblocks"], self.tp, feature_major=True)  # [T/tp, K]
         return _second_factor(hidden, self.replicated(self.u), self.replicated_bias(), x.shape[1])
 

@@ -15,11 +15,11 @@ from megastruct.structures.orthonormal import nearest_orthonormal
 
 
 def apply(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., N] -> [..., M]; v [B, K/B, N/B], u [B, M/B, K/B], bias [M].
+    """Map x [..., N] to [..., M]; v [B, K/B, N/B], u [B, M/B, K/B], bias [M].
 
-    Hidden vector and output are feature-major, where both shuffles are strides (see `blocks.py`): nothing is copied
-    forward. The output is [..., M] with the strides of its transpose; element-wise functions keep them, and a second
-    map of this kind reads them as they are. Backward, a gradient that arrives token-major is transposed once.
+    Hidden vector and output are feature-major, where both shuffles are strides (see `block_product.py`), so the forward
+    copies nothing. The output is [..., M] with the strides of its transpose; element-wise functions keep them, and a
+    second map of this kind reads them as they are. Backward, a gradient that arrives token-major is transposed once.
     """
     x, v = autocast_pair(x, v)
     hidden = block_product(x, v, shuffled=False, feature_major=True)  # [..., K]
@@ -28,7 +28,7 @@ def apply(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def apply_reference(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same map written as its sums and as the two shuffles of single features."""
+    """The same map written out as sums and as the two shuffles of single features."""
     nblocks, k_per_block, n_per_block = v.shape
     m_per_block = u.shape[1]
     hidden = []

@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def apply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., N] -> [..., M]; weight [M, N], bias [M]."""
+    """Map x [..., N] to [..., M]; weight [M, N], bias [M]."""
     return F.linear(x, weight, bias)
 
 
 def apply_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same map written as its sums, one output feature after the other."""
+    """The same map written out as sums, one output feature after the other."""
     y = torch.stack([(x * row).sum(-1) for row in weight], dim=-1)
     return y if bias is None else y + bias
 

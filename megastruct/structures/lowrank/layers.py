@@ -5,7 +5,11 @@ Letters: s sequence, b micro-batch, N inputs, M outputs, R rank of the matrix, t
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import ClassVar
+
 from torch import Tensor, nn
+from typing_extensions import override
 
 from megastruct.parallel.collectives import gather_sequence, reduce_scatter_sequence
 from megastruct.parallel.seeds import Names, draw_normal
@@ -21,13 +25,15 @@ from megastruct.structures.sharded import ShardedLinear
 class LowRankLinear(StructuredLinear):
     """y = U (V x) + b: v [R, N], u [M, R], bias [M]. Starts as the truncated SVD of a dense draw."""
 
-    numbers, maths = LowRankNumbers(), maths
+    numbers = LowRankNumbers()
+    maths: ClassVar[ModuleType] = maths
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool = True, init_std: float | None = 0.02
     ) -> None:
         super().__init__(in_features, out_features, bias, init_std, rank=rank)
 
+    @override
     def draw_factors(self, std: float, names: Names) -> dict[str, Tensor]:
         weight = draw_normal((self.out_features, self.in_features), std, (*names, "weight"))
         v, u = maths.init_factors(weight, self.sizes["rank"])
@@ -41,11 +47,12 @@ class LowRankColumnLinear(ShardedLinear):
     v: nn.Parameter
     u: nn.Parameter
 
+    @override
     def factor_specs(self, tp_size: int) -> dict[str, ShardSpec]:
         return {"u": ShardSpec.along(0, tp_size)}
 
     def forward_sharded(self, x: Tensor) -> Tensor:
-        """x [s/tp, b, N] -> [s, b, M/tp]"""
+        """Map x [s/tp, b, N] to [s, b, M/tp]."""
         z = product(x, self.replicated(self.v))  # [s/tp, b, R]
         return product(gather_sequence(z, self.tp), self.u, self.bias)  # [s, b, R] -> [s, b, M/tp]
 
@@ -57,11 +64,12 @@ class LowRankRowLinear(ShardedLinear):
     v: nn.Parameter
     u: nn.Parameter
 
+    @override
     def factor_specs(self, tp_size: int) -> dict[str, ShardSpec]:
         return {"v": ShardSpec.along(1, tp_size)}
 
     def forward_sharded(self, x: Tensor) -> Tensor:
-        """x [s, b, N/tp] -> [s/tp, b, M]"""
+        """Map x [s, b, N/tp] to [s/tp, b, M]."""
         z = reduce_scatter_sequence(product(x, self.v), self.tp)  # [s, b, R] partial -> [s/tp, b, R]
         return product(z, self.replicated(self.u), self.replicated_bias())
 

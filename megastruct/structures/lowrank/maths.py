@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def apply(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., N] -> [..., M]; v [R, N], u [M, R], bias [M]."""
+    """Map x [..., N] to [..., M]; v [R, N], u [M, R], bias [M]."""
     return F.linear(F.linear(x, v), u, bias)
 
 
 def apply_reference(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same map written as its sums, one output feature after the other."""
+    """The same map written out as sums, one output feature after the other."""
     outputs = []
     for m in range(u.shape[0]):
         y = torch.stack([u[m, r] * (x * v[r]).sum(-1) for r in range(v.shape[0])]).sum(0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +21,8 @@ from megastruct.structures.sharded import ShardedLinear
 class KroneckerLinear(StructuredLinear):
     """a [M/k, N/k], b [k, k], bias [M]. Starts with a normal draw times the identity."""
 
-    numbers, maths = KroneckerNumbers(), maths
+    numbers = KroneckerNumbers()
+    maths: ClassVar[ModuleType] = maths
 
     def draw_factors(self, std: float, names: Names) -> dict[str, Tensor]:
         return {"a": draw_normal(tuple(self.a.shape), std, (*names, "a")), "b": torch.eye(self.sizes["order"])}
@@ -35,7 +39,7 @@ class KroneckerColumnLinear(ShardedLinear):
         return {"a": ShardSpec.along(0, tp_size)}
 
     def forward_sharded(self, x: Tensor) -> Tensor:
-        """x [s/tp, b, N] -> [s, b, M/tp]"""
+        """Map x [s/tp, b, N] to [s, b, M/tp]."""
         hidden = gather_sequence(maths.small_product(x, self.replicated(self.b)), self.tp)
         y = maths.large_product(hidden, self.a, self.sizes["order"])
         return y if self.bias is None else y + self.bias
@@ -52,7 +56,7 @@ class KroneckerRowLinear(ShardedLinear):
         return {"a": ShardSpec.along(1, tp_size)}
 
     def forward_sharded(self, x: Tensor) -> Tensor:
-        """x [s, b, N/tp] -> [s/tp, b, M]"""
+        """Map x [s, b, N/tp] to [s/tp, b, M]."""
         hidden = reduce_scatter_sequence(maths.large_product(x, self.a, self.sizes["order"]), self.tp)
         y = maths.small_product(hidden, self.replicated(self.b))
         bias = self.replicated_bias()

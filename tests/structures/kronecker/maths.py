@@ -17,7 +17,7 @@ def large_product(x: Tensor, a: Tensor, order: int) -> Tensor:
 
 
 def apply(x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., N] -> [..., M]; a [M/k, N/k], b [k, k], bias [M]."""
+    """Map x [..., N] to [..., M]; a [M/k, N/k], b [k, k], bias [M]."""
     if a.shape[0] >= a.shape[1]:
         y = large_product(small_product(x, b), a, b.shape[0])
     else:

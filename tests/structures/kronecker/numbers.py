@@ -18,21 +18,22 @@ class KroneckerNumbers(Numbers):
     formula = "`(A ⊗ B) x`: A is M/k × N/k, B is k × k"
     weights_formula = "`N M / k² + k²`"
 
-    def factor_shapes(self, n: int, m: int, *, order: int) -> dict[str, tuple[int, ...]]:  # type: ignore[override]
+    def factor_shapes(self, n: int, m: int, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        order = sizes["order"]
         return {"a": (m // order, n // order), "b": (order, order)}
 
     def replicated_factors(self, form: Form) -> tuple[str, ...]:
         return ("b",)
 
-    def inner_width(self, form: Form, n: int, m: int, *, order: int) -> int:  # type: ignore[override]
+    def inner_width(self, form: Form, n: int, m: int, sizes: Sizes) -> int:
         return n if form == "column" else m
 
-    def exchange(self, form: Form, n: int, m: int, tp_size: int, *, order: int) -> Exchange:  # type: ignore[override]
+    def exchange(self, form: Form, n: int, m: int, tp_size: int, sizes: Sizes) -> Exchange:
         return Exchange("all_gather", n) if form == "column" else Exchange("reduce_scatter", m)
 
-    def multiply_adds(self, form: Form, n: int, m: int, *, order: int) -> int:  # type: ignore[override]
+    def multiply_adds(self, form: Form, n: int, m: int, sizes: Sizes) -> int:
         """B acts on every row of X or of A X, whichever are fewer, and A on every column."""
-        return min(n, m) * order + n * m // order
+        return min(n, m) * sizes["order"] + n * m // sizes["order"]
 
     def size_problems(self, widths: Widths, given: Sizes) -> Iterator[Problem]:
         order, common = given.get("order"), widths.common_divisor

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
-from megastruct.run.resume import gather_cursor
+from megastruct.run.agreement import gather_cursor
 from ranks import own_device, run_ranks
 
 CURSORS = [np.array([[3, 1], [-1, -1], [7, 0]]), np.array([[-1, -1], [0, 2**40], [7, 0]]), None]
 
 
 def gathered() -> Any:
-    engine: Any = SimpleNamespace(device=own_device())
-    return gather_cursor(engine, CURSORS[dist.get_rank()], (3, 2))
+    return gather_cursor(CURSORS[dist.get_rank()], (3, 2), own_device())
 
 
 def test_each_stream_stands_where_the_ranks_that_know_it_say() -> None:

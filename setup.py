@@ -41,6 +41,7 @@ setup(
         "PyYAML>=6.0",
         "psutil>=5.9",
         "tqdm>=4.66",
+        "typing_extensions>=4.10",
         "typing_extensions>=4.4",
     ],
     extras_require={

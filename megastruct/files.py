@@ -137,6 +137,7 @@ class FileLock:
             self._file.close()  # who had the lock removed the file, after it was opened here: there may be a new one
 
     def release(self) -> None:
+        """Let others have the lock."""
         if self._temporary and not self._file.closed:
             self._path.unlink(missing_ok=True)
         self._file.close()

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import ReduceTiedGrads
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from torch import Tensor, nn
+from typing_extensions import override
 
 from megastruct.config.schema import Config
 from megastruct.data.batch import Batch
@@ -90,6 +91,7 @@ class Engine:
 
     @property
     def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage, 0 to 3."""
         return self.config.parallel.zero_stage
 
     @property
@@ -169,6 +171,7 @@ class Engine:
         del self.deepspeed, self.clipper
 
     def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the learning rate of the next step: that of every group is `learning_rate` times its `lr_scale`."""
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
 
@@ -191,6 +194,7 @@ class PipelineEngine(Engine):
     def build(
         cls, config: Config, topology: Topology, device: torch.device, guided: bool, eod_id: int | None
     ) -> PipelineEngine:
+        """Build the stage of this rank. Collective over the world."""
         tp = make_tensor_group(topology, sums_once=True)
         guidance = make_guidance(config, topology, device) if guided else None
         module = GPTPipeline(config, topology, tp, make_loss(config, tp), guidance, eod_id)
@@ -210,15 +214,18 @@ class PipelineEngine(Engine):
 
         self.deepspeed._INSTRUCTION_MAP = {**instructions, ReduceTiedGrads: sum_and_go_on}
 
+    @override
     def without_guides(self) -> PipelineEngine:
         module = self.module  # stays: a new one would make new process groups
         self._close()
         module.drop_guides()
         return PipelineEngine(module, self.config, self.topology, self.tp, self.device)
 
+    @override
     def canonical_name(self, name: str) -> str:
         return self.module.canonical_name(name)
 
+    @override
     def train_batch(self, batches: Iterator[Batch] | None) -> float:
         return float(self.deepspeed.train_batch(batches))
 
@@ -237,11 +244,13 @@ class PlainEngine(Engine):
     def build(
         cls, config: Config, topology: Topology, device: torch.device, guided: bool, eod_id: int | None
     ) -> PlainEngine:
+        """Build the model of this rank. Collective over the world."""
         tp = make_tensor_group(topology)
         guidance = make_guidance(config, topology, device) if guided else None
         mpu = PipelineParallelGrid(topology=deepspeed_topology(topology))
         return cls(build_gpt(config, tp, guidance, eod_id), config, topology, tp, device, mpu)
 
+    @override
     def without_guides(self) -> PlainEngine:
         parameters = list(self.module.parameters())
         eod_id = self.module.eod_id
@@ -253,8 +262,10 @@ class PlainEngine(Engine):
 
     @cached_property
     def loss(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """(logits [s, b, v/tp], labels [b, s]) -> scalar."""
         return make_loss(self.config, self.tp)
 
+    @override
     def train_batch(self, batches: Iterator[Batch] | None) -> float:
         assert batches is not None
         self.deepspeed.train()
@@ -301,4 +312,5 @@ def build_engine(
 
 
 def make_guidance(config: Config, topology: Topology, device: torch.device) -> Guidance:
+    """What tells this rank's guides what to do in each forward."""
     return Guidance(config, topology.tp_size, topology.dp_rank(dist.get_rank()), topology.dp_size, device)

@@ -59,6 +59,7 @@ class GradientClipper:
 
     @torch.no_grad()
     def __call__(self, *_: Any) -> None:
+        """Compute the norm and clip; called before every step of the optimizer. Collective over the replica."""
         squares = [p.grad.float().square().sum() for p in self.counted if p.grad is not None]
         device = self.parameters[0].device
         # In float64, so that parameters without a gradient (guides that are skipped) do not move the last bit.

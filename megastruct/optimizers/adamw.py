@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from typing_extensions import override
+
 from megastruct.optimizers.record import Group, Key, Optimizer
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class AdamW(Optimizer):
+    """Two fp32 moments of every parameter; weight decay on matrices."""
+
     name = "adamw"
     keys: ClassVar = {
         "beta1": Key(0.9, "decay of the first moment", at_least=0, below=1),
@@ -26,6 +30,7 @@ class AdamW(Optimizer):
         Group("vectors", ("vector",), MOMENTS, decays=False),
     )
 
+    @override
     def build(
         self, groups: list[dict[str, Any]], settings: Mapping[str, Any], device_type: str
     ) -> torch.optim.Optimizer:
@@ -34,12 +39,14 @@ class AdamW(Optimizer):
         betas = (settings["beta1"], settings["beta2"])
         return torch.optim.AdamW(groups, betas=betas, eps=settings["eps"], fused=device_type == "cuda")
 
+    @override
     def begin(self, group: Mapping[str, Any], tensor: Tensor, step: int) -> dict[str, Any]:
         import torch
 
         count = torch.tensor(float(step), device=tensor.device if group["fused"] else "cpu")
         return {"step": count} | {moment: torch.zeros_like(tensor) for moment in MOMENTS}
 
+    @override
     def learning_rate_scale(self, fan_in: int, base_width: int) -> float:
         """base_width / fan_in. Adam moves every entry by the learning rate, so a product over fan_in inputs moves by
         fan_in times that.

@@ -113,6 +113,7 @@ class Optimizer(ABC):
         return None
 
     def group_of(self, role: Role) -> Group:
+        """The one group whose parameters have this role."""
         return next(group for group in self.groups if role in group.roles)
 
     @property

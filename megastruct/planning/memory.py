@@ -23,6 +23,7 @@ PARTS = ("weights", "gradients", "optimizer", "communication", "activations", "l
 
 
 def value_bytes(config: Config) -> int:
+    """Bytes of a weight or activation: 2 in bf16, 4 in fp32."""
     return 2 if config.training.precision == "bf16" else 4
 
 

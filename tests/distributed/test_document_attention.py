@@ -20,7 +20,7 @@ from guided import guided_config, steps
 from marks import soak
 from megastruct.config.schema import Config
 from megastruct.engine.engine import build_engine
-from megastruct.models import attention, gpt, pipeline
+from megastruct.models import attention, walk
 from megastruct.models.documents import attention_mask, block_mask
 from megastruct.parallel.topology import Topology
 from megastruct.planning.steps import total_steps
@@ -87,7 +87,7 @@ def test_bf16() -> None:
 
 def losses_with_blocks(config: Config, topology: Topology) -> list[float]:
     """As `losses_and_evaluation`, with the mask that GPUs take and FlexAttention's reference of its kernel."""
-    for room in (gpt, pipeline):
+    for room in (walk,):
         room.attention_mask = lambda documents, *_: block_mask(documents, 4)
     attention._compiled_flex_attention = lambda: flex_attention.flex_attention
     flex_attention._validate_device = lambda *_: None  # PyTorch keeps the reference's backward from CPUs

@@ -226,7 +226,7 @@ def test_a_model_with_the_mask_in_blocks(
         ids = torch.randint(0, 3 + 20 * step, (4, 16), generator=torch.Generator().manual_seed(step)) % 64
         wanted = dense(ids)
         with monkeypatch.context() as patch:
-            patch.setattr("megastruct.models.gpt.attention_mask", lambda documents, *_: block_mask(documents, 8))
+            patch.setattr("megastruct.models.walk.attention_mask", lambda documents, *_: block_mask(documents, 8))
             found = in_blocks(ids)
         torch.testing.assert_close(found, wanted)
         for output in (wanted, found):

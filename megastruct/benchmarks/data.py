@@ -1,8 +1,8 @@
-"""How fast text becomes tokens and tokens become batches, beside the bare libraries, on the same text in one process.
+"""How fast text is tokenised and batches are read, compared with the bare libraries on the same text in one process.
 
-Preparation is counted in CPU seconds (of all threads), which other work on the machine disturbs less, and which is
-what many workers on many cores cost; readers in wall time. Ways to the same end take turns, and the best of some
-rounds counts.
+Preparation is measured in CPU seconds of all threads, because CPU time is what many workers on many cores cost and is
+less disturbed by other work on the machine. Readers are measured in wall time. The variants run in turn, and each
+variant's best round counts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +27,9 @@ from megastruct.data.sources.find import find_shards
 from megastruct.data.sources.reading import read_patiently
 from megastruct.data.tokenizers.sentence_piece import SentencePieceTokenizer
 
+if TYPE_CHECKING:  # an optional dependency
+    from tokenizers import Tokenizer as FastTokenizer
+
 SEQ_LENGTH = 2048
 GLOBAL_BATCH_SIZE = 32
 MICRO_BATCH_SIZE = 8
@@ -34,7 +37,7 @@ READER_SECONDS = 4.0
 
 
 class Row(NamedTuple):
-    """One way: how many tokens it made, and how fast; `note` says what was not measured."""
+    """One variant: how many tokens it produced, and how fast; a `note` says why it was not measured."""
 
     name: str
     num_tokens: int
@@ -43,7 +46,7 @@ class Row(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """`preparing`: per CPU second of one core; `reading`: per second of wall time in the process that trains."""
+    """Speeds of `preparing` in tokens per CPU second, and of `reading` in tokens per second in the training process."""
 
     num_documents: int
     num_characters: int
@@ -52,7 +55,7 @@ class Measured(NamedTuple):
 
 
 def measure(input_path: str, tokenizer_path: str, text_column: str, max_characters: int, rounds: int) -> Measured:
-    """Measure on the first documents of `input_path`, up to `max_characters`.
+    """Measure on the first documents of `input_path`, about `max_characters` in all, in `rounds` rounds.
 
     Raises:
         UserError: the text or the tokenizer cannot be read.
@@ -62,7 +65,7 @@ def measure(input_path: str, tokenizer_path: str, text_column: str, max_characte
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "text").mkdir()
-        for part in range(4):  # some shards, so that there are some streams to read
+        for part in range(4):  # several shards, so that there are several streams to read
             table = pa.table({"content": texts[part::4]})
             pq.write_table(table, folder / "text" / f"{part}.parquet", compression="zstd")
         preparing = _measure_preparing(folder, tokenizer, texts, rounds)
@@ -108,7 +111,7 @@ def _measure_preparing(folder: Path, tokenizer: SentencePieceTokenizer, texts: l
 
 
 def _mapped(folder: Path, tokenizer: SentencePieceTokenizer, texts: list[str]) -> Callable[[], int]:
-    """Tokenising by `datasets.map` into its cache file, with one process and one thread."""
+    """Tokenise with `datasets.map` into its cache file, with one process and one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import datasets
 
@@ -117,7 +120,7 @@ def _mapped(folder: Path, tokenizer: SentencePieceTokenizer, texts: list[str]) -
     dataset = datasets.Dataset.from_dict({"content": texts})
     numbers = iter(range(1000))
 
-    def encode(batch: dict) -> dict:
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         return {"ids": [encoding.ids for encoding in fast.encode_batch_fast(batch["content"])]}
 
     def run() -> int:
@@ -128,11 +131,11 @@ def _mapped(folder: Path, tokenizer: SentencePieceTokenizer, texts: list[str]) -
     return run
 
 
-def fast_tokenizer(tokenizer: SentencePieceTokenizer):
+def fast_tokenizer(tokenizer: SentencePieceTokenizer) -> FastTokenizer:
     """A `tokenizers.Tokenizer` with the pieces and merges of a SentencePiece BPE model.
 
-    It splits at spaces before it merges, as fast tokenizers do where they can; where several spaces follow each other
-    its ids differ from SentencePiece's.
+    Like most fast tokenizers it splits at spaces before it merges, so its ids differ from SentencePiece's where several
+    spaces follow each other.
     """
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers import models, pre_tokenizers

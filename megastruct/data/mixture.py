@@ -43,7 +43,7 @@ class Mixture:
 
     def __init__(self, weights: Sequence[float]) -> None:
         if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
-            raise ValueError(f"weights must be positive, finite and at least one, got {list(weights)}")
+            raise ValueError(f"weights must be a non-empty list of positive finite numbers, got {list(weights)}")
         self.num_sources = len(weights)
         self.counts = np.array(_counts(weights), dtype=np.int64)
         self.period = int(self.counts.sum())

@@ -100,7 +100,7 @@ def describe_mixture(mixture: Mixture, parts: list[dict[str, int]]) -> dict[str,
 
 
 def check_held_out_rows(mixture: Mixture, num_rows: list[int], num_samples: int, validation_fraction: float) -> None:
-    """Raise UserError if `num_samples` rows need more rows of a source than its held-out documents fill (`num_rows`)."""
+    """Raise UserError if `num_samples` rows take more of a source than its held-out documents fill (`num_rows`)."""
     if (mixture.consumed(num_samples) <= num_rows).all():
         return
     most = mixture.most_samples(num_rows)

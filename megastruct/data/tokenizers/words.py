@@ -45,7 +45,7 @@ def _pieces(processor: sentencepiece.SentencePieceProcessor) -> list[str]:
 
 
 def _is_word_by_word(processor: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether the ids of a text are those of its words: a BPE model without pieces across words, equal at every word."""
+    """Whether this is a BPE model in which the ids of a text are the concatenated ids of its words."""
     if not keeps_words_apart(processor) or processor.encode("ab cd") != processor.encode("ab") + processor.encode("cd"):
         return False
     if processor.piece_to_id(SPACE) == processor.unk_id():  # adjacent unknown characters become one id
@@ -118,8 +118,8 @@ class Words:
 class PlainWords(Words):
     """Words of a model that puts a space before a text and leaves its characters unchanged.
 
-    A word begins after a space, or at a character that is in no longer piece. If there are several spaces before a word,
-    all but the first belong to the word, because there are pieces of several spaces; they are written as `SPACE`.
+    A word begins after a space, or at a character that is in no longer piece. Of several spaces before a word, all but
+    the first belong to the word, because there are pieces of several spaces; they are written as `SPACE`.
     """
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,9 +26,6 @@ from megastruct.data.preparation.prepare import prepare
 from megastruct.data.sources.find import find_shards
 from megastruct.data.sources.reading import read_patiently
 from megastruct.data.tokenizers.sentence_piece import SentencePieceTokenizer
-
-if TYPE_CHECKING:  # an optional dependency
-    from tokenizers import Tokenizer as FastTokenizer
 
 SEQ_LENGTH = 2048
 GLOBAL_BATCH_SIZE = 32
@@ -131,7 +128,7 @@ def _mapped(folder: Path, tokenizer: SentencePieceTokenizer, texts: list[str]) -
     return run
 
 
-def fast_tokenizer(tokenizer: SentencePieceTokenizer) -> FastTokenizer:
+def fast_tokenizer(tokenizer: SentencePieceTokenizer) -> Any:
     """A `tokenizers.Tokenizer` with the pieces and merges of a SentencePiece BPE model.
 
     Like most fast tokenizers it splits at spaces before it merges, so its ids differ from SentencePiece's where several

@@ -91,8 +91,8 @@ def merge_cursors(cursors: list[np.ndarray]) -> np.ndarray:
     return np.maximum.reduce(cursors)
 
 
-def describe_mixture(mixture: Mixture, parts: list[dict[str, int]]) -> dict[str, str]:
-    """The entry of a run's record that describes its mixture, from the numbers of each source; empty for one source."""
+def describe_mixture(mixture: Mixture, parts: list[dict]) -> dict:
+    """What the record of a run says of several sources, beside their sums; nothing for one."""
     if mixture.num_sources == 1:
         return {}
     shares = [{"samples": count, **part} for count, part in zip(mixture.counts.tolist(), parts, strict=True)]

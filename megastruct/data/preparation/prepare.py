@@ -167,7 +167,7 @@ def _locked(output: Path) -> Iterator[None]:
 
 def _refuse_other_settings(output: Path, old: Settings, new: Settings) -> None:
     problems = []
-    suggestion = "give the previous value, or another --output"
+    suggestion = "give the same settings, or another --output"
     for key in ("text_column", "validation_fraction", "max_shard_tokens"):
         before, now = getattr(old, key), getattr(new, key)
         if before != now:

@@ -73,7 +73,7 @@ def serve(connection: Connection, sources: Sequence[TextSource], starts: dict[St
 
 def main(descriptor: int) -> None:
     """The whole life of the process; `descriptor`: of the socket."""
-    # Signals reach all processes of a terminal or job, but the trainer needs data to finish its step.
+    # Ctrl-C reaches all processes of a terminal, other signals all of a job: the trainer finishes its step, with data.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure parts of the project beside what others would use.
+"""Benchmark parts of the project against common alternatives.
 
 python tools/benchmark.py data --input DIR_OR_GLOB --tokenizer tokenizer.model
 python tools/benchmark.py documents configs/run/s_dense.yaml training.micro_batch_size=8

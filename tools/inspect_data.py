@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Show what is in a folder of token shards, and verify it: python tools/inspect_data.py tokens/ --verify."""
+"""Show the contents of a folder of token shards, or verify it: python tools/inspect_data.py tokens/ --verify."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a config will cost, without starting it: python tools/plan.py configs/run/xl_lowrank_32.yaml parallel.pp=2."""
+"""Estimate what a config costs: python tools/plan.py configs/run/xl_lowrank_32.yaml parallel.pp=2."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Curves of runs side by side as a PNG: python tools/plot_runs.py runs/dense runs/lowrank --output curves.png."""
+"""Plot curves of several runs as a PNG: python tools/plot_runs.py runs/dense runs/lowrank --output curves.png."""
 
 from __future__ import annotations
 

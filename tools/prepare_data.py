@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Turn text shards into token shards, once, so that training need not tokenise.
+"""Tokenise text shards once into token shards, so that training need not tokenise.
 
 python tools/prepare_data.py --input DIR_OR_GLOB --output tokens/ --tokenizer tokenizer.model --workers 8
 """

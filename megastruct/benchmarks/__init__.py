@@ -1,1 +1,1 @@
-"""Measurements that compare what this project does with what others would do, from one run on one machine."""
+"""Benchmarks that compare this project with common alternatives, both measured in one run on one machine."""

@@ -1,8 +1,8 @@
-"""How fast text becomes tokens and tokens become batches, beside the bare libraries, on the same text in one process.
+"""How fast text is tokenised and batches are read, compared with the bare libraries on the same text in one process.
 
-Preparation is counted in CPU seconds (of all threads), which other work on the machine disturbs less, and which is
-what many workers on many cores cost; readers in wall time. Ways to the same end take turns, and the best of some
-rounds counts.
+Preparation is measured in CPU seconds of all threads, because CPU time is what many workers on many cores cost and is
+less disturbed by other work on the machine. Readers are measured in wall time. The variants run in turn, and each
+variant's best round counts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ READER_SECONDS = 4.0
 
 
 class Row(NamedTuple):
-    """One way: how many tokens it made, and how fast; `note` says what was not measured."""
+    """One variant: how many tokens it produced, and how fast; a `note` says why it was not measured."""
 
     name: str
     num_tokens: int
@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """`preparing`: per CPU second of one core; `reading`: per second of wall time in the process that trains."""
+    """Speeds of `preparing` in tokens per CPU second, and of `reading` in tokens per second in the training process."""
 
     num_documents: int
     num_characters: int
@@ -52,7 +52,7 @@ class Measured(NamedTuple):
 
 
 def measure(input_path: str, tokenizer_path: str, text_column: str, max_characters: int, rounds: int) -> Measured:
-    """Measure on the first documents of `input_path`, up to `max_characters`.
+    """Measure on the first documents of `input_path`, about `max_characters` in all, in `rounds` rounds.
 
     Raises:
         UserError: the text or the tokenizer cannot be read.
@@ -62,7 +62,7 @@ def measure(input_path: str, tokenizer_path: str, text_column: str, max_characte
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "text").mkdir()
-        for part in range(4):  # some shards, so that there are some streams to read
+        for part in range(4):  # several shards, so that there are several streams to read
             table = pa.table({"content": texts[part::4]})
             pq.write_table(table, folder / "text" / f"{part}.parquet", compression="zstd")
         preparing = _measure_preparing(folder, tokenizer, texts, rounds)
@@ -108,7 +108,7 @@ def _measure_preparing(folder: Path, tokenizer: SentencePieceTokenizer, texts: l
 
 
 def _mapped(folder: Path, tokenizer: SentencePieceTokenizer, texts: list[str]) -> Callable[[], int]:
-    """Tokenising by `datasets.map` into its cache file, with one process and one thread."""
+    """Tokenise with `datasets.map` into its cache file, with one process and one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import datasets
 
@@ -117,7 +117,7 @@ def _mapped(folder: Path, tokenizer: SentencePieceTokenizer, texts: list[str]) -
     dataset = datasets.Dataset.from_dict({"content": texts})
     numbers = iter(range(1000))
 
-    def encode(batch: dict) -> dict:
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         return {"ids": [encoding.ids for encoding in fast.encode_batch_fast(batch["content"])]}
 
     def run() -> int:
@@ -131,8 +131,8 @@ def _mapped(folder: Path, tokenizer: SentencePieceTokenizer, texts: list[str]) -
 def fast_tokenizer(tokenizer: SentencePieceTokenizer) -> Any:
     """A `tokenizers.Tokenizer` with the pieces and merges of a SentencePiece BPE model.
 
-    It splits at spaces before it merges, as fast tokenizers do where they can; where several spaces follow each other
-    its ids differ from SentencePiece's.
+    Like most fast tokenizers it splits at spaces before it merges, so its ids differ from SentencePiece's where several
+    spaces follow each other.
     """
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers import models, pre_tokenizers

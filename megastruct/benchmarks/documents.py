@@ -1,7 +1,7 @@
-"""What attention inside of documents costs: a training step's forward and backward with it, beside one without.
+"""What attention within documents costs: forward and backward of a training step with it and without it.
 
-The model of a config, on one device, on random ids with documents of exponentially distributed lengths. The ways take
-turns, and the fastest of some rounds counts.
+The model of a config runs on one device, on random ids with geometrically distributed document lengths. The variants
+run in turn, and each variant's fastest step counts.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from megastruct.models.gpt import GPT, build_gpt
 from megastruct.planning.cost import has_block_kernel
 
 EOD = 2
-NUM_BATCHES = 8  # with other borders each
+NUM_BATCHES = 8  # each with different document borders
 WARM_UP_ROUNDS = 2
 
 
 class Way(NamedTuple):
-    """One way to attend: the fastest step of all rounds, and the most memory that one allocated (GPUs only)."""
+    """One variant of attention: its fastest step, and the peak memory that its last step allocated (0 on the CPU)."""
 
     name: str
     milliseconds: float
@@ -32,15 +32,19 @@ class Way(NamedTuple):
 
 
 def measure(config: Config, mean_tokens: float, rounds: int, device: torch.device) -> list[Way]:
-    """Steps of one micro-batch: across borders, with a dense mask, and with FlexAttention's kernel where it runs.
+    """Time steps of one micro-batch: across borders, with a dense mask, and with FlexAttention's kernel where it runs.
 
-    `mean_tokens`: of a document.
+    Args:
+        config: sets the model, the micro-batch, the precision and compilation.
+        mean_tokens: mean length of a document, at least 1.
+        rounds: measured steps of each variant, after 2 that warm up.
+        device: where the steps run.
     """
     ways = {"across borders": _model(config, None, device), "inside, dense mask": _model(config, EOD, device)}
     on_gpu_in_bf16 = device.type == "cuda" and config.training.precision == "bf16"
     if on_gpu_in_bf16 and has_block_kernel(config.model.attention_head_dim):
         ways["inside, kernel"] = _model(config, EOD, device)
-    ways["inside, dense mask"].head_dim = 0  # as if there were no kernel
+    ways["inside, dense mask"].head_dim = 0  # which switches the kernel off
     ids = draw_rows(config, mean_tokens).to(device)
     best = {name: float("inf") for name in ways}
     peak = dict.fromkeys(ways, 0)
@@ -53,7 +57,7 @@ def measure(config: Config, mean_tokens: float, rounds: int, device: torch.devic
 
 
 def draw_rows(config: Config, mean_tokens: float) -> Tensor:
-    """int64 [NUM_BATCHES, b, s], of which every token ends a document with probability 1 / mean_tokens."""
+    """Random ids, int64 [NUM_BATCHES, b, s]; every token ends a document with probability 1 / mean_tokens."""
     training, generator = config.training, torch.Generator().manual_seed(0)
     shape = (NUM_BATCHES, training.micro_batch_size, training.seq_length)
     ids = torch.randint(EOD + 1, config.model.vocab_size, shape, generator=generator)

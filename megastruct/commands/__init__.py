@@ -1,1 +1,1 @@
-"""Top floor: the console commands. Each parses its arguments, checks them, calls the package and prints."""
+"""Top floor: the console commands. Each parses and checks its arguments, calls the package, and prints."""

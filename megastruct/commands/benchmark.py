@@ -1,9 +1,10 @@
-"""Measure parts of the project beside what others would use.
+"""Benchmark parts of the project against common alternatives.
 
     megastruct-benchmark data --input DIR_OR_GLOB --tokenizer tokenizer.model
     megastruct-benchmark documents configs/run/s_dense.yaml training.micro_batch_size=8
 
-data: text to tokens and tokens to batches. documents: attention inside of documents, beside attention across borders.
+data: tokenising text, and reading batches. documents: attention within documents, compared with attention across
+document borders.
 """
 
 from __future__ import annotations
@@ -22,19 +23,31 @@ from megastruct.errors import Problem, UserError, user_errors_exit
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run one benchmark and print its table. A user's mistake exits with code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True)
-    data = what.add_parser("data", help="text to tokens and tokens to batches")
+    data = what.add_parser("data", help="tokenising text, and reading batches")
     data.add_argument("--input", required=True, help="folder, glob, file or Hugging Face name of text shards")
     data.add_argument("--tokenizer", required=True, help="SentencePiece model file (BPE)")
     data.add_argument("--text-column", default="content", help="column that holds the text (default: %(default)s)")
-    data.add_argument("--max-characters", type=int, default=10_000_000, help="text to measure on (%(default)s)")
-    data.add_argument("--rounds", type=int, default=3, help="the best of so many counts (%(default)s)")
-    documents = what.add_parser("documents", help="attention inside of documents")
-    documents.add_argument("config", help="YAML file; its model, micro-batch, precision and compilation are measured")
+    data.add_argument(
+        "--max-characters",
+        type=int,
+        default=10_000_000,
+        help="number of characters of text to measure on (default: %(default)s)",
+    )
+    data.add_argument(
+        "--rounds", type=int, default=3, help="number of rounds; the best one counts (default: %(default)s)"
+    )
+    documents = what.add_parser("documents", help="attention within documents")
+    documents.add_argument("config", help="YAML file; sets the model, micro-batch, precision and compilation")
     documents.add_argument("overrides", nargs="*", metavar="section.key=value")
-    documents.add_argument("--mean-tokens", type=int, default=600, help="of a document (%(default)s)")
-    documents.add_argument("--rounds", type=int, default=10, help="the best of so many counts (%(default)s)")
+    documents.add_argument(
+        "--mean-tokens", type=int, default=600, help="mean length of a document in tokens (default: %(default)s)"
+    )
+    documents.add_argument(
+        "--rounds", type=int, default=10, help="number of rounds; the best one counts (default: %(default)s)"
+    )
     for command, run in ((data, benchmark_data), (documents, benchmark_documents)):
         command.set_defaults(run=run)
     arguments = parser.parse_args(argv)
@@ -51,13 +64,19 @@ def _check_counts(arguments: argparse.Namespace) -> None:
 
 
 def benchmark_documents(arguments: argparse.Namespace) -> None:
+    """Print the time (ms), the ratio to the first variant, and on GPUs the peak memory (GiB) of each variant.
+
+    Raises:
+        UserError: the config is invalid.
+    """
     config = load_config(arguments.config, arguments.overrides)
     cuda = torch.cuda.is_available() and config.hardware.device != "cpu"
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     training, where = config.training, torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     print(f"{where}, PyTorch {torch.__version__}, {training.precision}{', compiled' if training.compile else ''}")
     print(
-        f"{training.micro_batch_size} x {training.seq_length} tokens, {arguments.mean_tokens} a document, a step of one"
+        f"one step of {training.micro_batch_size} x {training.seq_length} tokens, "
+        f"{arguments.mean_tokens} tokens per document on average"
     )
     ways = documents_benchmark.measure(config, arguments.mean_tokens, arguments.rounds, device)
     for way in ways:
@@ -66,6 +85,11 @@ def benchmark_documents(arguments: argparse.Namespace) -> None:
 
 
 def benchmark_data(arguments: argparse.Namespace) -> None:
+    """Print the speed of tokenising (tokens per CPU second) and of reading batches (tokens per second).
+
+    Raises:
+        UserError: the text or the tokenizer cannot be read.
+    """
     measured = data_benchmark.measure(
         arguments.input, arguments.tokenizer, arguments.text_column, arguments.max_characters, arguments.rounds
     )
@@ -76,7 +100,7 @@ def benchmark_data(arguments: argparse.Namespace) -> None:
 
 
 def print_table(title: str, rows: list[data_benchmark.Row]) -> None:
-    """Speeds, and each as a multiple of the first row's."""
+    """Print each row's speed (million tokens/s), its percentage of the first row's, and its number of tokens."""
     print(f"\n{title}")
     for row in rows:
         speed = row.note or f"{row.tokens_per_second / 1e6:8.2f} M tokens/s"

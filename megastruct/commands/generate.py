@@ -15,15 +15,20 @@ from megastruct.inference.load import load_model
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Load a run's newest checkpoint and print the continuation of --prompt. A user's mistake exits with code 2."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="run folder, for example runs/quickstart")
     parser.add_argument("--prompt", default="The ", help="the text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=40)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 = always the likeliest token")
-    parser.add_argument("--top-k", type=int, default=40)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; left out: the run's own")
-    parser.add_argument("--allow-guided", action="store_true", help="also from inside the guided phase")
+    parser.add_argument("--max-new-tokens", type=int, default=40, help="default: %(default)s")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 always picks the likeliest token (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=40, help="sample from this many likeliest tokens (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model file (default: the run's own)")
+    parser.add_argument("--allow-guided", action="store_true", help="also load checkpoints from the guided phase")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     with user_errors_exit():
@@ -32,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer = open_tokenizer(args.tokenizer or args.run / "tokenizer.model")
         prompt = torch.from_numpy(tokenizer.encode([args.prompt])[0].astype("int64")).to(args.device)
         if not 0 < len(prompt) < config.training.seq_length:
-            found = f"{len(prompt)} tokens, the model reads {config.training.seq_length} in all"
+            found = f"has {len(prompt)} tokens, but prompt and continuation must fit into {config.training.seq_length}"
             raise UserError(Problem("--prompt", found, '--prompt "The "'))
         ids = generate(
             model,
@@ -57,6 +62,6 @@ def _check(args: argparse.Namespace) -> None:
         if value < least
     ]
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        problems.append(Problem("--device", f"{args.device}, but PyTorch sees no GPU here", "--device cpu"))
+        problems.append(Problem("--device", f"{args.device} is given, but PyTorch finds no GPU", "--device cpu"))
     if problems:
         raise UserError(problems)

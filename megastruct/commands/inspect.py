@@ -1,7 +1,7 @@
-"""Show what is in a folder of token shards, and verify it.
+"""Show the contents of a folder of token shards, or verify it.
 
-megastruct-inspect tokens/                 counts, lengths of documents, a few documents as text
-megastruct-inspect tokens/ --verify        and read every file: checksums, numbers of documents, ids
+megastruct-inspect tokens/                 show counts, document lengths, and a few documents as text
+megastruct-inspect tokens/ --verify        also read every file and check sizes, checksums, document counts and ids
 """
 
 from __future__ import annotations
@@ -21,18 +21,28 @@ BAR_WIDTH = 40
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse `argv`, or `sys.argv` if it is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="what megastruct-prepare made")
+    parser.add_argument("folder", type=Path, help="folder made by megastruct-prepare")
     parser.add_argument("--verify", action="store_true", help="read every file and compare it with the manifest")
-    parser.add_argument("--samples", type=int, default=3, help="documents to show as text (%(default)s)")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="of lengths and samples (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="other samples (%(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=10**8, help="read for the lengths at most (%(default)s)")
-    parser.add_argument("--workers", type=int, default=4, help="files that --verify reads at a time (%(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=3, help="number of documents to show as text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--split", choices=SPLITS, default="train", help="split of lengths and samples (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed that selects the samples (default: %(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=10**8, help="tokens to read for the lengths (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=4, help="files that --verify reads at once (default: %(default)s)"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Print the contents of a folder of token shards. A user's mistake or a damaged file exits with code 2."""
     arguments = parse_arguments(argv)
     with user_errors_exit():
         check_arguments(arguments)
@@ -49,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise UserError for every number that is too small."""
     problems = [
         Problem(f"--{name.replace('_', '-')}", f"{getattr(arguments, name)} is less than {least}", f"{least} or more")
         for name, least in (("samples", 0), ("seed", 0), ("max_tokens", 1), ("workers", 1))
@@ -59,12 +70,14 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def print_counts(folder: Path, manifest: Manifest) -> None:
+    """Print what the manifest says: sources, tokenizer, size of each split, skipped documents."""
     settings = manifest.settings
     num_bytes = sum(source.num_bytes for source in settings.sources)
-    print(f"{folder}: {manifest.dtype} tokens of {len(settings.sources):,} text shards ({num_bytes / 1e9:,.2f} GB)")
+    print(f"{folder}: {manifest.dtype} tokens from {len(settings.sources):,} text shards ({num_bytes / 1e9:,.2f} GB)")
     tokenizer = settings.tokenizer
     print(
-        f"tokenizer: {tokenizer.vocab_size:,} ids, end of document {tokenizer.eod_id}, sha256 {tokenizer.fingerprint}"
+        f"tokenizer: {tokenizer.vocab_size:,} ids, end-of-document id {tokenizer.eod_id}, "
+        f"sha256 {tokenizer.fingerprint}"
     )
     for split in SPLITS:
         files, total = getattr(manifest.splits, split), getattr(manifest.totals, split)
@@ -74,11 +87,15 @@ def print_counts(folder: Path, manifest: Manifest) -> None:
             f"{len(files):,} files, {sum(file.num_bytes for file in files) / 1e9:,.2f} GB"
         )
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped_documents.items() if count)
-    print(f"skipped: {skipped or 'no document'}")
+    print(f"skipped: {skipped or 'no documents'}")
 
 
 def print_verified(folder: Path, manifest: Manifest, num_workers: int) -> None:
-    """Raises UserError with every file that is not what the manifest says."""
+    """Read every file with `num_workers` threads and compare it with the manifest.
+
+    Raises:
+        UserError: with every file that differs.
+    """
     files = [file for split in SPLITS for file in getattr(manifest.splits, split)]
     num_bytes = sum(file.num_bytes for file in files)
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="verify", disable=not sys.stderr.isatty()) as bar:
@@ -88,14 +105,15 @@ def print_verified(folder: Path, manifest: Manifest, num_workers: int) -> None:
 
         problems = verify(folder, manifest, num_workers, count)
     if problems:
-        noun = "file is" if len(problems) == 1 else "files are"
-        raise UserError(problems, headline=f"{len(problems)} of {len(files)} {noun} not what the manifest says")
-    print(f"verified: {len(files):,} files, {num_bytes / 1e9:,.2f} GB: sizes, sha256, numbers of documents, ids")
+        verb = "does" if len(problems) == 1 else "do"
+        raise UserError(problems, headline=f"{len(problems)} of {len(files)} files {verb} not match the manifest")
+    print(f"verified: {len(files):,} files, {num_bytes / 1e9:,.2f} GB: sizes, sha256, document counts, ids")
 
 
 def print_lengths(found: Lengths, split: str) -> None:
+    """Print a histogram of document lengths in tokens, one row per power of two."""
     print(
-        f"\nlengths of {found.num_documents:,} documents of {split} ({found.num_tokens:,} tokens read): "
+        f"\nlengths of {found.num_documents:,} {split} documents ({found.num_tokens:,} tokens read): "
         f"mean {found.mean:,.1f}, longest {found.longest:,} tokens"
     )
     most = max(found.counts, default=0)

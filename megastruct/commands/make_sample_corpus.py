@@ -2,8 +2,8 @@
 
     megastruct-sample-corpus --output corpus/
 
-The text comes with every Python: the language reference of `help()` and the docstrings of the standard library. The
-same Python version gives the same shards. It is for trying things out: it is far too little to train a model on.
+The text ships with Python: the language reference of `help()` and the docstrings of the standard library. The same
+Python version gives the same shards. The corpus is for trying things out; it is far too small to train a useful model.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from megastruct.errors import Problem, UserError, user_errors_exit
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Write the corpus and print its size. A user's mistake exits with code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="folder for the shards")
     parser.add_argument("--num-shards", type=int, default=4, help="number of files (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""What a config will cost, without starting it: megastruct-plan configs/run/xl_lowrank_32.yaml parallel.pp=2."""
+"""Estimate what a config costs: megastruct-plan configs/run/xl_lowrank_32.yaml parallel.pp=2."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from megastruct.planning.plan import make_plan, suggest
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Print parameters, FLOPs, memory and traffic of a config. A user's mistake exits with code 2."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="YAML file, for example configs/run/xl_lowrank_32.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--num-gpus", type=int, metavar="N", help="all devices; left out: one replica, or parallel.dp")
-    parser.add_argument("--ffn-share", type=float, metavar="SHARE", help="suggest sizes for this share of dense")
-    parser.add_argument("--dense", metavar="CONFIG", help="the model a self-guided run shall match in FLOPs")
-    parser.add_argument("--json", action="store_true", help="all numbers, unrounded")
+    parser.add_argument(
+        "--num-gpus", type=int, metavar="N", help="number of devices in all (default: one replica, or parallel.dp)"
+    )
+    parser.add_argument(
+        "--ffn-share", type=float, metavar="SHARE", help="suggest sizes with this share of the dense FFN's weights"
+    )
+    parser.add_argument("--dense", metavar="CONFIG", help="config whose training FLOPs a self-guided run is to match")
+    parser.add_argument("--json", action="store_true", help="print all numbers, unrounded, as JSON")
     args = parser.parse_intermixed_args(argv)
     with user_errors_exit():
         config = load_config(args.config, args.overrides)
@@ -31,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def report(plan: dict[str, Any]) -> str:
-    """The plan as aligned tables."""
+    """The dict of `make_plan` as aligned tables: memory in GiB, traffic in GB."""
     layout = plan["layout"]
     sections = [
         _table(
@@ -46,7 +51,7 @@ def report(plan: dict[str, Any]) -> str:
                 ("tokens", _count(plan["tokens"])),
                 ("steps", _steps(**plan["steps"])),
                 ("training FLOPs", f"{plan['training_flops']:.3g}"),
-                ("of the forward", ", ".join(f"{_words(k)} {v:.1%}" for k, v in plan["flops_share"].items())),
+                ("forward FLOPs", ", ".join(f"{_words(k)} {v:.1%}" for k, v in plan["flops_share"].items())),
                 ("guided fraction", f"{plan['guided_fraction']:.3f} (FLOP-matched self-guided run)"),
                 ("layout", " x ".join(f"{k} {v}" for k, v in layout.items() if k != "devices")),
                 ("micro-batches", f"{plan['micro_batches_per_step']} per step and replica"),
@@ -56,13 +61,13 @@ def report(plan: dict[str, Any]) -> str:
         "Sent per device and step, GB\n" + _traffic_table(plan["stages"]),
     ]
     if layout["tp"] > 1:
-        sections.append("Sent per device and token by a forward of one linear, bytes\n" + _linear_table(plan))
+        sections.append("Sent per device and token by the forward pass of one linear, bytes\n" + _linear_table(plan))
     if "suggestions" in plan:
         rows = [
             [f"{row['share']:.1%}", " ".join(f"ffn.{key}={value}" for key, value in row.items() if key != "share")]
             for row in plan["suggestions"]
         ]
-        sections.append("Nearest to the wanted share of the FFN\n" + _table(rows))
+        sections.append("Nearest to the requested share of the FFN\n" + _table(rows))
     if plan["warnings"]:
         sections.append("\n".join(f"warning: {text}" for text in plan["warnings"]))
     return "\n\n".join(sections)
@@ -87,7 +92,7 @@ def _memory_table(stages: list[dict[str, Any]]) -> str:
 
 
 def _traffic_table(stages: list[dict[str, Any]]) -> str:
-    """A row per purpose, of those for which any stage sends anything."""
+    """One row per kind and purpose for which at least one stage sends something."""
     kinds = [(kind, purpose) for kind, purposes in stages[0]["traffic_bytes_per_step"].items() for purpose in purposes]
     rows = [["", *(f"stage {stage['stage']}" for stage in stages)]]
     for kind, purpose in kinds:

@@ -1,8 +1,8 @@
-"""Turn text shards into token shards, once, so that training need not tokenise.
+"""Tokenise text shards once into token shards, so that training need not tokenise.
 
     megastruct-prepare --input DIR_OR_GLOB --output tokens/ --tokenizer tokenizer.model --workers 8
 
-Killed and started again it goes on; started again when finished it says so. See megastruct/data/preparation/prepare.py.
+If it is interrupted, run it again to continue; a finished folder is left unchanged.
 """
 
 from __future__ import annotations
@@ -17,28 +17,38 @@ from megastruct.errors import Problem, UserError, user_errors_exit
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse `argv`, or `sys.argv` if it is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, help="folder, glob, file or Hugging Face name of text shards")
     parser.add_argument("--output", required=True, type=Path, help="folder for the token shards")
     parser.add_argument("--tokenizer", required=True, help="SentencePiece model file")
     parser.add_argument("--text-column", default="content", help="column that holds the text (default: %(default)s)")
     parser.add_argument(
-        "--validation-fraction", type=float, default=0.005, help="part of the documents to hold out (%(default)s)"
+        "--validation-fraction",
+        type=float,
+        default=0.005,
+        help="share of the documents to hold out (default: %(default)s)",
     )
-    parser.add_argument("--workers", type=int, default=1, help="processes, each takes a shard at a time (%(default)s)")
     parser.add_argument(
-        "--max-shard-tokens", type=int, default=2**29, help="tokens per file at most (default: %(default)s)"
+        "--workers",
+        type=int,
+        default=1,
+        help="worker processes, each tokenises one shard at a time (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-shard-tokens", type=int, default=2**29, help="largest number of tokens per file (default: %(default)s)"
     )
     parser.add_argument(
         "--patience-seconds",
         type=float,
         default=300.0,
-        help="how long to try a shard that cannot be reached (%(default)s)",
+        help="how long to retry a shard that cannot be reached (default: %(default)s)",
     )
     return parser.parse_args(argv)
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise UserError for every number that is out of range."""
     problems = []
     if not 0 <= arguments.validation_fraction < 1:
         found = f"{arguments.validation_fraction} is not in [0, 1)"
@@ -48,13 +58,14 @@ def check_arguments(arguments: argparse.Namespace) -> None:
             name = "--" + option.replace("_", "-")
             problems.append(Problem(name, f"{getattr(arguments, option)} is less than 1", f"leave {name} out"))
     if not arguments.patience_seconds >= 0:
-        found = f"{arguments.patience_seconds} is negative or no number"
+        found = f"{arguments.patience_seconds} is negative or not a number"
         problems.append(Problem("--patience-seconds", found, "--patience-seconds 300"))
     if problems:
         raise UserError(problems)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Tokenise the shards. Exits with code 2 for a user's mistake, and with 130 for Ctrl-C."""
     arguments = parse_arguments(argv)
     with user_errors_exit():
         check_arguments(arguments)
@@ -71,5 +82,5 @@ def main(argv: Sequence[str] | None = None) -> None:
                 report=lambda line: print(line, flush=True),
             )
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on with the shards that are left", file=sys.stderr)
+            print("interrupted; run the same command again to continue with the remaining shards", file=sys.stderr)
             raise SystemExit(130) from None

@@ -2,7 +2,7 @@
 
     megastruct-tokenizer --input DIR_OR_GLOB --output tokenizers/en32k/ --vocab-size 32000
 
-The same shards and options give the same file. Beside NAME.model lies NAME.training.json, which says how it was made.
+The same shards and options give the same file. NAME.training.json, next to NAME.model, records how it was made.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from megastruct.errors import Problem, UserError, user_errors_exit
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Train the tokenizer and print its path. A user's mistake exits with code 2."""
     arguments = _parse(argv)
     with user_errors_exit():
         for option in ("vocab_size", "max_characters"):
@@ -40,9 +41,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", required=True, help="FOLDER/ (for FOLDER/tokenizer.model) or PREFIX (for PREFIX.model)"
     )
-    parser.add_argument("--vocab-size", required=True, type=int, help="number of ids, with bytes and control tokens")
+    parser.add_argument(
+        "--vocab-size", required=True, type=int, help="number of ids, including bytes and control tokens"
+    )
     parser.add_argument("--text-column", default="content", help="column that holds the text (default: %(default)s)")
     parser.add_argument(
-        "--max-characters", type=int, default=50_000_000, help="read so much text at most (default: %(default)s)"
+        "--max-characters",
+        type=int,
+        default=50_000_000,
+        help="largest number of characters to train on (default: %(default)s)",
     )
     return parser.parse_args(argv)

@@ -1,12 +1,12 @@
-"""The data room: text or token shards in, micro-batches out, in an order that depends on the seed alone.
+"""Training data: reads text or token shards and yields micro-batches in an order that depends on the seed alone.
 
-`protocols.py` says what can be added (storages, formats, tokenizers, kinds of data) and what each must do.
+`protocols.py` defines the interfaces for additions: storages, formats, tokenizers and kinds of data.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megastruct.data.batch import Batch
@@ -25,8 +25,8 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import on first use: the tools and their worker processes need no torch, which takes seconds to load."""
+def __getattr__(name: str) -> object:
+    """Import on first use, because tools and worker processes do without torch, which takes seconds to load."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

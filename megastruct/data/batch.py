@@ -1,4 +1,4 @@
-"""The batch: the one thing that leaves the data room.
+"""The batch that every reader yields.
 
 Letters for shapes: b = micro_batch_size, s = seq_length.
 """

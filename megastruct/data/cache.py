@@ -1,8 +1,9 @@
-"""What was found by reading much of the data, kept in a folder of the run so that it is read once.
+"""A cache in the run folder for results that take much reading to find.
 
-The ranks of a machine ask for it at the same time: one looks, the others wait for it. Without a folder, or where it
-cannot be written, each looks itself. A value's name holds all that it depends on, so that no value is ever stale; what
-a name on the hub stands for is kept as it was at the run's first start.
+The ranks of a machine ask for a result at the same time: one rank computes it while the others wait. Without a folder,
+or if the folder cannot be written, every rank computes it. The name of an entry contains a hash of everything that the
+result depends on, so no entry is ever stale. The commit of a hub dataset is the exception: it stays as it was when the
+run first started.
 """
 
 from __future__ import annotations
@@ -22,20 +23,21 @@ FOLDER_NAME = "data_cache"
 
 
 def key_of(*parts: Any) -> str:
-    """A short name for plain values."""
+    """A hash of plain values (whatever JSON can express) as 24 hex digits, for the name of an entry."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
 def cached_array(folder: Path | None, name: str, find: Callable[[], np.ndarray], parents: bool = False) -> np.ndarray:
-    """The array `name` of the cache, or else what `find` returns, which is kept.
+    """The array `name` of the cache; if it is missing, what `find` returns, which is then stored.
 
-    The folder is made if the one above it exists, or `parents` may be made. What `find` raises is not kept.
+    `folder` is created if its parent exists, or together with its parents if `parents` is true. Errors of `find` are
+    passed on and not stored.
     """
     with _locked(folder, parents) as usable:
         if folder is None or not usable:
             return find()
         path = folder / f"{name}.npy"
-        with contextlib.suppress(OSError, ValueError, EOFError):  # missing, or damaged: found anew
+        with contextlib.suppress(OSError, ValueError, EOFError):  # missing or damaged: computed again
             return np.load(path, allow_pickle=False)
         array = find()
         with contextlib.suppress(OSError), NewFile(path) as file:
@@ -44,14 +46,14 @@ def cached_array(folder: Path | None, name: str, find: Callable[[], np.ndarray],
 
 
 def cached_json(folder: Path | None, name: str, find: Callable[[], Any]) -> Any:
-    """As `cached_array`, of plain values; the folders above are made, so that it is kept in any case."""
+    """Like `cached_array`, for plain values. Missing parent folders are created, so that the value is always stored."""
     array = cached_array(folder, name, lambda: np.frombuffer(json.dumps(find()).encode(), np.uint8), parents=True)
     return json.loads(array.tobytes())
 
 
 @contextlib.contextmanager
 def _locked(folder: Path | None, parents: bool) -> Iterator[bool]:
-    """Whether the folder can be used; if so, no other process uses it meanwhile."""
+    """Yield whether the folder can be used; if so, no other process uses it at the same time."""
     with contextlib.ExitStack() as stack:
         try:
             if folder is None:

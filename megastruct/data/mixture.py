@@ -1,15 +1,15 @@
-"""Several sources in one order: which source a global sample comes from, and which of its own samples it is.
+"""Several sources in one order: which source a global sample comes from, and its index within that source.
 
     sample:   0  1  2  3  4  5  6  7 ...      weights 3 : 1
     source:   a  b  a  a  a  b  a  a ...      a pattern of `period` samples, repeated
-    its own:  0  0  1  2  3  1  4  5 ...
+    index:    0  0  1  2  3  1  4  5 ...
 
-Every prefix of the order has each source's share to less than one sample; nothing is drawn, so nothing is kept, and
-any sample is found without those before it. Pure functions, no I/O.
+In every prefix of the order, each source has its share to within less than one sample. Nothing is random, so there is
+no state, and any sample can be located without the samples before it. Pure functions, no I/O.
 
-Source k's sample j of a period may come from position j * period / counts[k] on, and is due at (j + 1) * period /
-counts[k]; every position is given to the sample that is due first among those that may come (R. Tijdeman, "The chairman
-assignment problem", 1980: no source is ever a whole sample from its share, however many there are).
+Within a period, sample j of source k is released at position j * period / counts[k] and due at (j + 1) * period /
+counts[k]. Every position takes the released sample that is due first (R. Tijdeman, "The chairman assignment problem",
+1980, proves that no source is ever a whole sample away from its share, for any number of sources).
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ _MAX_SEARCHED = 1 << 20
 
 
 class Mixture:
-    """The weighted interleave of sources; with one source every sample is its own.
+    """The weighted interleave of sources; with one source, its order is the global order.
 
     Attributes:
-        num_sources: how many weights there are.
-        period: the order of sources repeats after so many samples.
-        counts: int64 [num_sources], samples of each source in a period. Exact shares of the weights as they are written
-            in decimals if a period of at most 65,536 samples allows it, else rounded to it, with at least 1.
+        num_sources: number of weights.
+        period: number of samples after which the order of sources repeats.
+        counts: int64 [num_sources], samples of each source per period. Decimal weights are exact if a period of at most
+            65,536 samples allows it; otherwise they are rounded to such a period, with at least 1 sample per source.
 
     Raises:
-        ValueError: there is no weight, one is not positive and finite, or one rounds to more sources than a period has.
+        ValueError: there is no weight, a weight is not positive and finite, or there are too many sources for a period.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
         if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
-            raise ValueError(f"positive weights are wanted, got {list(weights)}")
+            raise ValueError(f"weights must be a non-empty list of positive finite numbers, got {list(weights)}")
         self.num_sources = len(weights)
         self.counts = np.array(_counts(weights), dtype=np.int64)
         self.period = int(self.counts.sum())
         self._sources = np.array(_dealt(self.counts.tolist()), dtype=np.int64)  # [period]
-        self._indices = np.empty(self.period, dtype=np.int64)  # of each sample of a period among those of its source
+        self._indices = np.empty(self.period, dtype=np.int64)  # of each sample of a period within its source
         for source in range(self.num_sources):
             self._indices[self._sources == source] = np.arange(self.counts[source])
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source, sample of that source) of global `samples` (int64, any shape); both int64 of that shape."""
+        """(source, index within that source) of global `samples` (int64, any shape); both int64 of the same shape."""
         periods, offsets = np.divmod(np.asarray(samples, dtype=np.int64), self.period)
         sources = self._sources[offsets]
         return sources, periods * self.counts[sources] + self._indices[offsets]
 
     def consumed(self, num_samples: int) -> np.ndarray:
-        """How many samples of each source are among the global samples [0, num_samples); int64 [num_sources]."""
+        """Number of samples of each source among the global samples [0, num_samples); int64 [num_sources]."""
         periods, offset = divmod(num_samples, self.period)
         return periods * self.counts + np.bincount(self._sources[:offset], minlength=self.num_sources)
 
@@ -74,7 +74,7 @@ class Mixture:
     def streams_of_rank(
         self, num_streams: Sequence[int], first_sample: int, micro_batch_size: int, dp_rank: int, dp_size: int
     ) -> list[tuple[int, int]]:
-        """(source, stream) of all streams from which a rank may be dealt a sample; source k has num_streams[k]."""
+        """(source, stream) of all streams from which the rank may be dealt samples. Source k has num_streams[k]."""
         if self.num_sources == 1:
             own = streams_of_rank(num_streams[0], first_sample, micro_batch_size, dp_rank, dp_size)
             return [(0, stream) for stream in own]
@@ -87,7 +87,7 @@ class Mixture:
         sources, indices = self.locate(own_samples)
         found = []
         for source in range(self.num_sources):
-            # After a cycle each source has advanced by `step`, so that only residues modulo `common` are told apart.
+            # Each cycle advances the source by `step` samples, so only residues modulo `common` can be distinguished.
             step = cycle // self.period * int(self.counts[source])
             common = math.gcd(step, num_streams[source])
             residues = set((indices[sources == source] % common).tolist())
@@ -102,7 +102,7 @@ def _counts(weights: Sequence[float]) -> list[int]:
     if period <= _MAX_PERIOD:
         return [int(share * period) for share in shares]
     if len(weights) > _MAX_PERIOD:
-        raise ValueError(f"{len(weights)} sources are more than {_MAX_PERIOD}")
+        raise ValueError(f"{len(weights)} sources are too many, at most {_MAX_PERIOD} are possible")
     counts = [max(1, int(share * _MAX_PERIOD)) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda k: counts[k] - shares[k] * _MAX_PERIOD)
     for k in by_remainder[: max(0, _MAX_PERIOD - sum(counts))]:
@@ -111,17 +111,17 @@ def _counts(weights: Sequence[float]) -> list[int]:
 
 
 def _dealt(counts: Sequence[int]) -> list[int]:
-    """The source of each position of a period; of equal claims the first source's goes first."""
+    """The source of each position of a period; samples that are due at the same position go in the order of sources."""
     period = sum(counts)
 
     def due_of(source: int) -> int:
-        # Different fractions differ by at least 1 / _MAX_PERIOD**2, so that their order is that of these numbers.
+        # Different fractions differ by at least 1 / _MAX_PERIOD**2, so these integers are ordered as the fractions are.
         return ((given[source] + 1) << _DUE_BITS) // counts[source]
 
     given = [0] * len(counts)
-    due = [(due_of(source), source) for source in range(len(counts))]  # of the samples that may come
+    due = [(due_of(source), source) for source in range(len(counts))]  # of the released samples
     heapq.heapify(due)
-    later: list[tuple[int, int]] = []  # of the others: (first position, source)
+    later: list[tuple[int, int]] = []  # of the others: (release position, source)
     sources = []
     for position in range(period):
         while later and later[0][0] <= position:

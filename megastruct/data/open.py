@@ -1,4 +1,4 @@
-"""The one way in: everything that can be wrong with the data is found here, before a model is built."""
+"""Open the data of a run. All checks of the data happen here, before a model is built."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megastruct.data.protocols import TrainingData
 from megastruct.data.text.open import open_text
 from megastruct.data.tokens.open import open_tokens
 
-# All kinds of training data, by `data.kind`.
+# The registry of kinds of training data, by `data.kind`.
 KINDS: dict[str, Callable[[DataOptions], TrainingData]] = {"tokens": open_tokens, "text": open_text}
 
 
@@ -17,6 +17,6 @@ def open_data(options: DataOptions) -> TrainingData:
     """Find and check the data of a run.
 
     Raises:
-        UserError: anything is missing, damaged or does not fit, with all problems that one look can find.
+        UserError: data is missing, damaged or does not fit the config; all problems are reported at once.
     """
     return KINDS[options.data.kind](options)

@@ -1,4 +1,4 @@
-"""What opening data of any kind shares."""
+"""Helpers for opening any kind of data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from megastruct.errors import Problem, UserError
 
 
 def check_vocab_size(of_tokenizer: int, of_model: int) -> None:
-    """Raises UserError if the model has fewer ids than the tokenizer."""
+    """Raise UserError if the model has fewer ids than the tokenizer."""
     if of_model < of_tokenizer:
-        found = f"{of_model} is less than the tokenizer's {of_tokenizer}"
+        found = f"{of_model} is less than the {of_tokenizer} ids of the tokenizer"
         raise UserError(Problem("model.vocab_size", found, f"model.vocab_size={of_tokenizer} or more"))

@@ -1,4 +1,4 @@
-"""What opening data needs to know of a run."""
+"""The part of a run's config that its data depends on."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from megastruct.config.schema import Config, DataConfig
 
 @dataclass(frozen=True)
 class DataOptions:
-    """A run's section `data`, and the few values of others that data depends on.
+    """The config's section `data`, and the few values of other sections that the data depends on.
 
-    Relative paths start at the current directory.
+    Relative paths are relative to the current directory.
+
+    Raises:
+        ValueError: `seq_length` is less than 1.
     """
 
     data: DataConfig
-    seq_length: int  # tokens per sample without the last label, at least 1
+    seq_length: int  # tokens per sample, not counting the last label; at least 1
     vocab_size: int  # the model's; at least the tokenizer's
     seed: int  # of the data order
-    cache_folder: Path | None = None  # keeps what takes long to find (cache.py); not made without the folder above it
-    hub_commits: Sequence[str | None] = ()  # of each path, the one that it stands for if the cache has none
+    cache_folder: Path | None = None  # for results that take long to find (cache.py); needs an existing parent folder
+    hub_commits: Sequence[str | None] = ()  # commit of each path, used if the cache has none
 
     def __post_init__(self) -> None:
         if self.seq_length < 1:
@@ -31,6 +34,7 @@ class DataOptions:
     def of(
         cls, config: Config, cache_folder: Path | None = None, hub_commits: Sequence[str | None] = ()
     ) -> DataOptions:
+        """The options of a run with this config."""
         return cls(
             config.data,
             seq_length=config.training.seq_length,
@@ -42,16 +46,17 @@ class DataOptions:
 
     @property
     def paths(self) -> list[tuple[str, str]]:
-        """(its key in the config, path as it is written) of every source."""
+        """(key in the config, path as written) of every source."""
         if isinstance(self.data.path, str):
             return [("data.path", self.data.path)]
         return [(f"data.path.{index}", source.path) for index, source in enumerate(self.data.path)]
 
     @property
     def weights(self) -> list[float]:
-        """Of every source."""
+        """The weight of every source, in the order of `paths`."""
         return [weight for _, weight in self.data.sources]
 
     @property
     def tokenizer_path(self) -> Path | None:
+        """The absolute path of `data.tokenizer`; None if it is not set."""
         return Path(self.data.tokenizer).expanduser().absolute() if self.data.tokenizer else None

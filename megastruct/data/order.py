@@ -1,11 +1,11 @@
-"""The order of the data: which sample is consumed when, by whom, and where it lies. Pure functions, no I/O.
+"""The order of the data: when and by which rank a sample is consumed, and where it is stored. No I/O, no state.
 
     global sample index --deal-->    step, data-parallel rank, micro-batch
     global sample index --locate_rows--> epoch, row of the token shards           (kind: tokens)
     global sample index --locate_streams--> virtual stream, row inside that stream (kind: text)
 
-None of it depends on the number of ranks or on the micro-batch size except `deal`, which only hands samples out.
-So the tokens of step t are the same set, whatever the layout of the run.
+Only `deal`, which hands samples out to ranks, depends on the number of ranks and the micro-batch size. The set of
+tokens of step t is therefore the same in every layout of the run.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _UINT = np.uint64
 def deal(first_sample: int, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> np.ndarray:
     """The samples of one rank among [first_sample, first_sample + num_samples), cut into micro-batches.
 
-    Micro-batches are runs of `micro_batch_size` samples, dealt to the ranks in turn: another dp_size deals the same
-    micro-batches to other ranks, so that in bf16 too only the order of sums between micro-batches changes.
+    A micro-batch is `micro_batch_size` consecutive samples; micro-batches are dealt to the ranks in turn. With another
+    dp_size the same micro-batches go to other ranks, so only the order in which their gradients are summed changes.
 
     Returns:
         int64 [num_samples / (dp_size * micro_batch_size), micro_batch_size], global sample indices.
@@ -44,11 +44,15 @@ def deal(first_sample: int, num_samples: int, micro_batch_size: int, dp_rank: in
 
 
 class Permutation:
-    """A keyed pseudo-random bijection of [0, size) that costs O(1) memory, for sizes from 1 to 2^62.
+    """A keyed pseudo-random bijection of [0, size) in O(1) memory, for sizes from 1 to 2^62.
 
     A Feistel network over Z_a x Z_b with a * b just above `size`: each round adds a keyed hash of one half to the
-    other half, so it can be undone whatever the hash is. An image outside of [0, size) is mapped again until it
-    falls inside (cycle walking); at most one value in about sqrt(size) is outside.
+    other half, which is invertible for any hash. An image outside [0, size) is mapped again until it falls inside
+    (cycle walking); at most about one value in sqrt(size) is outside. See J. Black and P. Rogaway, "Ciphers with
+    arbitrary finite domains", 2002.
+
+    Raises:
+        ValueError: the size, or a value in a call, is out of range.
     """
 
     def __init__(self, size: int, seed: int) -> None:
@@ -101,17 +105,17 @@ class Permutation:
 
 
 def _mix(values: np.ndarray, key: np.uint64) -> np.ndarray:
-    """The finaliser of splitmix64 over `values` + key: every input bit reaches every output bit. uint64 in and out."""
-    mixed = values * _UINT(0x9E3779B97F4A7C15) + key  # array arithmetic wraps modulo 2^64, which is what is wanted
+    """The finaliser of splitmix64 on `values` + key, uint64: every input bit affects every output bit."""
+    mixed = values * _UINT(0x9E3779B97F4A7C15) + key  # array arithmetic wraps modulo 2^64, as intended
     mixed = (mixed ^ (mixed >> _UINT(30))) * _UINT(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> _UINT(27))) * _UINT(0x94D049BB133111EB)
     return mixed ^ (mixed >> _UINT(31))
 
 
 def locate_rows(samples: np.ndarray, num_rows: int, seed: int) -> np.ndarray:
-    """Rows of the un-shuffled packing that `samples` (int64, any shape) read: every row once per epoch.
+    """Rows of the unshuffled packing that `samples` (int64, any shape) read; int64 of the same shape.
 
-    Sample i belongs to epoch i // num_rows; each epoch has its own permutation. int64 of the same shape.
+    Sample i belongs to epoch i // num_rows. Each epoch has its own permutation and reads every row once.
     """
     epochs, offsets = np.divmod(np.asarray(samples, dtype=np.int64), num_rows)
     rows = np.empty_like(offsets)
@@ -122,7 +126,7 @@ def locate_rows(samples: np.ndarray, num_rows: int, seed: int) -> np.ndarray:
 
 
 def source_seed(seed: int, source: int) -> int:
-    """The seed of the order inside of one source; the first one's is the run's."""
+    """The seed of the order within one source; source 0 uses the seed of the run."""
     return derive_seed("data", "source", seed, source) if source else seed
 
 
@@ -132,22 +136,22 @@ def epoch_permutation(seed: int, epoch: int, num_rows: int) -> Permutation:
 
 
 def locate_streams(samples: np.ndarray, num_streams: int) -> tuple[np.ndarray, np.ndarray]:
-    """(stream, row inside the stream) of text samples: streams take turns. Both int64, shaped as `samples`."""
+    """(stream, row within the stream) of text samples: streams take turns. Both int64, of the shape of `samples`."""
     rows, streams = np.divmod(np.asarray(samples, dtype=np.int64), num_streams)
     return streams, rows
 
 
 def rows_consumed(num_samples: int, stream: int, num_streams: int) -> int:
-    """How many rows of `stream` the global samples [0, num_samples) have taken."""
+    """Number of rows of `stream` among the global samples [0, num_samples)."""
     return max(0, -(-(num_samples - stream) // num_streams))
 
 
 def streams_of_rank(
     num_streams: int, first_sample: int, micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> list[int]:
-    """The streams from which a rank can ever be dealt a sample, from `first_sample` on.
+    """The streams from which a rank can be dealt samples, from `first_sample` on.
 
-    The rank's samples are runs of micro_batch_size, one in every dp_size * micro_batch_size samples.
+    The rank gets micro_batch_size consecutive samples out of every dp_size * micro_batch_size.
     """
     common = math.gcd(num_streams, dp_size * micro_batch_size)
     first_of_rank = first_sample + dp_rank * micro_batch_size
@@ -156,14 +160,14 @@ def streams_of_rank(
 
 
 def default_num_streams(num_shards: int) -> int:
-    """The largest power of two that is at most `num_shards`, capped at 64 (open files and buffers per rank)."""
+    """The largest power of two up to `num_shards`, at most 64, which bounds open files and buffers per rank."""
     return min(64, 1 << (num_shards.bit_length() - 1))
 
 
 def shard_order(num_shards: int, stream: int, num_streams: int, seed: int, epoch: int) -> np.ndarray:
-    """Indices into the sorted list of shards that `stream` reads in `epoch`, in that order; int64.
+    """Indices into the sorted list of shards that `stream` reads in `epoch`, in reading order; int64 [num_shards].
 
-    The shards of a stream never change (a strided part of one seeded permutation); their order does every epoch.
+    The set of shards is the same in every epoch (a strided part of one seeded permutation); their order changes.
     """
     shards = Permutation(num_shards, derive_seed("data", "shards", seed))(np.arange(num_shards))
     own = shards[stream::num_streams]

@@ -1,4 +1,4 @@
-"""Micro-batches that a thread reads while the trainer works, so that it does not wait for a file system."""
+"""A thread that reads micro-batches ahead, so that the trainer does not wait for a file system."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MICRO_BATCHES_AHEAD = 4
 
 
 class Prefetched(Iterator[Batch]):
-    """The micro-batches of `reader` in their order, at most `MICRO_BATCHES_AHEAD` of them read and not taken yet.
+    """The micro-batches of `reader` in order, at most `MICRO_BATCHES_AHEAD` of them read ahead.
 
-    What the reader raises comes out where its micro-batch would, and again at every call after.
+    An error of the reader is raised in place of the micro-batch that failed, and again by every later call.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -29,10 +29,10 @@ class Prefetched(Iterator[Batch]):
         return batch
 
     def cursor(self) -> np.ndarray:
-        """The reader's behind the micro-batch that was taken last.
+        """The reader's cursor after the micro-batch that was taken last.
 
         Raises:
-            RuntimeError: the current step has micro-batches left.
+            RuntimeError: micro-batches of the current step are left.
         """
         if self._cursor is None:
             raise RuntimeError("micro-batches of the current step are not consumed yet")
@@ -40,6 +40,6 @@ class Prefetched(Iterator[Batch]):
 
 
 def _with_cursors(reader: Reader) -> Iterator[tuple[Batch, np.ndarray | None]]:
-    """Each micro-batch with the reader's cursor behind it, None inside of a step."""
+    """Each micro-batch with the reader's cursor after it; the cursor is None within a step."""
     for batch in reader:
         yield batch, reader.cursor() if reader.is_between_steps else None

@@ -1,4 +1,4 @@
-"""The seams of the data room: what can have more than one implementation, and what each must do.
+"""The interfaces of the data package: what can have several implementations, and what each must do.
 
     Storage         finds shards and opens their bytes: local files, the hub   registry: sources/storages.py
     DocumentFormat  bytes of a shard -> documents: parquet, JSON lines         registry: sources/formats.py
@@ -28,136 +28,164 @@ if TYPE_CHECKING:  # worker processes need no torch, which takes seconds to load
 
 
 class FileState(NamedTuple):
-    """What tells whether a file is still the one that was found."""
+    """Tells whether a file is still the one that was found."""
 
     num_bytes: int
-    version: str  # another one whenever the file was written
+    version: str  # changes whenever the file is written
 
 
 class Storage(Protocol):
-    """Where the bytes of shards are. Its shards have addresses that begin with the scheme it is registered by.
+    """A place that holds shards. The addresses of its shards begin with the scheme under which it is registered.
 
     Attributes:
-        request_bytes: fewer bytes than this are not worth a request of their own.
+        request_bytes: smallest size of a read that is worth a request of its own.
     """
 
     @property
-    def request_bytes(self) -> int: ...
+    def request_bytes(self) -> int:
+        """See the class."""
+        ...
 
     def find(self, search: Search) -> list[TextShard] | None:
-        """The shards that `search.path` stands for, sorted by name; None if it is no path of this storage.
+        """The shards that `search.path` stands for, sorted by name; None if the path does not belong to this storage.
 
-        Which of all files are shards, `search.text_names` says.
+        Use `search.text_names` to select the shards among all files.
 
         Raises:
-            UserError: there is no shard, or the storage cannot be reached; with `search.where`.
+            UserError: there is no shard, or the storage cannot be reached. The message names `search.where`.
         """
         ...
 
     def open(self, shard: TextShard) -> io.RawIOBase | io.BufferedIOBase:
-        """The bytes of a shard, seekable: each read is a request for just these bytes.
+        """A seekable file of the shard's bytes; each read requests only the bytes that it returns.
 
-        Raises whatever the storage raises; see `may_pass` and `refusal`.
+        Raises:
+            Exception: any error of the storage; `may_pass` and `refusal` classify it.
         """
         ...
 
     def state(self, shard: TextShard) -> FileState:
-        """What the file is now. Raises FileNotFoundError if it is gone."""
+        """The current state of the file.
+
+        Raises:
+            FileNotFoundError: the file is gone.
+        """
         ...
 
     def commit_of(self, shard: TextShard) -> str | None:
-        """The commit that the shard is read at, for the record of a run; None where there are no commits."""
+        """The commit at which the shard is read, for the record of a run; None if the storage has no commits."""
         ...
 
     def may_pass(self, shard: TextShard, error: Exception) -> bool:
-        """Whether what failed may work a little later: it is about the way, and not about the file or the program."""
+        """Whether a retry may succeed: the connection failed, not the file or the program."""
         ...
 
     def refusal(self, shard: TextShard, error: Exception) -> Problem | None:
-        """The message for an error by which the storage says no; None: the file itself is damaged or gone."""
+        """The message for an error by which the storage refuses access; None if the file itself is damaged or gone."""
         ...
 
 
 class DocumentFormat(Protocol):
-    """How documents are written in a file.
+    """A file format of text shards.
 
     Attributes:
-        endings: of the names of its files, for example (".parquet",).
-        damage: what reading a damaged file can raise beside OSError and EOFError. Any other exception is a bug.
+        endings: endings of file names, for example (".parquet",).
+        damage: exceptions other than OSError and EOFError that a damaged file can raise. Any other exception is a bug.
     """
 
     @property
-    def endings(self) -> tuple[str, ...]: ...
+    def endings(self) -> tuple[str, ...]:
+        """See the class."""
+        ...
 
     @property
-    def damage(self) -> tuple[type[Exception], ...]: ...
+    def damage(self) -> tuple[type[Exception], ...]:
+        """See the class."""
+        ...
 
     def check(self, shard: TextShard, text_column: str) -> Problem | None:
-        """What is wrong with a shard as far as its first bytes (or its footer) tell, before training starts.
+        """The problem with a shard as far as its first bytes or its footer show it; None if there is none.
 
-        Raises what the storage or a damaged file raises.
+        Raises:
+            Exception: any error of the storage, or one of `damage`.
         """
         ...
 
     def num_documents(self, shard: TextShard) -> int | None:
-        """Documents in the shard, broken ones too; None where only reading all of it would tell. Raises as `check`."""
+        """Number of documents in the shard, including broken ones; None if counting needs all of the file.
+
+        Raises:
+            Exception: any error of the storage, or one of `damage`.
+        """
         ...
 
     def documents(self, shard: TextShard, text_column: str, start: int) -> Iterator[list[Document]]:
-        """Documents from index `start` on, in order, in lists of at least one, which together fit into memory.
+        """Documents from index `start` on, in order, in non-empty lists that are each small enough for memory.
 
-        Indices grow with the place in the file and depend on the file alone. Broken documents are among them.
+        Indices increase through the file and depend on the file alone. Broken documents are included.
 
         Raises:
             UserError: there is no such column.
-            Whatever the storage or a damaged file raises, behind the documents before it.
+            Exception: any error of the storage, or one of `damage`, after the documents before it.
         """
         ...
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. It is pickled for worker processes, which load the file at `path` again.
+    """Converts text to token ids and back. When it is unpickled in a worker process, it loads `path` again.
 
     Attributes:
-        path: absolute path of the file that it was read from.
+        path: absolute path of the tokenizer's file.
         content: the bytes of that file.
-        file_name: of copies of it: the name tells `open_tokenizer` which kind of tokenizer it is.
+        file_name: name for copies of the file, from which `open_tokenizer` recognises the kind of tokenizer.
         fingerprint: sha256 of `content` in hex.
         vocab_size: number of ids; all ids are in [0, vocab_size).
-        eod_id: the end-of-document id; it follows every document and no text becomes it.
+        eod_id: the end-of-document id. It follows every document, and no text is encoded as this id.
     """
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Path:
+        """See the class."""
+        ...
 
     @property
-    def content(self) -> bytes: ...
+    def content(self) -> bytes:
+        """See the class."""
+        ...
 
     @property
-    def file_name(self) -> str: ...
+    def file_name(self) -> str:
+        """See the class."""
+        ...
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """See the class."""
+        ...
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """See the class."""
+        ...
 
     @property
-    def eod_id(self) -> int: ...
+    def eod_id(self) -> int:
+        """See the class."""
+        ...
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32 [num_tokens], without begin- or end-of-document ids, each as if it were alone.
 
-        Several threads may call it at once.
+        Several threads may call this method at once.
         """
         ...
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """As `encode`, and every document ends with `eod_id`; int32 [num_tokens + 1]."""
+        """Like `encode`, with `eod_id` after every document; int32 [num_tokens + 1]."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids` [num_tokens]; control tokens such as `eod_id` give no text."""
+        """The text of `ids` [num_tokens]; control tokens such as `eod_id` produce no text."""
         ...
 
 
@@ -167,7 +195,11 @@ class MicroBatches(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
     def __next__(self) -> Batch:
-        """The next micro-batch. Raises UserError if the data is damaged or out of reach, and again when asked again."""
+        """The next micro-batch.
+
+        Raises:
+            UserError: the data is damaged or cannot be reached. Every later call raises the error again.
+        """
         ...
 
     def cursor(self) -> np.ndarray:
@@ -177,37 +209,43 @@ class MicroBatches(Protocol):
         once merged: the same on every layout.
 
         Raises:
-            RuntimeError: the current step has micro-batches left.
+            RuntimeError: micro-batches of the current step are left.
         """
         ...
 
 
 class TrainingData(Protocol):
-    """Data that is found, checked and ready to be read.
+    """Data that has been found and checked and is ready to be read.
 
-    Which samples a step reads depends on the seed and the step alone, not on the number of ranks or workers.
+    The samples of a step depend on the seed and the step alone, not on the number of ranks or workers.
 
     Attributes:
-        tokenizer: that made, or makes, the tokens.
-        cursor_shape: of a reader's cursor, (streams, columns).
-        validation_is_costly: whether `validation_batches` may have to read much of the data at its first call.
+        tokenizer: the tokenizer of the tokens.
+        cursor_shape: shape of a reader's cursor, (streams, columns).
+        validation_is_costly: whether the first call of `validation_batches` may have to read much of the data.
     """
 
     @property
-    def tokenizer(self) -> Tokenizer: ...
+    def tokenizer(self) -> Tokenizer:
+        """See the class."""
+        ...
 
     @property
-    def cursor_shape(self) -> tuple[int, int]: ...
+    def cursor_shape(self) -> tuple[int, int]:
+        """See the class."""
+        ...
 
     @property
-    def validation_is_costly(self) -> bool: ...
+    def validation_is_costly(self) -> bool:
+        """See the class."""
+        ...
 
     def skipped_documents(self, cursor: np.ndarray) -> int:
-        """Broken documents passed over so far, by the merged cursor of all ranks (int64 `cursor_shape`)."""
+        """Number of broken documents skipped up to the merged cursor of all ranks (int64 `cursor_shape`)."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Plain values for the record of a run: numbers, texts, None. A run goes on only where all are the same."""
+        """Plain values (numbers, strings, None) for the record of a run. A run resumes only if all are unchanged."""
         ...
 
     def train_reader(
@@ -219,19 +257,19 @@ class TrainingData(Protocol):
         cursor: np.ndarray | None = None,
         start_sample: int = 0,
     ) -> MicroBatches:
-        """Rank `dp_rank`'s micro-batches from global sample `start_sample` on, where the merged `cursor` was taken.
+        """Micro-batches of rank `dp_rank` from global sample `start_sample` on, where the merged `cursor` was taken.
 
         Raises:
             UserError: the cursor belongs to other data.
-            ValueError: the sizes do not divide, or the cursor is not a merged one.
+            ValueError: the sizes do not divide evenly, or the cursor is not merged.
         """
         ...
 
     def validation_batches(self, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[Batch]:
-        """Rank `dp_rank`'s part of the first `num_samples` rows of the packed held-out documents.
+        """The share of rank `dp_rank` in the first `num_samples` rows of the packed held-out documents.
 
         Raises:
-            UserError: there are fewer rows.
+            UserError: the held-out documents fill fewer rows.
             ValueError: num_samples does not divide by micro_batch_size * dp_size.
         """
         ...

@@ -1,9 +1,9 @@
-"""What is made before it is asked for, so that the trainer does not wait for it.
+"""Items that are produced before the trainer asks for them, so that it does not wait.
 
     ReadAhead   --- want --->   a maker: a thread of this process (`Maker`), or another process (text/processes.py)
-                <-- made ----   one item for each time it is wanted, in order
+                <-- made ----   one item per request, in order
 
-Each item that is taken wants one more, so that the number of items that are made and not taken is bounded.
+Taking an item requests another one, so the number of items that are waiting to be taken is bounded.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ T = TypeVar("T")
 
 
 class Supply(NamedTuple, Generic[T]):
-    """What connects a `ReadAhead` with its maker; both sides go through queues, and neither keeps the other alive."""
+    """Connects a `ReadAhead` with its maker through queues, so that neither keeps the other alive."""
 
-    want: Callable[[], None]  # have one more item made; returns at once
-    made: queue.SimpleQueue[T | BaseException]  # items, and what ended the making
+    want: Callable[[], None]  # requests one more item; returns immediately
+    made: queue.SimpleQueue[T | BaseException]  # items, or the exception that ended them
 
 
 class ReadAhead(Iterator[T]):
-    """The items of a supply, `num_ahead` of them made ahead.
+    """The items of a supply, `num_ahead` of them produced ahead.
 
-    An error comes out where its item would, and again at every call after.
+    An error is raised in place of the item that failed, and again by every later call.
     """
 
     def __init__(self, supply: Supply[T], num_ahead: int) -> None:
-        """`num_ahead`: 0 if the first items are wanted already."""
+        """`num_ahead`: 0 if the first items have been requested already."""
         self._want, self.made = supply
         self._not_begun = num_ahead
         self._error: BaseException | None = None
 
     def begin(self) -> None:
-        """Have the first items made; the first `__next__` does it if nobody did."""
+        """Request the first items. The first `__next__` does this if it has not been done."""
         for _ in range(self._not_begun):
             self._want()
         self._not_begun = 0
@@ -60,7 +60,7 @@ class ReadAhead(Iterator[T]):
 
 
 class Maker:
-    """A thread that takes the next items of iterators, one after the other as they are wanted.
+    """A thread that advances iterators, one item at a time, in the order of the requests.
 
     It ends when `owner` is collected; what has not begun by then is dropped. It knows the iterators alone, so that it
     does not keep its owner alive. Unlike an executor's threads it does not keep the process alive either.
@@ -75,12 +75,13 @@ class Maker:
         thread.start()
 
     def supply(self, items: Iterator[T]) -> Supply[T]:
+        """A supply whose items are those of `items`."""
         line = _Line(items)
         return Supply(partial(self._wanted.put, line), line.made)
 
 
 class _Line(Generic[T]):
-    """One iterator of a maker's."""
+    """One iterator of a maker, and the queue of its items."""
 
     def __init__(self, items: Iterator[T]) -> None:
         self.made: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
@@ -92,7 +93,7 @@ class _Line(Generic[T]):
             try:
                 self.made.put(next(self._items))
                 return
-            except BaseException as error:  # whatever ends the iterator must end the wait for it
+            except BaseException as error:  # any end of the iterator must end the wait for its items
                 self._error = error
         self.made.put(self._error)
 
@@ -100,7 +101,7 @@ class _Line(Generic[T]):
 def _make(wanted: queue.SimpleQueue[_Line | None], closed: threading.Event) -> None:
     while (line := wanted.get()) and not closed.is_set():
         line.make()
-        del line  # else it would live until the next is wanted
+        del line  # else it would live until the next request
 
 
 def _close(wanted: queue.SimpleQueue[_Line | None], closed: threading.Event, thread: threading.Thread) -> None:
@@ -110,9 +111,10 @@ def _close(wanted: queue.SimpleQueue[_Line | None], closed: threading.Event, thr
 
 
 def join_soon(thread: threading.Thread) -> None:
-    """Wait for a thread that was told to end, a few seconds at most, in case it hangs.
+    """Wait up to 5 s for a thread that was told to end.
 
-    Not at all would not do: a library's code that calls Python aborts the process if the interpreter is on its way out.
+    The wait is needed because library code that calls Python aborts the process while the interpreter shuts down. It is
+    limited in case the thread hangs.
     """
     if thread is not threading.current_thread():
         thread.join(_LAST_WORK_SECONDS)

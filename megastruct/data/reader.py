@@ -1,4 +1,4 @@
-"""What all readers share: they deal samples to their rank, step by step, and know how many the run has consumed."""
+"""The base class of readers: deals samples to its rank, step by step, and counts what the run has consumed."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from megastruct.errors import Problem, UserError
 class Reader(ABC, Iterator[Batch]):
     """An endless iterator of this rank's micro-batches, from global sample `start_sample` on.
 
-    A step takes `global_batch_size` samples, of which this rank gets global_batch_size / (dp_size *
-    micro_batch_size) micro-batches.
+    A step takes `global_batch_size` samples; this rank gets global_batch_size / (dp_size * micro_batch_size)
+    micro-batches of them.
 
     Raises:
-        ValueError: the sizes do not divide (the config's checks say it to the user before).
+        ValueError: the sizes do not divide evenly (the checks of the config report this to the user earlier).
     """
 
     def __init__(
         self, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int, start_sample: int
     ) -> None:
-        deal(start_sample, global_batch_size, micro_batch_size, dp_rank, dp_size)  # refuse bad sizes now
+        deal(start_sample, global_batch_size, micro_batch_size, dp_rank, dp_size)  # raises for bad sizes
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._dp_rank = dp_rank
         self._dp_size = dp_size
         self._next_step_sample = start_sample
-        self._micro_batches: deque[np.ndarray] = deque()  # what is left of the current step, int64 [micro_batch] each
+        self._micro_batches: deque[np.ndarray] = deque()  # rest of the current step, int64 [micro_batch] each
 
     def __next__(self) -> Batch:
         if not self._micro_batches:
@@ -44,13 +44,14 @@ class Reader(ABC, Iterator[Batch]):
 
     @property
     def is_between_steps(self) -> bool:
+        """Whether no micro-batch of the current step is left."""
         return not self._micro_batches
 
     def samples_consumed(self) -> int:
-        """Global samples consumed by all ranks; defined between steps only.
+        """Number of global samples that all ranks have consumed; defined between steps only.
 
         Raises:
-            RuntimeError: the current step has micro-batches left.
+            RuntimeError: micro-batches of the current step are left.
         """
         if self._micro_batches:
             raise RuntimeError(f"{len(self._micro_batches)} micro-batches of the current step are not consumed yet")
@@ -59,7 +60,7 @@ class Reader(ABC, Iterator[Batch]):
     @property
     @abstractmethod
     def skipped_documents(self) -> int:
-        """Broken documents that were passed over so far, as far as this rank knows."""
+        """Number of broken documents that this rank has skipped so far."""
 
     @abstractmethod
     def cursor(self) -> np.ndarray:
@@ -89,16 +90,20 @@ def describe_mixture(mixture: Mixture, parts: list[dict]) -> dict:
 
 
 def check_held_out_rows(mixture: Mixture, num_rows: list[int], num_samples: int, validation_fraction: float) -> None:
-    """Raises UserError if the held-out documents of the sources, which fill `num_rows`, are too few."""
+    """Raise UserError if `num_samples` rows take more of a source than its held-out documents fill (`num_rows`)."""
     if (mixture.consumed(num_samples) <= num_rows).all():
         return
     most = mixture.most_samples(num_rows)
-    found = f"{num_samples} rows are wanted, the held-out documents fill {most}"
+    found = f"{num_samples} validation rows are requested, but the held-out documents fill only {most}"
     suggestion = f"set it to {most} or less, or " if most else ""
     suggestion += f"hold out more documents (the validation fraction is {validation_fraction})"
     raise UserError(Problem("evaluation.num_samples", found, suggestion))
 
 
 def validation_samples(num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> np.ndarray:
-    """This rank's held-out rows by the rule of training: int64 [num_micro_batches, micro_batch]."""
+    """Held-out rows of this rank, dealt as in training: int64 [num_micro_batches, micro_batch].
+
+    Raises:
+        ValueError: num_samples is not divisible by micro_batch_size * dp_size.
+    """
     return deal(0, num_samples, micro_batch_size, dp_rank, dp_size)

@@ -1,1 +1,1 @@
-"""Fifth floor: what a model is worth."""
+"""Fifth floor: how good a model is."""

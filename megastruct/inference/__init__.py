@@ -1,1 +1,1 @@
-"""Fourth floor: using a trained model."""
+"""Fourth floor: loading a trained model and generating text with it."""

@@ -1,4 +1,4 @@
-"""Continue a text, one token after the other."""
+"""Sample a continuation of a prompt, token by token."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def generate(
     top_k: int = 40,
     seed: int = 0,
 ) -> Tensor:
-    """prompt int64 [t] -> int64 [t + n], n <= max_new_tokens; stops before `eod_id`.
+    """Continue `prompt`: int64 [t] -> int64 [t + n] with n <= max_new_tokens; stops before `eod_id`.
 
-    temperature 0 takes the likeliest token; otherwise one of the `top_k` likeliest is drawn from the stream of `seed`.
-    The whole text is read again for every token; there is no cache of keys and values.
+    With `temperature` 0 the likeliest token is taken; otherwise one of the `top_k` likeliest is sampled by a generator
+    with the given `seed`. There is no key/value cache: the model reads the whole text again for every token.
     """
     generator = named_generator(seed, "generate")
     ids = prompt.clone()

@@ -1,4 +1,4 @@
-"""A model for one process from a run's checkpoint, whatever layout wrote it."""
+"""Load a run's checkpoint into a model in one process, whatever parallel layout wrote it."""
 
 from __future__ import annotations
 
@@ -20,25 +20,31 @@ def load_model(
 ) -> tuple[GPT, Config]:
     """(model in eval mode, the run's config) from the newest intact checkpoint of the run folder `run`.
 
-    The weights are the fp32 masters, cast to `dtype`. Raises UserError without an intact checkpoint, and for one from
-    inside the guided phase unless `allow_guided`: then the structured matrices alone are loaded.
+    The weights are the fp32 master weights, cast to `dtype`. Guides are never loaded: with `allow_guided`, a checkpoint
+    from inside the guided phase gives the structured matrices alone.
+
+    Raises:
+        UserError: `run` has no config or no intact checkpoint, or the checkpoint is from inside the guided phase and
+            `allow_guided` is false.
     """
     if not (run / "config.yaml").exists():
         raise UserError(
-            Problem(str(run), "no run folder (there is no config.yaml)", "the folder that train.py printed")
+            Problem(str(run), "is not a run folder (it has no config.yaml)", "give the folder that train.py printed")
         )
     config = load_config(run / "config.yaml")
     folder, _ = newest_intact(run / "checkpoints")
     if folder is None:
-        raise UserError(Problem(f"{run}/checkpoints", "no complete checkpoint", "train until the first one is saved"))
+        raise UserError(
+            Problem(f"{run}/checkpoints", "has no complete checkpoint", "train until the first one is saved")
+        )
     step = int(load_state(folder)["step"])
     if step < guided_steps(config) and not allow_guided:
         raise UserError(
             Problem(
                 str(folder),
-                f"from inside the guided phase (step {step} of {guided_steps(config)}): its structured matrices are "
-                "still half-trained, as the dense guides that bear part of the output are no part of the model",
-                f"train on past step {guided_steps(config)}; or --allow-guided, to see the structured part alone",
+                f"was saved inside the guided phase (step {step} of {guided_steps(config)}): dense guides, which are "
+                "not part of the final model, still produce part of the output",
+                f"train past step {guided_steps(config)}, or give --allow-guided to use the structured matrices alone",
             )
         )
     model = GPT(config)

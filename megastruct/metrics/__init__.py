@@ -1,1 +1,1 @@
-"""First floor: what is measured, under which names, and where it is written."""
+"""First floor: what is measured, what the metrics are called, and where they are written."""

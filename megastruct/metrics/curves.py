@@ -1,4 +1,4 @@
-"""Curves of runs side by side as a picture, from the metrics in their folders."""
+"""Plot the curves of several runs from the metrics in their folders."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 
 from megastruct.errors import Problem, UserError
 
-WIDTH, HEIGHT = 8.0, 5.0  # inches of one panel
+WIDTH, HEIGHT = 8.0, 5.0  # inches, of one panel
 
 
 def plot(runs: Sequence[Path], metrics: Sequence[str], x: str, output: Path) -> None:
-    """Write the picture `output`: a panel for each of `metrics` over `x`, with a line for each run folder.
+    """Write the picture `output`: one panel for each of `metrics` over `x`, with one line per run folder.
 
     Raises:
-        UserError: a folder without metrics, a metric that no run has, no matplotlib, an output that cannot be written.
+        UserError: a folder has no metrics, no run has a metric, matplotlib is missing, or `output` cannot be written.
     """
     records = _read_all(runs)
     keys = {key for run in records for record in run for key, value in record.items() if _is_number(value)}
     known = ", ".join(sorted(keys))
     unknown = [
-        Problem("--x" if key == x else "--metric", f"no run has {key}", f"one of {known}")
+        Problem("--x" if key == x else "--metric", f"no run has {key}", f"give one of {known}")
         for key in dict.fromkeys((*metrics, x))
         if key not in keys
     ]
     if unknown:
         raise UserError(unknown)
     try:
-        import matplotlib  # seconds, not before it is needed
+        import matplotlib  # takes seconds to import
     except ModuleNotFoundError:
         raise UserError(Problem("matplotlib", "not installed", "pip install 'megastruct[plot]'")) from None
     matplotlib.use("Agg")
@@ -60,7 +60,7 @@ def plot(runs: Sequence[Path], metrics: Sequence[str], x: str, output: Path) -> 
 
 
 def _labels(names: list[str]) -> list[str]:
-    """Runs that differ in a digit at the end of their names, as in their seeds, are one thing, and get one color."""
+    """Legend labels: runs whose names differ only in a final _DIGIT, such as a seed, share a label and a color."""
     stems = [re.sub(r"_\d$", "", name) for name in names]
     return [stem if stems.count(stem) > 1 else name for name, stem in zip(names, stems, strict=True)]
 
@@ -70,10 +70,12 @@ def _read_all(runs: Sequence[Path]) -> list[list[dict[str, Any]]]:
     for run in runs:
         try:
             lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-            records.append([json.loads(line) for line in lines if line.endswith("\n")])  # the last one may be half
+            records.append(
+                [json.loads(line) for line in lines if line.endswith("\n")]
+            )  # the last line may be incomplete
         except (OSError, ValueError) as error:
-            found = f"no readable metrics.jsonl: {getattr(error, 'strerror', None) or error}"
-            problems.append(Problem(str(run), found, "a run folder, for example runs/quickstart"))
+            found = f"metrics.jsonl cannot be read ({getattr(error, 'strerror', None) or error})"
+            problems.append(Problem(str(run), found, "give a run folder, for example runs/quickstart"))
     if problems:
         raise UserError(problems)
     return records

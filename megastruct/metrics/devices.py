@@ -9,8 +9,8 @@ import sys
 import psutil
 import torch
 
-# Dense (not sparse) bf16 matrix peak in TFLOP/s, from the vendors' data sheets. The first name that stands in the
-# device's own name as whole words counts, so longer names stand first.
+# Dense (not sparse) bf16 matrix peak in TFLOP/s, from the vendors' data sheets. The first name that occurs in the
+# device's own name as whole words counts, so more specific names come first.
 PEAK_BF16_TFLOPS: tuple[tuple[str, float], ...] = (
     ("B200", 2250.0),
     ("GH200", 989.0),
@@ -34,9 +34,9 @@ PEAK_BF16_TFLOPS: tuple[tuple[str, float], ...] = (
 
 
 def peak_tflops(device: torch.device, precision: str, configured: float | None) -> float | None:
-    """TFLOP/s that one device could do at best: the configured number, else the table's; None if neither knows.
+    """Peak TFLOP/s of one device: the configured number, else the table's, else None.
 
-    The table is of bf16; what fp32 can reach depends on the matrix-product mode that PyTorch is set to.
+    The table covers bf16 only, because the fp32 peak depends on PyTorch's matrix-product mode.
     """
     if configured is not None:
         return configured
@@ -46,18 +46,18 @@ def peak_tflops(device: torch.device, precision: str, configured: float | None) 
 
 
 def peak_of_name(name: str) -> float | None:
-    """bf16 TFLOP/s of a device by the name that the driver gives, None if it is not in the table."""
+    """Peak bf16 TFLOP/s of a device by the name that its driver reports; None if the table does not have it."""
     matches = (peak for part, peak in PEAK_BF16_TFLOPS if re.search(rf"\b{re.escape(part)}\b", name))
     return next(matches, None)
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Memory of this process now: allocated on the GPU, or resident on the CPU."""
+    """Bytes that this process uses now: allocated on the GPU, or resident on the CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def read_peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory of this process: allocated on the GPU since the last reading, or resident on the CPU so far."""
+    """Peak bytes of this process: allocated on the GPU since the last call, or resident on the CPU since its start."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

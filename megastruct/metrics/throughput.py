@@ -1,4 +1,4 @@
-"""Speed since the last logged step, counting training steps only: validation and checkpoints are outside."""
+"""Speed since the last logged step. Only training steps are timed, not validation or checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Throughput:
-    """`peak_tflops`: of one device, None if unknown."""
+    """Times training steps and computes means over a window.
+
+    Attributes:
+        tokens_per_step: tokens of all ranks.
+        num_devices: devices of all ranks.
+        peak_tflops: peak TFLOP/s of one device; None if unknown.
+    """
 
     tokens_per_step: int
     num_devices: int
@@ -22,28 +28,29 @@ class Throughput:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around one training step (the loss is read inside, so the device has finished)."""
+        """Time one training step. The loss must be read inside, so that the device has finished."""
         start = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - start
         self._steps += 1
 
     def waited_for_data(self, seconds: float) -> None:
+        """Add the seconds that a step waited for its data."""
         self._data_seconds += seconds
 
     def guided(self, share: float) -> None:
-        """For how much of a step's tokens the guides of self-guided training were evaluated; not called without."""
+        """Add the share of a step's tokens, in [0, 1], for which guides were evaluated (self-guided training only)."""
         self._guide_shares += share
 
     @property
     def guide_share(self) -> float:
-        """The mean over the steps since the last reading, those without guides among them."""
+        """Mean share over the steps since the last `read`, including steps without guides."""
         return self._guide_shares / max(1, self._steps)
 
     def read(self, flops_per_token: float) -> dict[str, float | None]:
-        """Means over the steps since the last reading, by metric name; starts the next window.
+        """Means over the steps since the last `read`, by metric name; starts the next window.
 
-        `flops_per_token`: training FLOPs of the whole model, as they were really computed.
+        `flops_per_token`: training FLOPs of the whole model per token, including those of guides.
         """
         seconds = self._seconds / max(1, self._steps)
         tokens_per_second = self.tokens_per_step / seconds if seconds else 0.0

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl, TensorBoard, and the terminal. Only rank 0 has writers."""
+"""Write metrics to metrics.jsonl, TensorBoard and the terminal. Only rank 0 has writers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -36,26 +35,27 @@ TENSORBOARD_TAGS: dict[str, str] = {
     "validation_perplexity": "validation/perplexity",
 }
 
-# What is measured for every linear: prefix of the key -> of the tag; the linear's name follows.
+# Metrics of every linear: prefix of the key -> prefix of the tag; the linear's name follows both.
 TENSORBOARD_PREFIXES: dict[str, str] = {"guide_distance/": "guided/distance/"}
 
-Metrics = dict[str, Any]
+Metrics = dict[str, float | None]
 
 
 class MetricWriter:
-    """Writes one record per logged step. Records after `resume_step` are dropped: those steps are run again."""
+    """Writes one record per logged step. Records after `resume_step` are dropped, because those steps run again."""
 
     def __init__(self, folder: Path, resume_step: int, texts: dict[str, str]) -> None:
-        """`texts`: title -> YAML or JSON, shown on TensorBoard's text page."""
+        """`folder`: the run folder. `texts`: title -> YAML or JSON, shown on TensorBoard's text page."""
         self.path, self._folder = folder / "metrics.jsonl", folder
         self._open(resume_step)
         for title, text in texts.items():
             self._board.add_text(title, "```\n" + text + "\n```", resume_step)
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """`metrics` by key or prefix of the tags above; None stands for unknown and stays out of TensorBoard.
+        """Write the values of one step, by key of `TENSORBOARD_TAGS` or with a prefix of `TENSORBOARD_PREFIXES`.
 
-        So does a number that is not finite, for which JSON has no word.
+        None means unknown. A value that is not finite is written as None, because JSON cannot express it. TensorBoard
+        gets no value for either.
         """
         metrics = {key: None if value is None or not math.isfinite(value) else value for key, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -66,7 +66,7 @@ class MetricWriter:
         self._board.flush()
 
     def go_back(self, step: int) -> None:
-        """Drop the records after `step`, whose steps are trained again."""
+        """Drop the records after `step`, because those steps are trained again."""
         self.close()
         self._open(step)
 
@@ -76,15 +76,16 @@ class MetricWriter:
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
 
     def close(self) -> None:
+        """Close both files."""
         self._file.close()
         self._board.close()
 
 
 class Progress:
-    """The bar on stderr: step, loss, tokens/s, time left. Lines of text stand above it."""
+    """The progress bar on stderr: step, loss, tokens/s, time left. Messages are printed above it."""
 
     def __init__(self, total_steps: int, first_step: int, enabled: bool) -> None:
-        # Where stderr is no terminal every refresh is a line of its own, so refresh seldom.
+        # If stderr is not a terminal, every refresh prints a line, so refresh seldom.
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -96,17 +97,21 @@ class Progress:
         )
 
     def update(self, loss: float, tokens_per_second: float) -> None:
+        """Advance by one step."""
         self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
         self._bar.update()
 
     def go_back(self, step: int) -> None:
+        """Set the bar back to `step`."""
         self._bar.n = step
         self._bar.refresh()
 
     def say(self, text: str) -> None:
+        """Print a message above the bar."""
         tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
+        """End the bar."""
         self._bar.close()
 
 

@@ -56,7 +56,7 @@ def test_benchmark_of_documents_compares_with_attention_across_borders(capsys):
     across, inside = re.findall(r"^  (?:across borders|inside, dense mask) +([\d.]+) ms +([\d.]+)", out, re.MULTILINE)
     assert across[1] == "1.00"
     assert float(inside[1]) == pytest.approx(float(inside[0]) / float(across[0]), abs=0.01)
-    assert "2 x 128 tokens, 20 a document" in out
+    assert "2 x 128 tokens, 20 tokens per document" in out
     with pytest.raises(SystemExit):
         benchmark.main(["documents", config, "--mean-tokens", "0"])
     assert "--mean-tokens: 0 is less than 1" in capsys.readouterr().err

@@ -237,12 +237,12 @@ def test_a_connection_that_is_cut_while_training_goes_on_in_the_middle(hub, toke
 @pytest.mark.parametrize(
     "name, pattern, status, message",
     [
-        ("org/nothing", "^$", 401, r"--input: org/nothing is no local path, .*refuses it.*401"),
-        (f"{NAME}@nowhere", "^$", 404, r"--input: org/name@nowhere is no .*refuses it.*RevisionNotFound"),
-        soak(NAME, "/api/datasets/", 403, r"--input: org/name is no .*refuses it.*403"),
-        soak(NAME, "/resolve/.*shard-0", 403, r"@[0-9a-f]{40}/shard-0.parquet: .*refuses it.*403"),
-        (NAME, "/resolve/.*shard-1", 401, r"@[0-9a-f]{40}/shard-1.parquet: .*refuses it.*401"),
-        soak(NAME, "^shard-1", 404, r"@[0-9a-f]{40}/shard-1.parquet: .*refuses it.*404"),
+        ("org/nothing", "^$", 401, r"--input: org/nothing is not a local path, .*rejects it.*401"),
+        (f"{NAME}@nowhere", "^$", 404, r"--input: org/name@nowhere is not .*rejects it.*RevisionNotFound"),
+        soak(NAME, "/api/datasets/", 403, r"--input: org/name is not .*rejects it.*403"),
+        soak(NAME, "/resolve/.*shard-0", 403, r"@[0-9a-f]{40}/shard-0.parquet: .*rejects the request.*403"),
+        (NAME, "/resolve/.*shard-1", 401, r"@[0-9a-f]{40}/shard-1.parquet: .*rejects the request.*401"),
+        soak(NAME, "^shard-1", 404, r"@[0-9a-f]{40}/shard-1.parquet: .*rejects the request.*404"),
     ],
 )
 def test_what_the_hub_refuses_is_said_at_once(hub, few, tokenizer_path, tmp_path, name, pattern, status, message):
@@ -263,7 +263,7 @@ def test_a_server_without_ranges_is_said_at_once(hub, few, tokenizer_path, tmp_p
     hub.commit(NAME, {"a.parquet": few["shard-0.parquet"] + few["shard-1.parquet"]})
     hub.has_ranges = False
     error = refused(prepare_from(hub, tmp_path, tokenizer_path))
-    assert "a.parquet: the server sends it as a whole" in error and "trying again" not in error
+    assert "a.parquet: the server ignores byte ranges" in error and "trying again" not in error
 
 
 def test_a_server_that_is_asked_too_often_is_left_alone_for_as_long_as_it_says(hub, few, tokenizer_path, tmp_path):
@@ -301,7 +301,7 @@ def test_a_shard_that_has_another_size_than_was_listed_is_refused(hub, few, toke
     hub.blobs[hashlib.sha256(longer).hexdigest()] = ("shard-1.parquet", longer)
     hub.fail("/tree/", lambda: hub.commits[commit].update({"shard-1.parquet": longer}), 1)
     error = refused(prepare_from(hub, tmp_path, tokenizer_path))
-    assert f"shard-1.parquet: has {len(longer)} bytes, it had {len(longer) - 4}" in error
+    assert f"shard-1.parquet: has {len(longer)} bytes, but it had {len(longer) - 4}" in error
 
 
 @pytest.mark.soak
@@ -326,7 +326,7 @@ def test_a_hub_that_goes_down_is_named_when_patience_ends(hub, few, tokenizer_pa
     hub.commit(NAME, few)
     hub.fail("/resolve/.*shard-1", hub.go_down)
     error = refused(prepare_from(hub, tmp_path, tokenizer_path, "--patience-seconds", "0.6"))
-    assert re.search(r"@[0-9a-f]{40}/shard-1.parquet: gave no document for 0.6 s \(ConnectError", error)
+    assert re.search(r"@[0-9a-f]{40}/shard-1.parquet: could not be read for 0.6 s \(last error: ConnectError", error)
     assert "trying again" in error and "shard-0" not in error
     assert (tmp_path / "out" / "progress" / "00000.json").is_file()
 
@@ -335,7 +335,7 @@ def test_a_hub_that_is_down_is_said_at_once_because_the_name_may_be_a_wrong_path
     hub.go_down()
     start = time.monotonic()
     error = refused(prepare_from(hub, tmp_path, tokenizer_path, name="data/texts"))
-    assert "--input: data/texts is no local path" in error and "ConnectError" in error
+    assert "--input: data/texts is not a local path" in error and "ConnectError" in error
     assert time.monotonic() - start < 10
 
 
@@ -346,7 +346,7 @@ def test_a_hub_that_hangs_is_named_when_patience_ends(hub, few, tokenizer_path, 
     start = time.monotonic()
     options = {"HF_HUB_DOWNLOAD_TIMEOUT": "1"}
     error = refused(prepare_from(hub, tmp_path, tokenizer_path, "--patience-seconds", "0.2", **options))
-    assert re.search(rf"{named}: gave no (list of its files|document) for 0.2 s \(ReadTimeout", error)
+    assert re.search(rf"{named}: could not be (listed|read) for 0.2 s \(last error: ReadTimeout", error)
     assert time.monotonic() - start < 10
 
 
@@ -357,7 +357,7 @@ def test_a_training_whose_hub_goes_down_is_ended_with_the_name(hub, files, token
     hub.fail("^shard-2", hub.go_down)
     options = {"num_workers": num_workers, "patience_seconds": 1.0}
     error = refused(train_from(hub, tmp_path, tokenizer_path, 400, options=options))
-    assert "gave no document for 1 s" in error and "hf://datasets/org/name@" in error
+    assert "could not be read for 1 s" in error and "hf://datasets/org/name@" in error
 
 
 # The libraries ----------------------------------------------------------------------------------------------------

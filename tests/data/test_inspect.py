@@ -48,7 +48,9 @@ def test_counts_lengths_and_samples(token_folder, text_folder, tokenizer_path, c
     assert all(any(sample.strip() in text for text in texts) for sample in samples)
     assert samples != shown(capsys, token_folder, "--samples", 4, "--seed", 1).split("\n--- ")[1:]
     held_out = reference_lengths(text_folder, tokenizer_path, held_out=True)
-    assert f"of validation ({held_out.sum():,} tokens read)" in shown(capsys, token_folder, "--split", "validation")
+    assert f"validation documents ({held_out.sum():,} tokens read)" in shown(
+        capsys, token_folder, "--split", "validation"
+    )
 
 
 def test_length_histogram_equals_the_reference(token_folder, text_folder, tokenizer_path):

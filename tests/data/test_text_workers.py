@@ -184,7 +184,7 @@ def test_a_source_that_stays_away_is_named_when_patience_ends(tmp_path, tokenize
     owner = Owner()
     chunks = open_chunks(owner, [source_of([shard], tokenizer_path, 1.0)], {(0, 0): START}, num_workers)
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"a\.parquet: gave no document for 1 s .*No such file") as caught:
+    with pytest.raises(UserError, match=r"a\.parquet: could not be read for 1 s .*No such file") as caught:
         next(chunks[0, 0])
     assert "data.patience_seconds" in str(caught.value)
     assert 0.9 < time.monotonic() - start < 15
@@ -200,7 +200,7 @@ def test_a_source_that_hangs_is_named_when_patience_ends(tmp_path, tokenizer_pat
     source = source_of([shard_at(tmp_path / "a.jsonl")], tokenizer_path, 2.0)
     chunks = open_chunks(owner, [source], {(0, 0): START}, num_workers)
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"a\.jsonl: gave no document for 3 s .*does not answer"):
+    with pytest.raises(UserError, match=r"a\.jsonl: could not be read for 3 s .*does not answer"):
         next(chunks[0, 0])
     assert 2 < time.monotonic() - start < 20
     if not num_workers:

@@ -58,7 +58,7 @@ def test_runs_that_differ_in_their_seed_are_drawn_alike(tmp_path: Path, monkeypa
     [
         (["{run}", "--metric", "mfu"], "--metric: no run has mfu"),
         (["{run}", "--x", "epochs"], "--x: no run has epochs"),
-        (["{run}", "nowhere"], "nowhere: no readable metrics.jsonl: No such file or directory"),
+        (["{run}", "nowhere"], "nowhere: metrics.jsonl cannot be read (No such file or directory)"),
         (["{run}", "--output", "nowhere/curves.png"], "--output: nowhere/curves.png: "),
         (["{run}", "--output", "{run}/curves.tokens"], "--output: "),
     ],

@@ -1,1 +1,1 @@
-"""Text shards to token shards, and a look at the result."""
+"""Make token shards from text shards, and inspect them."""

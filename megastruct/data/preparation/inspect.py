@@ -1,4 +1,4 @@
-"""What lies in a folder of token shards, and whether it is what its manifest says."""
+"""Inspect a folder of token shards, and verify it against its manifest."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _MAKE_AGAIN = "make the folder again with tools/prepare_data.py, or copy it agai
 
 @dataclass(frozen=True)
 class Lengths:
-    """Documents by length: `counts[k]` have at least 2^k and less than 2^(k + 1) tokens, the last id counted.
+    """A histogram of document lengths in tokens, including the end-of-document id.
 
-    `num_tokens` were looked at; documents that were not seen from end to end are left out.
+    `counts[k]` documents have at least 2^k and less than 2^(k + 1) tokens. Documents that were read only in part are
+    not counted; `num_tokens` is the number of tokens read.
     """
 
     counts: np.ndarray  # int64 [num_bins]
@@ -36,7 +37,10 @@ class Lengths:
 def verify(
     folder: Path, manifest: Manifest, num_threads: int = 4, on_file: Callable[[TokenFile], None] = lambda _: None
 ) -> list[Problem]:
-    """Read every file: its size, sha256, number of documents and largest id against the manifest; all that differs."""
+    """Read every file and compare its size, sha256, number of documents and largest id with the manifest.
+
+    `on_file` is called after each file. Returns one problem per file that differs.
+    """
     files = [file for split in SPLITS for file in getattr(manifest.splits, split)]
     problems: list[Problem] = []
     with ThreadPoolExecutor(num_threads) as pool:
@@ -61,18 +65,18 @@ def _verify_file(folder: Path, manifest: Manifest, file: TokenFile) -> list[Prob
     num_bytes = max(num_bytes, path.stat().st_size)
     found = []
     if num_bytes != file.num_bytes:
-        found.append(f"has {num_bytes} bytes, the manifest says {file.num_bytes}")
+        found.append(f"has {num_bytes} bytes instead of {file.num_bytes}")
     elif digest.hexdigest() != file.sha256:
-        found.append("its contents differ from the manifest's sha256")
+        found.append("has another sha256 than in the manifest")
     if num_documents != file.num_documents:
-        found.append(f"holds the ends of {num_documents} documents, the manifest says {file.num_documents}")
+        found.append(f"contains the ends of {num_documents} documents instead of {file.num_documents}")
     if largest >= settings.vocab_size:
-        found.append(f"holds token id {largest}, ids must be below {settings.vocab_size}")
+        found.append(f"contains token id {largest}, but ids must be below {settings.vocab_size}")
     return [Problem(str(path), "; ".join(found), _MAKE_AGAIN)] if found else []
 
 
 def lengths(folder: Path, manifest: Manifest, split: str, max_tokens: int) -> Lengths:
-    """Lengths of the documents of `split`, from files that are spread evenly over it until `max_tokens` were read.
+    """Lengths of documents of `split`, from files spread evenly over it, until `max_tokens` have been read.
 
     Raises:
         UserError: a file cannot be read.
@@ -84,7 +88,7 @@ def lengths(folder: Path, manifest: Manifest, split: str, max_tokens: int) -> Le
             break
         ends, read = _document_ends(folder / file.file, manifest, max_tokens - num_tokens)
         num_tokens += read
-        # A file of which the name ends with -000 begins with a document, others may with the rest of one.
+        # A file whose name ends with -000 begins with a document; others may begin in the middle of one.
         found.append(np.diff(ends, prepend=-1) if file.file.endswith("-000.bin") else np.diff(ends))
     every = np.concatenate(found) if found else np.empty(0, np.int64)
     bins = np.floor(np.log2(every)).astype(np.int64) if len(every) else every
@@ -100,7 +104,9 @@ def lengths(folder: Path, manifest: Manifest, split: str, max_tokens: int) -> Le
 def sample_documents(
     folder: Path, manifest: Manifest, split: str, num_samples: int, seed: int, max_tokens: int = 512
 ) -> Iterator[tuple[str, int, str]]:
-    """(file, first token, text) of documents of `split` drawn by `seed`; the first `max_tokens` of each.
+    """(file, index of the first token, text) of documents of `split`, drawn at random with `seed`.
+
+    The probability of a document is proportional to its length. The text is that of its first `max_tokens` tokens.
 
     Raises:
         UserError: a file cannot be read.
@@ -121,7 +127,7 @@ def sample_documents(
 
 
 def _start_of_document(tokens: np.ndarray, position: int, manifest: Manifest) -> int:
-    """Where the document at `position` begins, or the file, if it begins in the one before."""
+    """The first token of the document at `position`; 0 if the document begins in the file before."""
     while position > 0:
         begin = max(0, position - _BLOCK_TOKENS)
         ends = np.flatnonzero(tokens[begin:position] == manifest.settings.tokenizer.eod_id)
@@ -132,7 +138,7 @@ def _start_of_document(tokens: np.ndarray, position: int, manifest: Manifest) ->
 
 
 def _document_ends(path: Path, manifest: Manifest, max_tokens: int) -> tuple[np.ndarray, int]:
-    """(positions of the ends of documents in a file, int64; tokens read)."""
+    """(positions of end-of-document ids in a file, int64 [num_documents]; number of tokens read)."""
     ends, num_tokens = [np.empty(0, np.int64)], 0
     with _reading(path):
         for block in _blocks(path, manifest.token_dtype):
@@ -145,7 +151,7 @@ def _document_ends(path: Path, manifest: Manifest, max_tokens: int) -> tuple[np.
 
 
 def _spread(files: tuple[TokenFile, ...]) -> Iterator[TokenFile]:
-    """All files, each next one far from those before (in bit-reversed order of their numbers)."""
+    """All files in bit-reversed order of their numbers, so that each is far from the ones before it."""
     num_bits = max(1, (len(files) - 1).bit_length())
     for number in range(1 << num_bits):
         index = int(f"{number:0{num_bits}b}"[::-1], 2)
@@ -163,6 +169,6 @@ def _blocks(path: Path, dtype: np.dtype) -> Iterator[np.ndarray]:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:  # the latter: numpy's word for an empty file
+    except (OSError, ValueError) as error:  # numpy raises ValueError for an empty file
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(Problem(str(path), f"cannot be read ({reason})", _MAKE_AGAIN)) from None

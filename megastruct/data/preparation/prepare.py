@@ -1,8 +1,8 @@
-"""Text shards -> token shards (see manifest.py for the folder), by worker processes that take one shard at a time.
+"""Make token shards (see manifest.py) from text shards, with worker processes that take one shard at a time.
 
-Every file is written aside and moved into place, then the shard's record is written to `progress/`: a run that was
-killed goes on with the shards that have no record. The manifest comes last and replaces `progress/`. What a shard
-becomes depends on the settings and on the shard alone, so the folder has the same bytes for any number of workers.
+Every file is written under a temporary name and renamed; then the shard's record is written to `progress/`. A run that
+was killed continues with the shards that have no record. The manifest is written last and replaces `progress/`. The
+tokens of a shard depend on the settings and the shard alone, so the bytes are the same for any number of workers.
 """
 
 from __future__ import annotations
@@ -62,18 +62,27 @@ def prepare(
     patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
     report: Callable[[str], None] = print,
 ) -> Manifest:
-    """Turn the text shards of `input_path` into token shards in `output`; does nothing if that is done already.
+    """Make token shards in `output` from the text shards of `input_path`; a finished folder is left unchanged.
 
-    `report` gets the lines that tell what happens; a terminal gets a progress bar on stderr as well.
+    Args:
+        input_path: folder, glob, file or Hugging Face name of text shards.
+        output: folder of the token shards, which need not exist.
+        tokenizer_path: SentencePiece model file.
+        text_column: column that holds the text.
+        validation_fraction: share of the documents to hold out, in [0, 1).
+        num_workers: worker processes, at least 1.
+        max_shard_tokens: largest number of tokens per file.
+        patience_seconds: how long to retry a shard that cannot be reached.
+        report: receives each line of progress. A terminal also gets a progress bar on stderr.
 
     Raises:
-        UserError: bad input, an output folder that holds something else or cannot be written, or a worker process
-            that died. What is finished stays.
+        UserError: the input is bad, the output folder holds other files or cannot be written, or a worker process
+            died. Finished shards are kept.
     """
     tokenizer = open_tokenizer(tokenizer_path, "--tokenizer")
     shards = find_shards(input_path, "--input", patience_seconds=patience_seconds)
     if commit := storage_of(shards[0]).commit_of(shards[0]):
-        report(f"{input_path} is read at commit {commit}: {len(shards)} shards")
+        report(f"reading {input_path} at commit {commit}: {len(shards)} shards")
     settings = _settings(tokenizer, shards, text_column, validation_fraction, max_shard_tokens)
     _refuse_other_contents(output)
     with _output_errors(output), _locked(output):
@@ -97,7 +106,7 @@ def prepare(
 
 @contextmanager
 def _output_errors(output: Path) -> Iterator[None]:
-    """Turn what the file system refuses into a message; what is read has its own messages."""
+    """Turn errors of writing into `OutputError`; errors of reading have become messages before."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         yield
@@ -127,7 +136,7 @@ def _settings(
 
 
 def _refuse_other_contents(output: Path) -> None:
-    """Nothing of anyone else's is ever overwritten."""
+    """Raise UserError if `output` holds files that this tool did not write."""
     if output.exists() and not output.is_dir():
         raise UserError(Problem("--output", f"{output} is not a folder", "give a folder, which need not exist"))
     if output.is_dir():
@@ -157,19 +166,19 @@ def _refuse_other_settings(output: Path, old: Settings, new: Settings) -> None:
         before, now = getattr(old, key), getattr(new, key)
         if before != now:
             option = "--" + key.replace("_", "-")
-            problems.append(Problem(option, f"{output} was made with {before}, now it is {now}", suggestion))
+            problems.append(Problem(option, f"is {now}, but {output} was made with {before}", suggestion))
     if old.tokenizer != new.tokenizer:
         found = f"{output} was made with another tokenizer (sha256 {old.tokenizer.fingerprint[:12]}...)"
         problems.append(Problem("--tokenizer", found, suggestion))
     if old.sources != new.sources:
-        found = f"{output} was made from {len(old.sources)} shards, which are not the {len(new.sources)} given now"
+        found = f"{output} was made from {len(old.sources)} shards that differ from the {len(new.sources)} given now"
         differing = sorted({source.name for source in set(old.sources) ^ set(new.sources)})
         problems.append(Problem("--input", f"{found} (differing: {', '.join(differing[:5])})", suggestion))
     problems.raise_if_any()
 
 
 def _begin(output: Path, tokenizer: Tokenizer, settings: Settings) -> None:
-    """Write down the settings, or compare them with those of the run that is being continued."""
+    """Write the settings, or compare them with those of the run that is being continued."""
     path = output / PROGRESS_NAME / "settings.json"
     if path.is_file():
         _refuse_other_settings(output, Settings.model_validate_json(path.read_bytes()), settings)
@@ -202,13 +211,13 @@ def _jobs(
 def _make_shards(jobs: list[ShardJob], num_workers: int, report: Callable[[str], None]) -> list[ShardRecord]:
     records = {job.index: record for job in jobs if (record := _finished(job))}
     if records:
-        report(f"going on with a run that was interrupted: {len(records)} of {len(jobs)} shards are done")
+        report(f"continuing an interrupted run: {len(records)} of {len(jobs)} shards are done")
     records |= run_jobs([job for job in jobs if job.index not in records], num_workers, report)
     return [records[index] for index in range(len(jobs))]
 
 
 def _finished(job: ShardJob) -> ShardRecord | None:
-    """The record of a shard that an earlier run finished, if its files are whole and it is what was read then."""
+    """The record of a shard that an earlier run finished; None if its files are incomplete or the shard has changed."""
     try:
         record = ShardRecord.model_validate_json(job.record_path.read_bytes())
         if record.source_version != job.source_version():
@@ -224,7 +233,7 @@ def _finished(job: ShardJob) -> ShardRecord | None:
 
 
 def _remove_leftovers(output: Path, manifest: Manifest) -> None:
-    """Remove token files that no shard has: a run that was killed may have begun them from a shard that changed."""
+    """Remove token files that are not in the manifest, left by a killed run from a shard that has changed since."""
     for split in SPLITS:
         listed = {file.file for file in getattr(manifest.splits, split)}
         for path in (output / split).iterdir():

@@ -1,7 +1,7 @@
 """A few MB of real English text as shards in RefinedWeb's schema, without a download.
 
-The text comes with every Python: the language reference of `help()` and the docstrings of the standard library. The
-same Python version gives the same shards. It is for trying things out: it is far too little to train a model on.
+The text ships with Python: the language reference of `help()` and the docstrings of the standard library. The same
+Python version gives the same shards. The corpus is for trying things out; it is far too small to train a useful model.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ SCHEMA = pa.schema(
         ("image_urls", pa.list_(pa.list_(pa.string()))),
     ]
 )
-RECORD_NAME = ".corpus.json"  # hidden, so that it is not taken for a shard
+RECORD_NAME = ".corpus.json"  # hidden, so that it is not read as a shard
 MIN_DOCUMENT_CHARACTERS = 300
 MAX_DOCUMENT_CHARACTERS = 4000
-# Third-party code, and the tests, whose docstrings are hardly English.
+# Third-party code, and tests, whose docstrings contain little English.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 
 
 class SampleCorpus(NamedTuple):
-    """What was written."""
+    """The size of a corpus that was written."""
 
     num_documents: int
     num_characters: int
 
 
 def write_sample_corpus(output: Path, num_shards: int, shard_format: str) -> SampleCorpus | None:
-    """Write `num_shards` files in `shard_format` (parquet or jsonl) to the folder `output`; None if they are there.
+    """Write `num_shards` files in `shard_format` (parquet or jsonl) to `output`; None if they exist already.
 
     Raises:
-        UserError: the folder holds something else, or this Python carries no text.
+        UserError: the folder holds other files, or this Python ships without the text.
     """
     settings = {"num_shards": num_shards, "format": shard_format, "python": platform.python_version()}
     if _is_done(output, settings):
@@ -74,7 +74,11 @@ def write_sample_corpus(output: Path, num_shards: int, shard_format: str) -> Sam
 
 
 def collect_documents() -> list[tuple[str, str]]:
-    """All documents, without small ones and copies, in an order in which topics and modules are mixed."""
+    """(url, text) of all documents, without small ones and copies, in an order that mixes topics and modules.
+
+    Raises:
+        UserError: this Python ships without the text.
+    """
     library = Path(sysconfig.get_paths()["stdlib"])
     unique: dict[str, str] = {}
     for source in (_topic_documents(), _docstring_documents(library)):
@@ -82,8 +86,8 @@ def collect_documents() -> list[tuple[str, str]]:
             if len(text) >= MIN_DOCUMENT_CHARACTERS:
                 unique.setdefault(text, url)
     if not unique:
-        found = f"this Python carries neither help topics nor the sources of its standard library ({library})"
-        raise UserError(Problem("--output", found, "run it with another Python, or use text of your own"))
+        found = f"this Python has neither help topics nor the sources of its standard library ({library})"
+        raise UserError(Problem("--output", found, "run it with another Python, or use your own text"))
     documents = [(url, text) for text, url in unique.items()]
     return sorted(documents, key=lambda document: hashlib.sha256(document[1].encode()).digest())
 
@@ -110,12 +114,12 @@ def _docstring_documents(library: Path) -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(path: Path) -> list[str]:
-    """Docstrings of the module and of its classes and functions in the order of the source; nothing is imported."""
+    """Docstrings of the module, its classes and functions, in source order; nothing is imported."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about escapes in other people's strings
+            warnings.simplefilter("ignore")  # about escape sequences in the sources
             tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # templates that are not Python yet
+    except (SyntaxError, ValueError):  # templates that are not valid Python
         return []
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
@@ -129,7 +133,7 @@ def _docstrings(path: Path) -> list[str]:
 
 
 def _shard_content(documents: list[tuple[str, str]], shard_format: str) -> bytes:
-    """One shard's file."""
+    """The bytes of one shard's file."""
     columns = {
         "content": [text for _, text in documents],
         "url": [url for url, _ in documents],
@@ -148,10 +152,10 @@ def _shard_content(documents: list[tuple[str, str]], shard_format: str) -> bytes
 
 
 def _is_done(output: Path, settings: dict[str, Any]) -> bool:
-    """Whether `output` holds these shards.
+    """Whether `output` holds the shards of these settings.
 
     Raises:
-        UserError: it holds something else.
+        UserError: it holds other files.
     """
     if output.exists() and not output.is_dir():
         raise UserError(Problem("--output", f"{output} is not a folder", "give a folder, which need not exist"))
@@ -163,12 +167,12 @@ def _is_done(output: Path, settings: dict[str, Any]) -> bool:
         old_settings, files = record["settings"], record["files"]
     except OSError:
         names = [path.name for path in output.iterdir()]
-        # Only what a run of this tool that was killed leaves behind may be written over.
+        # Only the leftovers of a killed run of this tool may be overwritten.
         if all(name.startswith("shard-") for name in names):
             return False
         raise UserError(Problem("--output", f"{output} holds other files", suggestion)) from None
     except (ValueError, KeyError, TypeError):
         raise UserError(Problem("--output", f"{output / RECORD_NAME} is damaged", suggestion)) from None
     if old_settings != settings:
-        raise UserError(Problem("--output", f"{output} was made with {old_settings}, now it is {settings}", suggestion))
+        raise UserError(Problem("--output", f"{output} was made with {old_settings}, not with {settings}", suggestion))
     return all((output / name).is_file() and (output / name).stat().st_size == size for name, size in files.items())

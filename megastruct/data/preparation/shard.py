@@ -1,4 +1,4 @@
-"""One text shard -> its token files and its record; what one worker process does at a time."""
+"""Tokenise one text shard into its token files and its record, which is the unit of work of a worker process."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from megastruct.files import NewFile, write_atomically
 
 
 class OutputError(UserError):
-    """The output cannot be written: unlike a damaged shard it ends all workers at once."""
+    """The output cannot be written. Unlike a damaged shard, this stops all workers immediately."""
 
     @classmethod
     def of(cls, path: Path, error: OSError) -> OutputError:
+        """The error for `path`, which the system refused to write with `error`."""
         found = f"cannot be written ({error.strerror or error})"
         suggestion = "free disk space or fix permissions, then run the same command again; finished shards are kept"
         return cls(Problem(str(path), found, suggestion))
@@ -38,7 +39,7 @@ class OutputError(UserError):
 
 @dataclass(frozen=True)
 class ShardJob:
-    """All that a worker needs to know about one shard."""
+    """Everything that a worker needs to tokenise one shard."""
 
     index: int  # in the sorted list of shards
     shard: TextShard
@@ -52,22 +53,23 @@ class ShardJob:
     patience_seconds: float = DEFAULT_PATIENCE_SECONDS
 
     def source_version(self) -> str:
-        """Another one whenever the shard was written: of a local one the time in nanoseconds."""
+        """The version of the shard, which changes whenever it is written; see `FileState`."""
         return storage_of(self.shard).state(self.shard).version
 
 
 class ShardRecord(Record):
-    """What one text shard became."""
+    """The result of tokenising one text shard."""
 
     splits: Splits
-    skipped_documents: dict[str, Count]  # by reason, every reason is there
-    source_version: str  # of the shard that was read
+    skipped_documents: dict[str, Count]  # by reason, including reasons with 0 documents
+    source_version: str  # the version of the shard that was read
 
 
 def make_shard(job: ShardJob, on_progress: Callable[[int, int, int], None]) -> ShardRecord:
-    """Tokenise one shard; memory does not grow with its size.
+    """Tokenise one shard. Memory use does not grow with its size.
 
-    `on_progress` gets the documents (broken ones too), tokens and about the bytes of the shard of every few documents.
+    `on_progress` is called after every few documents with the number of documents (including broken ones), of tokens,
+    and approximately of bytes of the shard that were read since the last call.
 
     Raises:
         OutputError: a token file cannot be written.
@@ -80,7 +82,7 @@ def make_shard(job: ShardJob, on_progress: Callable[[int, int, int], None]) -> S
     try:
         record = _make_files(job, version, on_progress)
         write_atomically(job.record_path, record.model_dump_json().encode())
-    except OSError as error:  # errors of reading were turned into messages before
+    except OSError as error:  # errors of reading have become UserErrors before
         path = Path(error.filename) if error.filename else job.output
         raise OutputError.of(path, error) from None
     return record
@@ -91,7 +93,7 @@ def _make_files(job: ShardJob, version: str, on_progress: Callable[[int, int, in
     skipped = Counter(dict.fromkeys(BROKEN_REASONS, 0))
     try:
         rows = num_documents(job.shard)
-        left_bytes = job.shard.num_bytes  # a compressed shard holds more text than it has bytes
+        left_bytes = job.shard.num_bytes  # a compressed shard holds more bytes of text than its file has
         for documents in read_patiently(job.shard, job.text_column, patience_seconds=job.patience_seconds):
             whole = [document for document in documents if not document.broken]
             skipped.update(document.broken for document in documents if document.broken)
@@ -112,7 +114,7 @@ def _make_files(job: ShardJob, version: str, on_progress: Callable[[int, int, in
 
 
 def _refuse_changed(job: ShardJob, version: str) -> None:
-    """What was read while it was written is neither the old shard nor the new one."""
+    """Raise UserError if the shard has been changed since `version`: what was read may be a mix of old and new."""
     try:
         check_unchanged(job.shard)
         if job.source_version() == version:
@@ -124,7 +126,9 @@ def _refuse_changed(job: ShardJob, version: str) -> None:
 
 def _changed(job: ShardJob) -> UserError:
     found = "was changed or removed while it was read"
-    return UserError(Problem(job.shard.uri, found, "let it be written to its end, then run the same command again"))
+    return UserError(
+        Problem(job.shard.uri, found, "wait until it is completely written, then run the same command again")
+    )
 
 
 class _TokenWriter:
@@ -138,7 +142,7 @@ class _TokenWriter:
         self._file: NewFile | None = None
 
     def write(self, ids: np.ndarray) -> None:
-        """Append one document, int [num_tokens] with its end-of-document id; it may be cut between two files."""
+        """Append one document, int [num_tokens] including its end-of-document id; it may be split between two files."""
         while len(ids):
             file = self._file or self._open()
             piece, ids = np.split(ids, [self._job.max_shard_tokens - self._num_tokens])

@@ -1,6 +1,6 @@
 """Train a SentencePiece tokenizer like LLaMA's (BPE with byte fallback) on text shards.
 
-The same shards and options give the same file. Beside NAME.model lies NAME.training.json, which says how it was made.
+The same shards and options give the same file. NAME.training.json, next to NAME.model, records how it was made.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megastruct.data.sources.reading import read_patiently
 from megastruct.data.sources.shards import TextShard
 from megastruct.errors import Problem, UserError
 
-# As LLaMA's tokenizer; what is not said here is SentencePiece's default.
+# The options of LLaMA's tokenizer; all others have SentencePiece's defaults.
 TRAINING_OPTIONS: dict[str, Any] = {
     "model_type": "bpe",
     "byte_fallback": True,
@@ -39,11 +39,11 @@ TRAINING_OPTIONS: dict[str, Any] = {
     "hard_vocab_limit": True,
 }
 MAX_SENTENCE_CHARACTERS = 4000
-MAX_SENTENCE_BYTES = 4 * MAX_SENTENCE_CHARACTERS + 1  # SentencePiece silently drops what is longer
+MAX_SENTENCE_BYTES = 4 * MAX_SENTENCE_CHARACTERS + 1  # SentencePiece silently drops longer sentences
 
 
 class Trained(NamedTuple):
-    """A tokenizer's model file and its sha256; `is_new`: false where it was there already, made in the same way."""
+    """A tokenizer's model file and its sha256; `is_new` is false if the file existed already with the same settings."""
 
     path: Path
     fingerprint: str
@@ -51,14 +51,14 @@ class Trained(NamedTuple):
 
 
 def train_tokenizer(input_path: str, output: str, vocab_size: int, text_column: str, max_characters: int) -> Trained:
-    """Train on about `max_characters` of the shards at `input_path`, unless that was done before.
+    """Train on about `max_characters` characters of the shards at `input_path`, unless that has been done before.
 
     Args:
         output: FOLDER/ (for FOLDER/tokenizer.model) or PREFIX (for PREFIX.model).
-        vocab_size: number of ids, with bytes and control tokens.
+        vocab_size: number of ids, including bytes and control tokens.
 
     Raises:
-        UserError: the shards cannot be read, the vocabulary does not fit their text, or another file is at `output`.
+        UserError: the shards cannot be read, their text does not suit `vocab_size`, or another file is at `output`.
     """
     shards = find_shards(input_path, "--input")
     settings = {
@@ -77,12 +77,12 @@ def train_tokenizer(input_path: str, output: str, vocab_size: int, text_column: 
     record = {"fingerprint": fingerprint, "settings": settings}
     model_path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(record_path, json.dumps(record, indent=1).encode() + b"\n")
-    write_atomically(model_path, model)  # last: the model is there only if its record is
+    write_atomically(model_path, model)  # last, so that a model never exists without its record
     return Trained(model_path, fingerprint, is_new=True)
 
 
 def _sentences(shards: list[TextShard], text_column: str, max_characters: int) -> Iterator[str]:
-    """Lines of the documents, the same number of characters from each shard, about `max_characters` in all."""
+    """Lines of documents, with the same number of characters from each shard and about `max_characters` in all."""
     for index, shard in enumerate(shards):
         left = max_characters * (index + 1) // len(shards) - max_characters * index // len(shards)
         for documents in read_patiently(shard, text_column):
@@ -96,7 +96,7 @@ def _sentences(shards: list[TextShard], text_column: str, max_characters: int) -
 
 
 def _train(shards: list[TextShard], text_column: str, vocab_size: int, max_characters: int) -> bytes:
-    """The model file's content.
+    """The bytes of the model file.
 
     Raises:
         UserError: the vocabulary is too large or too small for the text, or there is no text.
@@ -104,7 +104,9 @@ def _train(shards: list[TextShard], text_column: str, vocab_size: int, max_chara
     lines = _sentences(shards, text_column, max_characters)
     first = next(lines, None)
     if first is None:
-        raise UserError(Problem("--input", "the shards hold no text", "give shards with documents, or more characters"))
+        raise UserError(
+            Problem("--input", "the shards contain no text", "give shards with documents, or raise --max-characters")
+        )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -126,10 +128,10 @@ def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 
 def _vocab_size_error(vocab_size: int, message: str) -> Exception:
-    """The user's message for SentencePiece's complaint about the vocabulary; other complaints are bugs of ours."""
+    """A UserError for SentencePiece's error about the vocabulary size; RuntimeError for any other error."""
     if most := re.search(r"Vocabulary size too high.*<= (\d+)", message):
-        found = f"{vocab_size} is more than this text gives"
-        return UserError(Problem("--vocab-size", found, f"--vocab-size {most[1]} or less, or more text"))
+        found = f"{vocab_size} is more than this text supports"
+        return UserError(Problem("--vocab-size", found, f"--vocab-size {most[1]} or less, or give more text"))
     if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         found = f"{vocab_size} is too small for bytes, control tokens and the characters of this text"
         return UserError(Problem("--vocab-size", found, f"--vocab-size {least[1]} or more"))
@@ -137,7 +139,7 @@ def _vocab_size_error(vocab_size: int, message: str) -> Exception:
 
 
 def _output_paths(output: str) -> tuple[Path, Path]:
-    """(model file, record of how it was made) for a folder or a prefix."""
+    """(model file, file that records how it was made) for a folder or a prefix."""
     path = Path(output.removesuffix(".model"))
     if path.is_dir() or output.endswith("/"):
         path = path / "tokenizer"
@@ -145,10 +147,10 @@ def _output_paths(output: str) -> tuple[Path, Path]:
 
 
 def _fingerprint_if_done(model_path: Path, record_path: Path, settings: dict[str, Any]) -> str | None:
-    """The sha256 of the model that is there, made in the same way; None if there is none.
+    """The sha256 of an existing model made with the same settings; None if there is no model.
 
     Raises:
-        UserError: another model is there.
+        UserError: the existing model was made otherwise, or changed.
     """
     if not model_path.exists():
         return None
@@ -159,7 +161,7 @@ def _fingerprint_if_done(model_path: Path, record_path: Path, settings: dict[str
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(Problem("--output", f"{model_path} exists and was not made by this tool", suggestion)) from None
     if hashlib.sha256(model_path.read_bytes()).hexdigest() != fingerprint:
-        raise UserError(Problem("--output", f"{model_path} was changed since it was made", suggestion))
+        raise UserError(Problem("--output", f"{model_path} has been changed since it was made", suggestion))
     differing = sorted(
         key for key in settings.keys() | old_settings.keys() if settings.get(key) != old_settings.get(key)
     )

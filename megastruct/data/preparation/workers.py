@@ -1,4 +1,4 @@
-"""Worker processes for token shards, their progress, and what happens when one of them dies."""
+"""Run the jobs of a preparation in worker processes, report progress, and handle workers that die."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _counts: Any = None  # in a worker: shared [documents, tokens, bytes of shards] 
 
 
 def run_jobs(jobs: list[ShardJob], num_workers: int, report: Callable[[str], None]) -> dict[int, ShardRecord]:
-    """Do all jobs; the records by the jobs' indices.
+    """Run all jobs; returns the records by the indices of the jobs.
 
-    A broken shard does not stop the others, so that all broken shards are reported at once; an output that cannot be
-    written stops all.
+    A damaged shard does not stop the others, so that all damaged shards are reported at once. An output that cannot be
+    written stops all jobs.
 
     Raises:
-        UserError: shards are damaged, the output cannot be written, or a worker died (what was finished stays).
+        UserError: shards are damaged, the output cannot be written, or a worker died. Finished shards are kept.
     """
     progress = _Progress(jobs, report)
     try:
@@ -59,7 +59,7 @@ def _run_here(jobs: list[ShardJob], progress: _Progress) -> dict[int, ShardRecor
 
 
 def _run_in_pool(jobs: list[ShardJob], num_workers: int, progress: _Progress) -> dict[int, ShardRecord]:
-    # Started afresh, not forked: the threads of Arrow and SentencePiece do not survive a fork.
+    # Spawned, not forked, because the threads of Arrow and SentencePiece do not survive a fork.
     context = multiprocessing.get_context("spawn")
     counts = context.Array("q", 3)
     records, problems = {}, Problems()
@@ -80,10 +80,10 @@ def _run_in_pool(jobs: list[ShardJob], num_workers: int, progress: _Progress) ->
                 except UserError as error:
                     problems.take(error)
     except BrokenProcessPool:
-        found = "a worker process died; it was killed from outside or the machine ran out of memory"
-        suggestion = f"run the same command again, it goes on where it stopped; perhaps --workers {num_workers // 2}"
+        found = "a worker process died; it was killed, or the machine ran out of memory"
+        suggestion = f"run the same command again to continue, with --workers {num_workers // 2} if memory was short"
         raise UserError(Problem("--workers", found, suggestion)) from None
-    except BaseException:  # for one Ctrl-C the user wants all of them to stop
+    except BaseException:  # one Ctrl-C stops all workers
         for process in list((pool._processes or {}).values()):
             process.terminate()
         raise
@@ -102,8 +102,8 @@ def _start_worker(counts: Any, parent: int) -> None:
 
 
 def _work(pickled_job: bytes) -> ShardRecord:
-    """`pickled_job`: what fails when the pool unpickles ends its process, here it is a message of the shard."""
-    job = pickle.loads(pickled_job)  # noqa: S301 - our own bytes
+    """Unpickle a job and run it. An error of unpickling must be raised here: in the pool it would end the process."""
+    job = pickle.loads(pickled_job)  # noqa: S301 - pickled by this program
 
     def count(*parts: int) -> None:
         with _counts.get_lock():
@@ -114,10 +114,10 @@ def _work(pickled_job: bytes) -> ShardRecord:
 
 
 class _Progress:
-    """A bar with speeds and remaining time on a terminal; elsewhere a line per finished shard and every half minute.
+    """A bar with speed and remaining time on a terminal; elsewhere a line per finished shard and every 30 s.
 
-    The remaining time is told from the bytes of the shards: of a parquet file by the rows that were read, of others
-    by the text.
+    The remaining time is estimated from the bytes of shards that were read: the share of rows of a parquet file, and
+    the bytes of text of other files.
     """
 
     def __init__(self, jobs: list[ShardJob], report: Callable[[str], None]) -> None:

@@ -1,1 +1,1 @@
-"""Where text comes from: shards of a disk or the hub, found, checked, and read document by document."""
+"""Sources of text: find, check and read shards on a disk or on the Hugging Face hub, document by document."""

@@ -1,4 +1,4 @@
-"""Whether shards can be read, as far as a look at each of them tells."""
+"""Check shards before training, as far as a short look at each file allows."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ _MAX_PROBLEMS_SHOWN = 20
 
 
 def check_shards(shards: list[TextShard], text_column: str, patience_seconds: float = DEFAULT_PATIENCE_SECONDS) -> None:
-    """Check that every local shard can be opened and has the text column; of remote shards only the first.
+    """Check that every local shard, and the first of the remote shards, can be opened and has the text column.
 
-    Parquet is judged by its footer, JSON lines by the first objects: what lies behind is found when it is read.
+    Only the footer of a parquet file and the first lines of a JSONL file are read. Later damage is found when the
+    shard is read.
 
     Raises:
-        UserError: naming every bad file.
+        UserError: with every bad file (at most 20 are listed).
     """
     to_check = [shard for shard in shards if shard.is_local or not shard.num_bytes] or shards[:1]
-    with ThreadPoolExecutor(16) as pool:  # thousands of footers on a network file system
+    with ThreadPoolExecutor(16) as pool:  # there may be thousands of footers on a network file system
         found = pool.map(lambda shard: _check(shard, text_column, patience_seconds), to_check)
         problems = [problem for problem in found if problem]
     if problems:

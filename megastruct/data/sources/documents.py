@@ -1,7 +1,7 @@
-"""Documents as they come out of a shard of any format.
+"""Documents as they are read from a shard of any format.
 
-A broken document (null, not a string, nothing but white space, not UTF-8, a line that is no JSON object) is handed on
-as such, to be counted; a broken file is a `UserError`.
+A broken document (null, not a string, only white space, not UTF-8, a line that is not a JSON object) is passed on and
+counted. A broken file is a `UserError`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from megastruct.errors import Problem
 
 BROKEN_REASONS = ("null", "not_a_string", "empty", "undecodable", "unparsable")
 DOCUMENTS_PER_READ = 64
-BYTES_PER_READ = 32 << 20  # fewer documents at once where they are large
+BYTES_PER_READ = 32 << 20  # large documents are read fewer at a time
 COLUMN_SUGGESTION = "name the column that holds the text (data.text_column, or --text-column of the tools)"
 
 
 class Document(NamedTuple):
-    """One document; either `text` and `content` (the same in UTF-8) are set, or `broken` says why not."""
+    """One document. Either `text` and `content` (the text in UTF-8) are set, or `broken` gives the reason why not."""
 
-    # In its shard, broken ones counted; for JSON lines the line number.
+    # Index in the shard, including broken documents; the line number in a JSONL file.
     index: int  # type: ignore[assignment]
     text: str
     content: bytes
@@ -28,12 +28,12 @@ class Document(NamedTuple):
 
 
 def broken_document(index: int, reason: str) -> Document:
-    """`reason`: one of BROKEN_REASONS."""
+    """A document that cannot be used; `reason` is one of BROKEN_REASONS."""
     return Document(index, "", b"", reason)
 
 
 def document_from_bytes(index: int, content: bytes | None) -> Document:
-    """The document with this content in UTF-8, or a broken one if it is null, empty, white space or not UTF-8."""
+    """The document with this UTF-8 content, or a broken one if it is null, empty, only white space or not UTF-8."""
     if content is None:
         return broken_document(index, "null")
     try:
@@ -46,5 +46,6 @@ def document_from_bytes(index: int, content: bytes | None) -> Document:
 
 
 def missing_column(shard: TextShard, text_column: str, names: list[str]) -> Problem:
+    """The problem of a shard whose columns `names` lack `text_column`."""
     found = f"column {text_column!r} is missing; the columns are: {', '.join(names)}"
     return Problem(shard.uri, found, COLUMN_SUGGESTION)

@@ -1,4 +1,4 @@
-"""What reading a shard can raise that is the shard's fault, and how it is said."""
+"""Errors of reading that are the fault of the shard, and their messages."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from megastruct.errors import Problem, UserError
 
 
 def read_errors(shard: TextShard) -> tuple[type[Exception], ...]:
-    """What a damaged or unreachable file can raise; anything else is a bug of ours and keeps its traceback."""
+    """Exceptions that a damaged or unreachable file can raise. Any other exception is a bug and keeps its traceback."""
     return (OSError, EOFError, *format_of(shard).damage)
 
 
 def unreadable(shard: TextShard, error: Exception) -> UserError:
-    """The user's message for one of `read_errors`."""
+    """The error to raise for one of `read_errors`: refused access, a missing file, or a damaged one."""
     if refusal := storage_of(shard).refusal(shard, error):
         return UserError(refusal)
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     gone = isinstance(error, FileNotFoundError)
-    found = "the file is gone" if gone else f"the file cannot be read, it is damaged or cut short ({text})"
+    found = "the file is gone" if gone else f"the file cannot be read; it is damaged or cut short ({text})"
     return UserError(Problem(shard.uri, found, "remove it, or download it again"))

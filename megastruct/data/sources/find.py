@@ -1,4 +1,4 @@
-"""From what a user gives as the place of text to a sorted list of shards."""
+"""Find the text shards that a path stands for."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from megastruct.errors import Problem, UserError
 
 @dataclass(frozen=True)
 class Search:
-    """What a storage needs to know to find shards."""
+    """What a storage is asked for."""
 
-    path: str  # as the user wrote it
-    where: str  # its key or option, for messages
+    path: str  # as given by the user
+    where: str  # the config key or option of the path, for messages
     patience_seconds: float
-    cache_folder: Path | None  # keeps what a name stood for when it was first used
-    commit: str | None  # that the name stands for where the cache has none
+    cache_folder: Path | None  # stores which commit and files a dataset name stood for on first use
+    commit: str | None  # the commit to use if the cache has none
 
     def text_names(self, names: list[str], what: str) -> list[str]:
-        """Those of `names` that are text shards, sorted: all of the first format in the registry that has any.
+        """The names among `names` that are text shards, sorted: all files of the first registered format that has any.
 
-        JSON lines are taken only where there is no parquet file: beside parquet they are notes about it.
+        JSONL files are used only if there is no parquet file, because next to parquet files they usually hold metadata.
 
         Raises:
-            UserError: there is none; `what` says where they were looked for.
+            UserError: there is no text shard; `what` names the place that was searched.
         """
         for file_format in FORMATS:
             if chosen := [name for name in names if name.endswith(file_format.endings)]:
@@ -44,13 +44,18 @@ def find_shards(
     cache_folder: Path | None = None,
     commit: str | None = None,
 ) -> list[TextShard]:
-    """All shards that `path` stands for, sorted by name: of a folder, a glob, a file or a Hugging Face dataset name.
+    """All shards of `path`, sorted by name. `path` is a folder, a glob, a file or a Hugging Face dataset name.
 
-    Relative paths start at the current directory; a local path comes before a name of the hub. What a dataset name
-    stood for is kept in `cache_folder`; where it is not there any more, `commit` says which one a run began with.
+    Relative paths are relative to the current directory. A local path takes precedence over a dataset of the same name.
+    The commit and the files of a dataset are stored in `cache_folder`; if they are no longer there, `commit` gives the
+    commit that the run started with.
+
+    Args:
+        where: config key or option of the path, for messages.
+        patience_seconds: how long to retry a hub that fails.
 
     Raises:
-        UserError: nothing is there, no file has a known ending, or the hub cannot be reached; `where` is its key.
+        UserError: nothing is found, no file has a known ending, or the hub cannot be reached.
     """
     search = Search(path, where, patience_seconds, cache_folder, commit)
     for storage in STORAGES.values():

@@ -1,4 +1,4 @@
-"""All formats of text shards; which one a file has, its ending says."""
+"""The registry of formats of text shards. The ending of a file's name decides its format."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from megastruct.data.sources.json_lines import JsonLines
 from megastruct.data.sources.parquet import Parquet
 from megastruct.data.sources.shards import TextShard
 
-# Of a folder with files of several formats, those of the first one are read.
+# If a folder has files of several formats, only the files of the first one are read.
 FORMATS: list[DocumentFormat] = [Parquet(), JsonLines()]
 
 
 def format_of(shard: TextShard) -> DocumentFormat:
+    """The format of a shard, by the ending of its name."""
     return next(file_format for file_format in FORMATS if shard.uri.endswith(file_format.endings))
 
 
 def all_endings() -> list[str]:
+    """The endings of all formats, for example ".parquet"."""
     return [ending for file_format in FORMATS for ending in file_format.endings]

@@ -1,5 +1,7 @@
-"""JSON-lines shards, read line by line: the JSON reader of `datasets` parses megabytes at once, and one bad value ends
-all of them."""
+"""JSONL shards, read line by line.
+
+The JSON reader of `datasets` is not used: it parses megabytes at once, and one bad value makes all of them fail.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,16 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class JsonLines:
-    """A document is an object in a line of its own; its index is the number of the line, blank lines counted."""
+    """One JSON object per line; the index of a document is its line number from 0, including blank lines."""
 
     endings = with_compressed(".jsonl", ".json")
     damage = DAMAGE
 
     def check(self, shard: TextShard, text_column: str) -> Problem | None:
-        """A single bad line is a broken document; a file whose first lines are all bad is something else."""
+        """As in `DocumentFormat`: the column is missing in the first 100 lines, or none of them is a JSON object.
+
+        A single bad line is a broken document and no problem of the file.
+        """
         names: dict[str, None] = {}
         first_mistake: Problem | None = None
         num_good = 0
@@ -40,7 +45,7 @@ class JsonLines:
             try:
                 values = _parse(line)
             except ValueError as error:
-                found = f"none of its first lines is a JSON object (line {line_number + 1}: {error})"
+                found = f"none of the first lines is a JSON object (line {line_number + 1}: {error})"
                 suggestion = "give one JSON object per line, or download the file again"
                 first_mistake = first_mistake or Problem(shard.uri, found, suggestion)
                 continue
@@ -53,9 +58,11 @@ class JsonLines:
         return None if num_good else first_mistake
 
     def num_documents(self, shard: TextShard) -> int | None:
+        """As in `DocumentFormat`: always None."""
         return None
 
     def documents(self, shard: TextShard, text_column: str, start: int) -> Iterator[list[Document]]:
+        """As in `DocumentFormat`; lines before `start` are read and skipped."""
         batch: list[Document] = []
         num_bytes = 0
         for line_number, line in _numbered_lines(shard, start):
@@ -69,7 +76,7 @@ class JsonLines:
 
 
 def _numbered_lines(shard: TextShard, start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """(line number from 0, bytes) of every line of a shard that is not blank, from line `start` on."""
+    """(line number from 0, bytes) of every line that is not blank, from line `start` on."""
     storage = storage_of(shard)
     with (
         io.BufferedReader(storage.open(shard), storage.request_bytes) as file,
@@ -92,15 +99,16 @@ def _document(text_column: str, line_number: int, line: bytes) -> Document:
         return broken_document(line_number, "not_a_string")
     try:
         return document_from_bytes(line_number, None if value is None else value.encode("utf-8"))
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which is no character
+    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair, which is not a character
         return broken_document(line_number, "undecodable")
 
 
 def _parse(line: bytes) -> dict[str, Any]:
-    """One object.
+    """The JSON object in a line.
 
     Raises:
-        ValueError: the line is not a JSON object; UnicodeDecodeError, which is one, if it is not UTF-8.
+        UnicodeDecodeError: the line is not UTF-8.
+        ValueError: the line is not a JSON object.
     """
     text = line.decode("utf-8")
     try:

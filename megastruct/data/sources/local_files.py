@@ -1,4 +1,4 @@
-"""Shards in files of this machine, or of a file system that is mounted on it."""
+"""The storage of local files and of mounted file systems."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 
 
 class LocalFiles:
-    """A folder, which is searched to the bottom, a glob or a single file; relative to the current directory."""
+    """A folder, which is searched recursively, a glob or a single file; see `Storage`."""
 
     request_bytes = io.DEFAULT_BUFFER_SIZE
 
     def find(self, search: Search) -> list[TextShard] | None:
+        """As in `Storage`; relative paths are relative to the current directory."""
         local = Path(search.path).expanduser().absolute()
         if local.is_dir():
             if (local / MANIFEST_NAME).is_file():
                 found = f"{local} holds token shards ({MANIFEST_NAME})"
-                suggestion = "train with data.kind=tokens, or give the text they were made from"
+                suggestion = "train with data.kind=tokens, or give the text that the token shards were made from"
                 raise UserError(Problem(search.where, found, suggestion))
             files = [Path(folder) / name for folder, _, names in os.walk(local) for name in names if name[0] != "."]
             return _shards(search, files, local, f"the folder {local}")
@@ -39,23 +40,27 @@ class LocalFiles:
         return None
 
     def open(self, shard: TextShard) -> io.RawIOBase:
+        """As in `Storage`."""
         return open(shard.uri, "rb", buffering=0)
 
     def state(self, shard: TextShard) -> FileState:
-        """`version`: the time of the last write in nanoseconds."""
+        """As in `Storage`; the version is the modification time in nanoseconds."""
         status = os.stat(shard.uri)
         return FileState(status.st_size, str(status.st_mtime_ns))
 
     def commit_of(self, shard: TextShard) -> str | None:
+        """As in `Storage`: always None."""
         return None
 
     def may_pass(self, shard: TextShard, error: Exception) -> bool:
+        """As in `Storage`: errors of the operating system, but not a file that is missing from its folder."""
         if isinstance(error, FileNotFoundError):
-            return not Path(shard.uri).parent.is_dir()  # with its folder it may be a mount that comes back
-        # Arrow and gzip speak of damage by an OSError without a number; the system always gives one.
+            return not Path(shard.uri).parent.is_dir()  # a missing folder may be a mount that comes back
+        # Arrow and gzip report damage as an OSError without errno; the system always sets errno.
         return isinstance(error, OSError) and bool(error.errno)
 
     def refusal(self, shard: TextShard, error: Exception) -> Problem | None:
+        """As in `Storage`: always None."""
         return None
 
 

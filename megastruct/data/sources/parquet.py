@@ -1,7 +1,7 @@
-"""Parquet shards: one column of text, read a few rows at a time through a small buffer.
+"""Parquet shards: the text column is read a few rows at a time through a small buffer.
 
-Not by `datasets`, because Arrow's dataset scanner beneath it holds a whole row group in memory, and a shard written
-with default settings is one row group of many GB.
+`datasets` is not used, because Arrow's dataset scanner, on which it builds, holds a whole row group in memory. A shard
+written with default settings is a single row group of many GB.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from megastruct.data.sources.shards import TextShard
 from megastruct.data.sources.storages import storage_of
 from megastruct.errors import Problem, UserError
 
-_BUFFER_BYTES = 1 << 20  # of a column
+_BUFFER_BYTES = 1 << 20  # per column
 _TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "null")
 
 
 class Parquet:
-    """A document is a row. A shard is judged by its footer: what lies before it is found when it is read."""
+    """One document per row; see `DocumentFormat`."""
 
     endings = (".parquet",)
     damage = (pa.ArrowException,)
 
     def check(self, shard: TextShard, text_column: str) -> Problem | None:
+        """As in `DocumentFormat`: the footer is damaged, or has no such column of text."""
         with _open(shard) as file:
             schema = file.schema_arrow
         if text_column not in schema.names:
@@ -42,27 +43,31 @@ class Parquet:
         if pa.types.is_dictionary(column_type):
             column_type = column_type.value_type
         if str(column_type) not in _TEXT_TYPES:
-            return Problem(shard.uri, f"column {text_column!r} is of type {column_type}, not text", COLUMN_SUGGESTION)
+            return Problem(
+                shard.uri, f"column {text_column!r} has the type {column_type}, which is not text", COLUMN_SUGGESTION
+            )
         return None
 
     def num_documents(self, shard: TextShard) -> int | None:
+        """As in `DocumentFormat`: the number of rows in the footer."""
         with _open(shard) as file:
             return file.metadata.num_rows
 
     def documents(self, shard: TextShard, text_column: str, start: int) -> Iterator[list[Document]]:
+        """As in `DocumentFormat`; row groups before `start` and other columns are not read."""
         index = start
         for column in _columns(shard, text_column, start):
             null = pa.types.is_null(column.type)
-            # Arrow hands out bytes: it would refuse a whole column for one value that is not UTF-8.
+            # As bytes, because Arrow would reject a whole column for one value that is not UTF-8.
             contents = [None] * len(column) if null else column.cast(pa.large_binary()).to_pylist()
             yield [document_from_bytes(index + i, content) for i, content in enumerate(contents)]
             index += len(contents)
 
 
 def _open(shard: TextShard) -> pq.ParquetFile:
-    """Read through a buffer for each column, so that what is asked for is all that is read."""
+    """The file, read through one buffer per column, so that only the requested bytes are read."""
     storage = storage_of(shard)
-    file = shard.uri if shard.is_local else storage.open(shard)  # Arrow reads local files without Python's lock
+    file = shard.uri if shard.is_local else storage.open(shard)  # Arrow reads local files without holding the GIL
     return pq.ParquetFile(file, buffer_size=max(_BUFFER_BYTES, storage.request_bytes), pre_buffer=False)
 
 
@@ -84,7 +89,7 @@ def _columns(shard: TextShard, text_column: str, start: int) -> Iterator[pa.Arra
 
 
 def _rows_per_read(file: pq.ParquetFile, text_column: str) -> int:
-    """Rows that hold about BYTES_PER_READ of text in the row group with the longest documents."""
+    """Number of rows that hold about BYTES_PER_READ of text in the row group with the longest documents."""
     groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
     sizes = [
         group.column(index).total_uncompressed_size / group.num_rows

@@ -1,4 +1,4 @@
-"""Documents of a shard whose storage may fail for a while: tried again, ever more slowly, then reported by name."""
+"""Read the documents of a shard, with retries if its storage fails for a while."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def read_patiently(
     patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
     watch: Callable[[str, str], None] | None = None,
 ) -> Iterator[list[Document]]:
-    """Documents of `shard` from index `start` on, in lists of a few; only one column is read.
+    """Documents of `shard` from index `start` on, in lists of a few; only the column `text_column` is read.
 
-    A storage that cannot be reached is tried again for `patience_seconds`. Reading goes on behind the last document
-    that came, and each document that comes makes the patience whole again. Every failure is a line on stderr. `watch`
-    gets the shard and what failed, at the start with an empty text.
+    A storage that cannot be reached is retried for `patience_seconds`. Reading continues after the last document that
+    arrived, and every document that arrives starts the time anew. Every failure prints a warning on stderr. `watch` is
+    called with the address of the shard and the error; at the start, the error is an empty string.
 
     Raises:
-        UserError: the file could not be reached for that long; or at once: it is damaged, cut short, lacks the
-            column, has changed since it was found, or the hub refuses it.
+        UserError: the file could not be reached for that long. Or, without a retry: it is damaged, cut short, has no
+            such column, has changed since it was found, or access to it is denied.
     """
     if watch:
         watch(shard.uri, "")
@@ -45,7 +45,7 @@ def read_patiently(
             return
         except UserError:
             raise
-        except Exception as error:  # the libraries below have no common class for what a network does
+        except Exception as error:  # the libraries have no common class for network errors
             if not storage_of(shard).may_pass(shard, error):
                 if isinstance(error, read_errors(shard)):
                     raise unreadable(shard, error) from None
@@ -57,18 +57,23 @@ def read_patiently(
 
 
 def num_documents(shard: TextShard) -> int | None:
-    """Documents in a local shard, broken ones too; None where only reading it would tell."""
+    """Number of documents in a local shard, including broken ones; None if counting needs all of the file."""
     if not shard.is_local:
         return None
     try:
         return format_of(shard).num_documents(shard)
     except read_errors(shard):
-        return None  # whoever reads it says what is wrong
+        return None  # reading the shard will report the problem
 
 
 def check_unchanged(shard: TextShard) -> None:
-    """Raises UserError if the shard has another size than when it was found, OSError if it is gone."""
+    """Check that the shard still has the size that it had when it was found.
+
+    Raises:
+        UserError: the size differs.
+        OSError: the file is gone or cannot be reached.
+    """
     num_bytes = storage_of(shard).state(shard).num_bytes
     if num_bytes != shard.num_bytes:
-        found = f"has {num_bytes} bytes, it had {shard.num_bytes} when this run began: it was changed meanwhile"
-        raise UserError(Problem(shard.uri, found, "let it be written to its end, then start again"))
+        found = f"was changed: it has {num_bytes} bytes, but it had {shard.num_bytes} when this run began"
+        raise UserError(Problem(shard.uri, found, "wait until it is completely written, then start again"))

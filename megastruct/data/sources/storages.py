@@ -1,4 +1,4 @@
-"""All storages, by the scheme of the addresses of their shards."""
+"""The registry of storages, by the scheme of the addresses of their shards."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from megastruct.data.sources.hub_files import HubFiles
 from megastruct.data.sources.local_files import LocalFiles
 from megastruct.data.sources.shards import TextShard
 
-# A path belongs to the first that knows it.
+# A path belongs to the first storage that accepts it.
 STORAGES: dict[str, Storage] = {"": LocalFiles(), "hf": HubFiles()}
 
 
 def storage_of(shard: TextShard) -> Storage:
+    """The storage of a shard, by the scheme of its address."""
     return STORAGES[shard.scheme]

@@ -1,1 +1,1 @@
-"""Training straight from text shards, tokenised ahead of the trainer."""
+"""Training directly on text shards, which are tokenised ahead of the trainer."""

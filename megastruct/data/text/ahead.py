@@ -1,7 +1,7 @@
-"""Tokenised documents, made ahead of the trainer by a thread or by processes.
+"""Documents that a thread or processes tokenise ahead of the trainer.
 
-Every stream is a queue of its own, so that the order of what is read depends on nothing but the streams: with any
-number of processes, and with none, the rows are the same.
+Every stream has its own queue, so the order depends on the streams alone: the rows are the same for any number of
+processes, and for none.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _CHUNKS_AHEAD_OF_A_THREAD = 1
 def open_chunks(
     owner: object, sources: Sequence[TextSource], starts: dict[StreamName, StreamCursor], num_workers: int
 ) -> dict[StreamName, Chunks]:
-    """The tokenised documents of all streams, from `starts` on, by `num_workers` processes (0: a thread of this one).
+    """The tokenised documents of all streams, from `starts` on, by `num_workers` processes; with 0, by a thread.
 
-    The processes end with `owner`, and with this process however it ends.
+    The processes end when `owner` is collected, and when this process ends in any way.
     """
     if num_workers and starts:
         return _from_processes(owner, sources, starts, num_workers)
@@ -48,7 +48,7 @@ def _from_processes(
 def _from_thread(
     owner: object, sources: Sequence[TextSource], starts: dict[StreamName, StreamCursor]
 ) -> dict[StreamName, Chunks]:
-    """One thread for all streams, which begins when a stream is first read. SentencePiece lets go of Python's lock."""
+    """One thread for all streams; a stream starts when it is first read. SentencePiece releases the GIL."""
     maker, signs = Maker(owner, "tokenise"), Signs()
     return {
         name: Chunks(

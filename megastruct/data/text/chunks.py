@@ -1,4 +1,4 @@
-"""Chunks of tokenised documents as they come from whoever makes them, and what is said if nothing comes."""
+"""Chunks of tokenised documents as they arrive from their maker, and the error if nothing arrives."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from megastruct.data.text.stream import Placed
 from megastruct.data.text.worker import Reading, StreamName
 from megastruct.errors import Problem, UserError
 
-_LEAST_LIMIT_SECONDS = 60.0  # a chunk of long documents takes seconds, and so does the start of a process
+_LEAST_LIMIT_SECONDS = 60.0  # a chunk of long documents, or the start of a process, takes seconds
 
 
 class Signs:
-    """What was last heard of the maker of some streams.
+    """The last signs of life from the maker of some streams.
 
     Attributes:
-        last_seconds: when, by time.monotonic.
-        reading: what each stream reads, and how it failed last.
+        last_seconds: the time of the last sign, by time.monotonic.
+        reading: the shard that each stream reads, and its last failure.
     """
 
     def __init__(self) -> None:
@@ -27,16 +27,17 @@ class Signs:
         self.reading: dict[StreamName, Reading] = {}
 
     def heard(self, reading: Reading | None = None) -> None:
+        """Note a sign of life now, with what a stream reads if that is known."""
         self.last_seconds = time.monotonic()
         if reading is not None:
             self.reading[reading.stream] = reading
 
 
 class Chunks(ReadAhead[list[Placed]]):
-    """The tokenised documents of one stream, some at a time.
+    """The tokenised documents of one stream, a list at a time.
 
     Raises:
-        UserError: what the stream raises, or nothing was heard of its maker for `limit_seconds`.
+        UserError: the stream raised it, or its maker gave no sign of life for `limit_seconds(patience_seconds)`.
     """
 
     def __init__(
@@ -58,14 +59,18 @@ class Chunks(ReadAhead[list[Placed]]):
                     return self._silent()
 
     def _silent(self) -> UserError:
-        """What is said of a source that neither answers nor fails."""
+        """The error for a source that neither answers nor fails."""
         reading = self.signs.reading.get(self._name)
         if reading is None:
-            found = f"stream {self._name[1]} gave no document for {self._limit_seconds:g} s"
+            found = f"stream {self._name[1]} delivered no document for {self._limit_seconds:g} s"
             return UserError(Problem("data.path", found, "raise data.patience_seconds, or start again"))
-        return unreachable(reading.uri, self._limit_seconds, reading.failure or "it does not answer")
+        why = f"last error: {reading.failure}" if reading.failure else "it does not answer"
+        return unreachable(reading.uri, self._limit_seconds, why)
 
 
 def limit_seconds(patience_seconds: float) -> float:
-    """How long a maker may be silent: those that fail say so when their patience ends, this is for those that hang."""
+    """Seconds after which a silent maker counts as hanging: 1.5 x patience, at least 60.
+
+    A maker that fails reports it itself when its patience is over, which is earlier.
+    """
     return max(1.5 * patience_seconds, _LEAST_LIMIT_SECONDS)

@@ -1,4 +1,4 @@
-"""Training data read from text shards while training runs (kind: text)."""
+"""Training data that is read from text shards during training (kind: text)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megastruct.data.text.stream import CURSOR_COLUMNS, TextSource
 
 
 class TextData:
-    """Text shards of one source or more, checked and ready to be read."""
+    """Text shards of one or more sources, checked and ready to be read; see `TrainingData`."""
 
     def __init__(
         self,
@@ -31,8 +31,11 @@ class TextData:
     ) -> None:
         """
         Args:
-            num_workers: processes that tokenise ahead for each reader; 0: a thread of the reader's own process.
-            cache_folder: where the held-out tokens are kept, which take long to find.
+            sources: the sources, which share a tokenizer and a validation fraction.
+            mixture: assigns the global samples to the sources.
+            seq_length: tokens per sample, not counting the last label.
+            num_workers: processes per reader that tokenise ahead; with 0, a thread of the reader's process does it.
+            cache_folder: where the held-out tokens, which take long to find, are stored.
         """
         self._sources = sources
         self._mixture = mixture
@@ -45,19 +48,21 @@ class TextData:
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """As in `TrainingData`."""
         return self._sources[0].tokenizer
 
     @property
     def cursor_shape(self) -> tuple[int, int]:
+        """As in `TrainingData`: (streams of all sources, 5)."""
         return (sum(source.num_streams for source in self._sources), CURSOR_COLUMNS)
 
     @staticmethod
     def skipped_documents(cursor: np.ndarray) -> int:
-        """Broken documents passed over so far, from the merged cursor of all ranks."""
+        """As in `TrainingData`."""
         return int(cursor[:, -1].sum())
 
     def describe(self) -> dict[str, Any]:
-        """Plain values for the record of a run; what only reading everything could tell is None."""
+        """As in `TrainingData`; numbers that are unknown before everything has been read are None."""
         first = self._sources[0]
         parts = [
             {
@@ -81,8 +86,8 @@ class TextData:
             **self._hub_commits(),
         }
 
-    def _hub_commits(self) -> dict:
-        """What was read from the hub, said only if something was."""
+    def _hub_commits(self) -> dict[str, list[str | None]]:
+        """The commit of every source (None if it is not on the hub); empty if no source is on the hub."""
         firsts = [source.shards[0] for source in self._sources]
         commits = [storage_of(shard).commit_of(shard) for shard in firsts]
         return {"hub_commits": commits} if any(commits) else {}
@@ -96,20 +101,18 @@ class TextData:
         cursor: np.ndarray | None = None,
         start_sample: int = 0,
     ) -> TextReader:
-        """This rank's micro-batches from global sample `start_sample` on, where the merged `cursor` was taken."""
+        """As in `TrainingData`."""
         sizes = (global_batch_size, micro_batch_size, dp_rank, dp_size)
         return TextReader(
             self._sources, self._mixture, self._seq_length, *sizes, cursor, start_sample, self._num_workers
         )
 
     def validation_batches(self, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[Batch]:
-        """This rank's part of the first `num_samples` rows of the packed held-out documents.
-
-        Of several sources each gives its share, in the order of training.
+        """As in `TrainingData`. Every source contributes its share, in the order of training.
 
         Raises:
-            UserError: there are fewer rows.
-            ValueError: num_samples does not divide by micro_batch_size * dp_size.
+            UserError: the held-out documents fill fewer rows, or a shard cannot be read.
+            ValueError: num_samples is not divisible by micro_batch_size * dp_size.
         """
         own = validation_samples(num_samples, micro_batch_size, dp_rank, dp_size)
         tokens = self._held_out_tokens(num_samples)
@@ -125,7 +128,7 @@ class TextData:
         return batches
 
     def _held_out_tokens(self, num_samples: int) -> list[np.ndarray]:
-        """Of every source as many tokens as its share of `num_samples` takes, fewer if there are no more."""
+        """The held-out tokens that `num_samples` take of every source; fewer if a source has no more."""
         wanted = tuple(self._mixture.consumed(num_samples).tolist())
         if wanted not in self._held_out:
             self._held_out[wanted] = [

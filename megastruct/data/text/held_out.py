@@ -1,4 +1,4 @@
-"""The held-out documents of text shards, which are found by reading the shards until there are enough."""
+"""The held-out documents of text shards, found by reading shards until there are enough."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from megastruct.data.text.stream import TextSource
 
 
 def held_out_tokens(source: TextSource, num_tokens: int, cache_folder: Path | None = None) -> np.ndarray:
-    """The first `num_tokens` tokens of the held-out documents, int32; fewer if there are no more.
+    """The first `num_tokens` tokens of the held-out documents, int32 [num_tokens]; fewer if there are no more.
 
-    To find them, shards are read in the order of their names as far as needed, once for all ranks that share
-    `cache_folder`.
+    Shards are read in the order of their names as far as needed, once for all ranks that share `cache_folder`.
+
+    Raises:
+        UserError: a shard is damaged or cannot be reached.
     """
     shards = [(shard.name, shard.num_bytes, shard.content_id) for shard in source.shards]
     key = key_of(shards, source.tokenizer.fingerprint, source.text_column, source.validation_fraction, num_tokens)

@@ -1,4 +1,4 @@
-"""Opening text shards for training (kind: text)."""
+"""Open text shards for training (kind: text)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def open_text(options: DataOptions) -> TextData:
     """Find and check the shards of all sources, and their tokenizer.
 
     Raises:
-        UserError: with all that is missing, damaged or does not fit.
+        UserError: with everything that is missing, damaged or does not fit the config.
     """
     data, problems = options.data, Problems()
     tokenizer = problems.collect(lambda: _open_tokenizer(options))
@@ -53,7 +53,7 @@ def open_text(options: DataOptions) -> TextData:
 def _open_tokenizer(options: DataOptions) -> Tokenizer:
     if options.tokenizer_path is None:
         suggestion = "give a SentencePiece model, for example one made with tools/train_tokenizer.py"
-        raise UserError(Problem("data.tokenizer", "is not set, and text shards need it", suggestion))
+        raise UserError(Problem("data.tokenizer", "is not set, but text shards need a tokenizer", suggestion))
     tokenizer = open_tokenizer(options.tokenizer_path, "data.tokenizer")
     check_vocab_size(tokenizer.vocab_size, options.vocab_size)
     return tokenizer
@@ -65,12 +65,12 @@ def _open_shards(options: DataOptions, where: str, path: str, commit: str | None
     key = key_of([(shard.uri, shard.num_bytes) for shard in shards], data.text_column)
     cached_array(options.cache_folder, f"checked-{key}", lambda: _checked(shards, options))
     if data.num_streams is not None and data.num_streams > len(shards):
-        found = f"{data.num_streams} streams are more than the {len(shards)} text shards"
+        found = f"{data.num_streams} is more than the number of text shards, {len(shards)}"
         raise UserError(Problem("data.num_streams", found, f"set it to {len(shards)} or less, or leave it out"))
     return shards
 
 
 def _checked(shards: list[TextShard], options: DataOptions) -> np.ndarray:
-    """The number of shards, if all can be opened; thousands of footers are read for it."""
+    """The number of shards, after all of them were checked; this may read thousands of footers."""
     check_shards(shards, options.data.text_column, options.data.patience_seconds)
     return np.array(len(shards))

@@ -1,4 +1,4 @@
-"""A process that tokenises ahead of the trainer (worker.py is what runs in it), seen from the trainer."""
+"""The trainer's side of a process that tokenises ahead of it; worker.py runs in that process."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from megastruct.data.text.worker import Chunk, Failed, Reading, StreamName
 from megastruct.errors import Problem, UserError
 from megastruct.import_path import import_variables
 
-CHUNKS_AHEAD = 2  # of a stream, of 64 documents each: about 160,000 tokens of web pages
+CHUNKS_AHEAD = 2  # per stream, of 64 documents each: about 160,000 tokens of web pages
 
 
 class TextProcess(Signs):
-    """One process, and the thread that takes in what it sends, so that it never waits for the trainer to listen.
+    """One process, and a thread that receives what it sends, so that it never waits for the trainer.
 
-    It begins with `CHUNKS_AHEAD` chunks of each stream.
+    The process starts with `CHUNKS_AHEAD` chunks of each stream.
     """
 
     def __init__(self, sources: Sequence[TextSource], starts: dict[StreamName, StreamCursor]) -> None:
@@ -50,18 +50,18 @@ class TextProcess(Signs):
                 self._send(name)
 
     def supply(self, name: StreamName) -> Supply[list[Placed]]:
-        """The chunks of a stream."""
+        """A supply of the chunks of a stream."""
         return Supply(partial(self._send, name), self._made[name])
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """Kill the process and wait for its end."""
         self.process.kill()
         self.process.wait()
         self._thread.join(timeout=5)
         self._connection.close()
 
     def _send(self, message: object) -> None:
-        with contextlib.suppress(OSError):  # if it is dead, the thread has said so
+        with contextlib.suppress(OSError):  # if the process is dead, the thread reports it
             self._connection.send(message)
 
     def _take_in(self) -> None:
@@ -73,13 +73,13 @@ class TextProcess(Signs):
                     self._made[message.stream].put(message.documents)
                 elif isinstance(message, Failed):
                     self._fail(message.error, self._made if message.stream is None else [message.stream])
-        except Exception as error:  # whatever ends this thread must end the wait for it
+        except Exception as error:  # any end of this thread must end the wait for chunks
             if not isinstance(error, (EOFError, OSError)):
                 self.process.kill()
             code = self.process.wait()
             how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-            found = f"a process that tokenises {how}; perhaps the machine ran out of memory"
-            suggestion = "start again, the run goes on from its checkpoint; or data.num_workers=0"
+            found = f"a tokenising process {how}; the machine may have run out of memory"
+            suggestion = "start again to resume from the last checkpoint, or set data.num_workers=0"
             self._fail(UserError(Problem("data.num_workers", found, suggestion)), self._made)
             if not isinstance(error, (EOFError, OSError)):
                 raise

@@ -1,4 +1,4 @@
-"""The reader of text shards: the streams of one rank, and the rows it is dealt from them."""
+"""The reader of text shards: the streams of one rank, and the rows that it is dealt from them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ from megastruct.errors import Problem, UserError
 
 
 class TextReader(Reader):
-    """Reads the virtual streams that this rank is dealt samples from; see `Reader`.
+    """Reads the virtual streams from which this rank is dealt samples; see `Reader`.
 
-    A rank walks through whole streams and drops the rows of others: with one source, powers of two and num_streams up
-    to dp_size * micro_batch_size, that is micro_batch_size streams at most; of a mixture it may be all streams.
+    A rank reads whole streams and drops the rows of other ranks. With one source, powers of two and num_streams up to
+    dp_size * micro_batch_size, it reads at most micro_batch_size streams; in a mixture it may have to read all streams.
+
+    Raises:
+        UserError: `cursor` belongs to other data.
+        ValueError: the sizes do not divide evenly, `cursor` is not merged, or it is missing for a later start.
     """
 
     def __init__(
@@ -43,7 +47,7 @@ class TextReader(Reader):
     ) -> None:
         super().__init__(global_batch_size, micro_batch_size, dp_rank, dp_size, start_sample)
         if cursor is None and start_sample:
-            raise ValueError(f"text cannot start at sample {start_sample} without the cursor that belongs to it")
+            raise ValueError(f"reading text from sample {start_sample} needs the cursor that was taken there")
         self._sources = sources
         self._mixture = mixture
         self._seq_length = seq_length
@@ -57,6 +61,7 @@ class TextReader(Reader):
 
     @property
     def skipped_documents(self) -> int:
+        """As in `Reader`."""
         return sum(stream.cursor.skipped_documents for stream in self._streams.values())
 
     def cursor(self) -> np.ndarray:
@@ -67,7 +72,7 @@ class TextReader(Reader):
         consumed = self._rows_consumed(self.samples_consumed())
         cursor = np.full((int(self._num_streams.sum()), CURSOR_COLUMNS), -1, dtype=np.int64)
         for name, stream in self._streams.items():
-            # Other ranks may have taken the stream's last rows of the step; all of them must say the same place.
+            # Other ranks may have taken the last rows of this step; all ranks must report the same place.
             self._advance(name, consumed[name])
             cursor[self._first_row_of_cursor[name[0]] + name[1]] = stream.cursor
         return cursor
@@ -89,7 +94,7 @@ class TextReader(Reader):
             self._rows_taken[name] += 1
 
     def _rows_consumed(self, num_samples: int) -> dict[StreamName, int]:
-        """Rows that the first `num_samples` global samples take from every stream."""
+        """Number of rows that the first `num_samples` global samples take from every stream."""
         return {
             (source, stream): rows_consumed(consumed, stream, num_streams)
             for source, (consumed, num_streams) in enumerate(
@@ -99,18 +104,18 @@ class TextReader(Reader):
         }
 
     def _stream_cursors(self, cursor: np.ndarray | None) -> dict[StreamName, StreamCursor]:
-        """The places where all streams go on.
+        """The places at which all streams continue.
 
         Raises:
-            UserError: the cursor was made for other data.
-            ValueError: it was not merged over all ranks.
+            UserError: the cursor belongs to other data.
+            ValueError: the cursor is not merged over all ranks.
         """
         names = [(source, stream) for source, count in enumerate(self._num_streams) for stream in range(count)]
         if cursor is None:
             return dict.fromkeys(names, START)
         if cursor.shape != (len(names), CURSOR_COLUMNS):
-            found = f"the checkpoint was made with {len(cursor)} streams, the text shards now give {len(names)}"
-            suggestion = "set it to what it was and use the same text shards"
+            found = f"the checkpoint was saved with {len(cursor)} streams, but the text shards now give {len(names)}"
+            suggestion = "restore its previous value and use the same text shards"
             if len(self._sources) == 1:
                 suggestion = f"set it to {len(cursor)} and use the same text shards"
             raise UserError(Problem("data.num_streams", found, suggestion))
@@ -120,11 +125,12 @@ class TextReader(Reader):
         source, stream = self._sources[name[0]], name[1]
         place = StreamCursor(*row)
         if min(place) < 0:
-            raise ValueError(f"the cursor says nothing about stream {stream}; merge the cursors of all ranks")
+            raise ValueError(f"the cursor has no place for stream {stream}; merge the cursors of all ranks")
         num_positions = len(shard_order(len(source.shards), stream, source.num_streams, source.seed, 0))
         if place.shard_position >= num_positions:
             found = (
-                f"the checkpoint stands in shard {place.shard_position} of stream {stream}, which has {num_positions}"
+                f"the checkpoint continues at shard {place.shard_position} of stream {stream}, which has only "
+                f"{num_positions} shards"
             )
             raise UserError(Problem("data.path", found, "resume with the text shards that the run was started with"))
         return place

@@ -3,10 +3,10 @@
     document:   | d0 ........ eod | d1 ... eod | d2 ................ eod | ...
     row:        | row 0 ......... |
                                | row 1 ........ |         consecutive rows share one token, so that every token
-                                              | row 2     but the stream's first is a label exactly once
+                                              | row 2     except the first of the stream is a label exactly once
 
-The cursor of a stream is where its next row begins. It always points at a token, so resuming reads one shard and
-tokenises again only from the document under the cursor on.
+The cursor of a stream is the token at which its next row begins. Resuming opens one shard and tokenises from the
+document under the cursor on.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class StreamCursor(NamedTuple):
 
     epoch: int
     shard_position: int  # in the stream's order of that epoch
-    document: int  # index in the shard
+    document: int  # index within the shard
     token_offset: int  # in that document
-    skipped_documents: int  # broken documents met by the stream before this place, in all epochs
+    skipped_documents: int  # broken documents that the stream has skipped before this place, in all epochs
 
 
 CURSOR_COLUMNS = len(StreamCursor._fields)
@@ -44,7 +44,7 @@ START = StreamCursor(0, 0, 0, 0, 0)
 
 @dataclass(frozen=True)
 class TextSource:
-    """What all streams of a source share."""
+    """One source of text: its shards, and the settings that all its streams share."""
 
     shards: Sequence[TextShard]  # sorted
     tokenizer: Tokenizer
@@ -63,9 +63,9 @@ class Placed(NamedTuple):
 
 
 class TextStream:
-    """Rows out of tokenised documents, which come a few at a time from `chunks`, in order, from `start` on.
+    """Cuts tokenised documents into rows. `chunks` yields the documents in order, a few at a time, from `start` on.
 
-    `chunks` may be ahead of the rows that were taken; the cursor belongs to the rows.
+    `chunks` may be ahead of the rows that were taken; the cursor is that of the rows.
     """
 
     def __init__(self, chunks: Iterator[list[Placed]], start: StreamCursor, seq_length: int) -> None:
@@ -86,7 +86,7 @@ class TextStream:
         """The next row, int64 [seq_length + 1].
 
         Raises:
-            UserError: a shard is damaged or out of reach, or a whole epoch of the stream has no document to train on.
+            UserError: a shard is damaged or unreachable, or a whole epoch of the stream has no document to train on.
         """
         row = np.empty(self._seq_length + 1, dtype=np.int64)
         filled = document = 0
@@ -109,12 +109,12 @@ class TextStream:
 def tokenised_documents(
     source: TextSource, stream: int, start: StreamCursor, watch: Callable[[str, str], None] | None = None
 ) -> Iterator[list[Placed]]:
-    """The documents to train on of one stream from `start` on, endlessly, a few at a time; lists may be empty.
+    """The training documents of one stream from `start` on, endlessly, in lists of a few; lists may be empty.
 
-    `watch` gets the address of a shard when it is opened, and again with a text when reading it fails.
+    `watch` is called with the address of a shard and "" when it is opened, and with the error when reading it fails.
 
     Raises:
-        UserError: a shard is damaged or out of reach, or a whole epoch of the stream has no document to train on.
+        UserError: a shard is damaged or unreachable, or a whole epoch of the stream has no document to train on.
     """
     epoch, first_position, first_document, _, skipped = start
     while True:
@@ -137,7 +137,7 @@ def tokenised_documents(
 def _to_train_on(
     source: TextSource, documents: list[Document], epoch: int, position: int, skipped: int
 ) -> tuple[list[tuple[StreamCursor, Document]], int]:
-    """The documents of the training split with their places, and the number of broken ones so far."""
+    """The documents of the training split with their places, and the number of broken documents so far."""
     kept = []
     for document in documents:
         if document.broken:
@@ -149,6 +149,6 @@ def _to_train_on(
 
 def _refuse_empty(source: TextSource, stream: int, order: np.ndarray) -> None:
     names = ", ".join(source.shards[index].name for index in order[:5])
-    found = f"the {len(order)} shards of stream {stream} ({names}) hold no document to train on"
+    found = f"the {len(order)} shards of stream {stream} ({names}) contain no document to train on"
     suggestion = "remove these shards, lower data.num_streams, or check data.text_column"
     raise UserError(Problem("data.path", found, suggestion))

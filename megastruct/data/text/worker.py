@@ -1,11 +1,11 @@
 """The process that tokenises the streams of a training rank ahead of it.
 
-It is started by processes.py and speaks with it over a socket that it inherits:
+processes.py starts the process and communicates with it over an inherited socket:
 
-    in:   first the sources and the streams with the places where they begin, then one stream name per wanted chunk
-    out:  Reading (a shard was opened, or failed and will be tried again), Chunk, Failed
+    in:   first the sources, and the streams with their starting places; then one stream name per requested chunk
+    out:  Reading (a shard was opened, or failed and will be retried), Chunk, Failed
 
-It does what is wanted, in the order in which it was wanted, and nothing else: how far it may be ahead, the parent says.
+The process serves the requests in order; the parent limits how far it reads ahead.
 """
 
 from __future__ import annotations
@@ -24,23 +24,29 @@ StreamName = tuple[int, int]  # source, stream of that source
 
 
 class Reading(NamedTuple):
+    """A stream has opened a shard, or reading it failed and will be retried."""
+
     stream: StreamName
     uri: str
-    failure: str  # "" if there is none
+    failure: str  # the error; "" if there is none
 
 
 class Chunk(NamedTuple):
+    """The next tokenised documents of a stream."""
+
     stream: StreamName
     documents: list[Placed]
 
 
 class Failed(NamedTuple):
-    stream: StreamName | None  # None: all
+    """A stream has ended with an error."""
+
+    stream: StreamName | None  # None: all streams
     error: UserError
 
 
 def serve(connection: Connection, sources: Sequence[TextSource], starts: dict[StreamName, StreamCursor]) -> None:
-    """Answer one wish after the other until the other side is gone."""
+    """Serve one request after the other until the trainer closes the connection, which raises EOFError."""
 
     def watcher(name: StreamName) -> Callable[[str, str], None]:
         return lambda uri, failure: connection.send(Reading(name, uri, failure))
@@ -49,7 +55,7 @@ def serve(connection: Connection, sources: Sequence[TextSource], starts: dict[St
         name: tokenised_documents(sources[name[0]], name[1], start, watcher(name)) for name, start in starts.items()
     }
     wanted: deque[StreamName] = deque()
-    failures: dict[StreamName, UserError] = {}  # a stream that failed has ended: later wishes get the same answer
+    failures: dict[StreamName, UserError] = {}  # a failed stream has ended; later requests get the same error
     while True:
         while not wanted or connection.poll():
             wanted.append(connection.recv())
@@ -73,7 +79,7 @@ def main(descriptor: int, trainer: int) -> None:
     try:
         try:
             sources, starts = connection.recv()
-        except UserError as error:  # the tokenizer's file is read again here
+        except UserError as error:  # unpickling reads the tokenizer's file again
             connection.send(Failed(None, error))
             return
         serve(connection, sources, starts)

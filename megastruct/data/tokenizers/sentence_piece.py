@@ -1,4 +1,4 @@
-"""Tokenizers that are SentencePiece model files (a LLaMA `tokenizer.model` works as it is)."""
+"""Tokenizers from SentencePiece model files (a LLaMA `tokenizer.model` works unchanged)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import sentencepiece
 from megastruct.data.tokenizers.words import keeps_words_apart, words_of
 from megastruct.errors import Problem, UserError
 
-_PART_CHARACTERS = 1 << 16  # a longer text is encoded in parts: memory and time grow faster than its length
-_MAX_PART_CHARACTERS = 1 << 20  # also where there is no good place to cut
+_PART_CHARACTERS = 1 << 16  # longer texts are encoded in parts, because memory and time grow faster than the length
+_MAX_PART_CHARACTERS = 1 << 20  # even if there is no good place to cut
 _TEXTS_AT_ONCE = 64
 _BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 _TRAIN_ONE = "a SentencePiece model file, for example a LLaMA tokenizer.model or what tools/train_tokenizer.py writes"
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model; see `Tokenizer` of protocols.py. Its `</s>` is the end of a document.
+    """A SentencePiece model; see `Tokenizer` in protocols.py. Its `</s>` is the end-of-document id.
 
     Attributes:
-        processor: the SentencePiece library's object.
+        processor: the processor of the SentencePiece library.
 
     Raises:
         UserError: the file is missing, is not a SentencePiece model, or defines no end-of-sentence id.
@@ -35,7 +35,7 @@ class SentencePieceTokenizer:
     file_name = "tokenizer.model"
 
     def __init__(self, path: str | Path, where: str = "") -> None:
-        """`where` names the key or option that `path` came from in error messages."""
+        """`where`: the config key or option of `path`, for messages."""
         self.path = Path(path).absolute()
         self._where = where
         self.content = self._read()
@@ -55,9 +55,10 @@ class SentencePieceTokenizer:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32 [num_tokens]; no begin- or end-of-document id is added.
 
-        A very long text is cut between words, which changes no id of a BPE model that keeps words apart (LLaMA's is
-        one). A unigram model may divide a word elsewhere, of two divisions that are as likely to within rounding. Where
-        a million characters have no such place a text is cut anywhere, which may add a space.
+        A text of more than 65,536 characters is cut between words and encoded in parts. With a BPE model whose pieces
+        do not span words, such as LLaMA's, this changes no id. A unigram model may choose another division of a word
+        where two divisions are equally likely to within rounding. If a million characters contain no place between
+        words, the text is cut anywhere, which may add a space.
         """
         if not texts:
             return []
@@ -71,11 +72,11 @@ class SentencePieceTokenizer:
         return ids
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """As `encode`, and every document ends with `eod_id`; int32 [num_tokens + 1]."""
+        """Like `encode`, with `eod_id` after every document; int32 [num_tokens + 1]."""
         return [np.append(ids, np.int32(self.eod_id)) for ids in self.encode(texts)]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids` [num_tokens]; ids of control tokens such as `eod_id` give no text."""
+        """The text of `ids` [num_tokens]; control tokens such as `eod_id` produce no text."""
         return self.processor.decode(np.asarray(ids).tolist())
 
     def __reduce__(self) -> tuple[Any, ...]:  # worker processes load the file themselves
@@ -88,7 +89,7 @@ class SentencePieceTokenizer:
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         if self._words is not None:
             return self._words.encode(texts)
-        # One thread: every process that encodes is one of many on its machine (data-parallel ranks, pool workers).
+        # One thread, because many processes encode on the same machine (data-parallel ranks, pool workers).
         return self.processor.encode(list(texts), out_type="numpy", num_threads=1)
 
     def _parts(self, text: str) -> Iterator[str]:
@@ -104,9 +105,10 @@ class SentencePieceTokenizer:
         yield prefix + text[start:]
 
     def _form_after_cut(self) -> str | None:
-        """What replaces the space after which a text is cut, so that its ids stay the same; None: nothing does.
+        """What a part must begin with, in place of the space at which the text was cut, to keep the ids unchanged.
 
-        Of a BPE model they do; of a unigram model all but those of words with two divisions that are as likely.
+        None if nothing keeps them. The ids of a BPE model are kept; those of a unigram model are kept except for words
+        with two equally likely divisions.
         """
         processor = self.processor
         if not keeps_words_apart(processor):
@@ -122,7 +124,7 @@ class SentencePieceTokenizer:
             model = self.path.read_bytes()
         except OSError as error:
             raise self._error(f"cannot be read ({error.strerror})") from None
-        if not model:  # the library takes zero bytes for a model without pieces
+        if not model:  # the library accepts zero bytes as a model without pieces
             raise self._error("is empty (0 bytes)")
         return model
 
@@ -132,11 +134,17 @@ class SentencePieceTokenizer:
         return UserError(Problem(str(self.path), what, f"give {_TRAIN_ONE}"))
 
 
-@lru_cache(maxsize=1)  # a worker process gets the same one with every shard
+@lru_cache(maxsize=1)  # a worker process gets the same tokenizer with every shard
 def _load_same(path: Path, where: str, fingerprint: str) -> SentencePieceTokenizer:
-    """The tokenizer that was pickled. Raises UserError if its file is another one now."""
+    """The tokenizer that was pickled.
+
+    Raises:
+        UserError: the file at `path` has been replaced since, or can no longer be read.
+    """
     tokenizer = SentencePieceTokenizer(path, where)
     if tokenizer.fingerprint != fingerprint:
         found = f"{path} was replaced by another model while this run was using it"
-        raise UserError(Problem(where or str(path), found, "put the first one back, or start again with a new output"))
+        raise UserError(
+            Problem(where or str(path), found, "restore the original file, or start again with a new output")
+        )
     return tokenizer

@@ -1,13 +1,13 @@
-"""SentencePiece word by word, with a memory for words: the same ids in less time.
+"""SentencePiece word by word, with a cache of words: the same ids in less time.
 
-Most words of a text were seen before. The merges of BPE make nothing but pieces of the vocabulary, so that a text may
-be cut between two characters that no piece holds next to each other: its ids are those of its parts, one after the
-other. How a text is cut depends on the model:
+Most words of a text have occurred before. BPE merges produce only pieces of the vocabulary, so a text may be cut
+between two characters that are adjacent in no piece: its ids are the ids of its parts, concatenated. Where a text is
+cut depends on the model:
 
-- One that takes text as it is and falls back to bytes (LLaMA's): before every run of spaces and before every line
-  feed, tab and carriage return. `PlainWords`.
-- One that normalises text: at single spaces that have a visible ASCII character on either side. No normaliser of
-  SentencePiece changes these, or their neighbours because of them. `Words`.
+- A model that takes text unchanged and falls back to bytes (LLaMA's): before every run of spaces and before every line
+  feed, tab and carriage return. See `PlainWords`.
+- A model that normalises text: at single spaces between visible ASCII characters. No normaliser of SentencePiece
+  changes such a space, or its neighbours because of it. See `Words`.
 """
 
 from __future__ import annotations
@@ -20,19 +20,23 @@ from itertools import pairwise
 import numpy as np
 import sentencepiece
 
-SPACE = "\u2581"  # as SentencePiece writes it
+SPACE = "\u2581"  # how SentencePiece writes a space
 _BETWEEN_ASCII_WORDS = re.compile(r"(?<=[!-~]) (?=[!-~])")
-_NORMALISED_BY_ANY = "\ufb01 \uff21e\u0301  \u00bd\u2026\u00a0\t\u3000 \u200bA\r\n\0B"  # some of it by each
+_NORMALISED_BY_ANY = (
+    "\ufb01 \uff21e\u0301  \u00bd\u2026\u00a0\t\u3000 \u200bA\r\n\0B"  # every normaliser changes some of it
+)
 _MAX_WORDS = 1 << 18  # about 40 MB
 _MAX_WORD_CHARACTERS = 32
-_CHARACTERS_AT_ONCE = 4096  # short texts together; more words leave the processor's cache before they are looked up
+_CHARACTERS_AT_ONCE = (
+    4096  # short texts are encoded together; more words would leave the CPU's cache before their lookup
+)
 _WORDS_AT_ONCE = 512  # the library's time grows faster than the length of a text
 _MARK = "\0"
 
 
 def keeps_words_apart(processor: sentencepiece.SentencePieceProcessor) -> bool:
     """Whether no piece spans two words."""
-    # A symbol that a user defined may have a space as it is written in text.
+    # A user-defined symbol may contain an ordinary space.
     return not any(SPACE in piece.lstrip(SPACE) or " " in piece for piece in _pieces(processor))
 
 
@@ -41,19 +45,19 @@ def _pieces(processor: sentencepiece.SentencePieceProcessor) -> list[str]:
 
 
 def _is_word_by_word(processor: sentencepiece.SentencePieceProcessor) -> bool:
-    """Whether the ids of a text are those of its words: a BPE model that keeps words apart and begins each alike."""
+    """Whether this is a BPE model in which the ids of a text are the concatenated ids of its words."""
     if not keeps_words_apart(processor) or processor.encode("ab cd") != processor.encode("ab") + processor.encode("cd"):
         return False
-    if processor.piece_to_id(SPACE) == processor.unk_id():  # unknown characters next to each other become one id
+    if processor.piece_to_id(SPACE) == processor.unk_id():  # adjacent unknown characters become one id
         return False
-    # The scores of a BPE model are the ranks of its merges; those of a unigram model are logarithms, of which sums over
-    # a text round otherwise than sums over its words.
+    # The scores of a BPE model are the ranks of its merges. Those of a unigram model are logarithms, whose sums over a
+    # text are rounded differently from sums over its words.
     scores = processor.get_score(list(range(processor.vocab_size())))
     return all(score == int(score) for score in scores) and min(scores) < -1
 
 
 def words_of(processor: sentencepiece.SentencePieceProcessor) -> Words | None:
-    """A memory for the words of this model, None if the ids of a text are not those of its words."""
+    """A cache of the words of this model; None if the ids of a text are not those of its words."""
     if not _is_word_by_word(processor):
         return None
     plain = processor.normalize(_NORMALISED_BY_ANY) == SPACE + _NORMALISED_BY_ANY.replace(" ", SPACE)
@@ -61,18 +65,18 @@ def words_of(processor: sentencepiece.SentencePieceProcessor) -> Words | None:
 
 
 class Words:
-    """Ids by word; forgets all when it is full."""
+    """A cache of ids by word, which is cleared when it is full. Several threads may use it at once."""
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
         self._processor = processor
-        self._ids: dict[str, bytes] = {}  # int32, one after the other
-        self._lock = threading.Lock()  # readers of one tokenizer may be threads
+        self._ids: dict[str, bytes] = {}  # int32, concatenated
+        self._lock = threading.Lock()  # several threads may share one tokenizer
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32 [num_tokens], the same as the processor's."""
+        """Ids of each text, int32 [num_tokens]; the same as the processor's."""
         ids: list[np.ndarray] = []
         start = num_characters = 0
         for end, text in enumerate(texts, 1):
@@ -104,7 +108,7 @@ class Words:
         return np.frombuffer(bytearray().join(map(self._ids.__getitem__, words)), np.int32)
 
     def _cut(self, text: str) -> list[str] | None:
-        """The words of a text, None if it is better encoded as a whole."""
+        """The words of a text; None if the text must, or should, be encoded as a whole."""
         return _BETWEEN_ASCII_WORDS.split(text)
 
     def _encode_words(self, words: list[str]) -> list[bytes]:
@@ -112,10 +116,10 @@ class Words:
 
 
 class PlainWords(Words):
-    """Words of a model to which a text is a space and then its characters as they are.
+    """Words of a model that puts a space before a text and leaves its characters unchanged.
 
-    A word is what follows one space, or begins with a character that stands alone. Further spaces before a word belong
-    to it, because there are pieces of several spaces: they are written as SentencePiece does.
+    A word begins after a space, or at a character that is in no longer piece. Of several spaces before a word, all but
+    the first belong to the word, because there are pieces of several spaces; they are written as `SPACE`.
     """
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
@@ -124,7 +128,7 @@ class PlainWords(Words):
         self._mark_id = processor.encode(_MARK)[-1]
 
     def _cut(self, text: str) -> list[str] | None:
-        if not text or _MARK in text:  # SentencePiece puts no space before a text without characters
+        if not text or _MARK in text:  # SentencePiece puts no space before an empty text
             return None
         if text[0] == " ":
             text = SPACE + text[1:]
@@ -135,11 +139,11 @@ class PlainWords(Words):
         for character in self._first:
             text = text.replace(character, " " + character)
         words = text.split(" ")
-        # Chinese, base64 or tables of numbers are words that hardly come again.
+        # In Chinese, base64 or tables of numbers, words are long and hardly recur.
         return words if len(words) * _MAX_WORD_CHARACTERS > len(text) else None
 
     def _encode_words(self, words: list[str]) -> list[bytes]:
-        """As one text with a mark between words: the library takes longer for many texts than for one."""
+        """Encode the words as one text with a mark between them, which is faster than many texts."""
         parts = [word if word[:1] in self._first else " " + word for word in words]
         ids = self._processor.encode(_MARK + _MARK.join(parts) + _MARK, out_type="numpy")
         marks = (ids.itemsize * np.flatnonzero(ids == self._mark_id)).tolist()
@@ -148,7 +152,7 @@ class PlainWords(Words):
 
 
 def _standing_alone(processor: sentencepiece.SentencePieceProcessor, characters: str) -> tuple[str, ...]:
-    """Those of `characters` that become the same ids in every text, of which none is that of unknown characters."""
+    """Those of `characters` that are in no longer piece and known, so that they have the same ids in every text."""
     shared = set("".join(piece for piece in _pieces(processor) if len(piece) > 1))
     return tuple(
         character

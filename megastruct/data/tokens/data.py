@@ -1,4 +1,4 @@
-"""Training data read from token shards that tools/prepare_data.py made (kind: tokens)."""
+"""Training data that is read from the token shards of tools/prepare_data.py (kind: tokens)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,18 @@ from megastruct.data.tokens.files import TokenFiles
 from megastruct.data.tokens.manifest import Manifest, TokenFile
 from megastruct.errors import Problem, UserError
 
-# Rows are located, and fetched by the system, for so many samples of a rank ahead: the permutation's cost is per call.
+# Rows are located, and prefetched by the system, for this many samples of a rank at once, as each call of the
+# permutation has a fixed cost.
 _SAMPLES_AHEAD = 1024
 
 
 class TokenRows:
-    """The un-shuffled packing of one split: row k holds tokens [k * seq_length, k * seq_length + seq_length]."""
+    """The unshuffled packing of one split: row k holds tokens k * seq_length to (k + 1) * seq_length, both included.
+
+    Attributes:
+        num_tokens: number of tokens of the split.
+        num_rows: number of whole rows.
+    """
 
     def __init__(self, folder: Path, files: Sequence[TokenFile], dtype: np.dtype, seq_length: int, vocab_size: int):
         self._paths = [folder / file.file for file in files]
@@ -40,7 +46,7 @@ class TokenRows:
         """Tokens of `rows` (int64 [n], each in [0, num_rows)) as int64 [n, seq_length + 1].
 
         Raises:
-            UserError: a token id is not in [0, vocab_size): names the file.
+            UserError: a token id is not in [0, vocab_size), or a file cannot be read; the message names the file.
         """
         tokens = np.empty((len(rows), self._seq_length + 1), dtype=np.int64)
         starts = rows * self._seq_length
@@ -52,7 +58,7 @@ class TokenRows:
         return tokens
 
     def _fill(self, row: np.ndarray, file: int, start: int) -> None:
-        """Copy len(row) tokens from position `start` on, which lies in `file`; a row may cross into later files."""
+        """Fill `row` with tokens from position `start` on, which is in `file`; a row may continue in later files."""
         filled = 0
         while filled < len(row):
             offset = start + filled - (int(self._ends[file - 1]) if file else 0)
@@ -62,7 +68,7 @@ class TokenRows:
             file += 1
 
     def will_read(self, rows: np.ndarray) -> None:
-        """Have the system fetch `rows` (int64 [n]), which are read soon."""
+        """Ask the system to prefetch `rows` (int64 [n]), which will be read soon."""
         starts = rows * self._seq_length
         files = np.searchsorted(self._ends, starts, side="right")
         offsets = starts - np.concatenate([[0], self._ends])[files]
@@ -75,14 +81,14 @@ class TokenRows:
         for position, file in zip(positions.tolist(), files.tolist(), strict=True):
             token = int(self._files.read(file, position - (int(self._ends[file - 1]) if file else 0), 1)[0])
             if token >= self._vocab_size:
-                found = f"holds token id {token}, ids must be below model.vocab_size = {self._vocab_size}"
-                suggestion = "the file is damaged: make the folder again with tools/prepare_data.py"
+                found = f"contains token id {token}, but ids must be below model.vocab_size = {self._vocab_size}"
+                suggestion = "the file is damaged; make the folder again with tools/prepare_data.py"
                 raise UserError(Problem(str(self._paths[file]), found, suggestion))
 
 
 @dataclass(frozen=True)
 class TokenSource:
-    """One folder of token shards, checked, with the rows of its two splits."""
+    """One folder of token shards, whose files have been checked, with the rows of its two splits."""
 
     folder: Path
     manifest: Manifest
@@ -91,19 +97,23 @@ class TokenSource:
 
     @classmethod
     def open(cls, folder: Path, manifest: Manifest, seq_length: int, vocab_size: int) -> TokenSource:
-        """Raises UserError if the training tokens do not fill one row."""
+        """The rows of a folder with this manifest.
+
+        Raises:
+            UserError: the training tokens do not fill one row.
+        """
         files, dtype = manifest.splits, manifest.token_dtype
         train = TokenRows(folder, files.train, dtype, seq_length, vocab_size)
         if not train.num_rows:
-            found = f"{folder} has {train.num_tokens} training tokens, one row takes {seq_length + 1}"
+            found = f"{folder} has {train.num_tokens} training tokens, but one row takes {seq_length + 1}"
             raise UserError(Problem("data.path", found, "give more text, or lower training.seq_length"))
         return cls(folder, manifest, train, TokenRows(folder, files.validation, dtype, seq_length, vocab_size))
 
 
 class TokenReader(Reader):
-    """Reads rows of each source in the order of the seeded permutation of each of its epochs; see `Reader`."""
+    """Reads the rows of each source in the order of a seeded permutation per epoch; see `Reader`."""
 
-    skipped_documents = 0  # prepare_data left them out and counted them in the manifest
+    skipped_documents = 0  # prepare_data skipped them and counted them in the manifest
 
     def __init__(
         self,
@@ -120,12 +130,16 @@ class TokenReader(Reader):
         self._rows = rows
         self._mixture = mixture
         self._seed = seed
-        # (source, row) of the samples of the steps to come, [num_micro_batches, micro_batch, 2] each
+        # (source, row) of the samples of later steps, int64 [num_micro_batches, micro_batch, 2] each
         self._located: deque[np.ndarray] = deque()
         self._next_located_sample = start_sample
 
     def cursor(self) -> np.ndarray:
-        """int64 [1, 1]: global samples consumed."""
+        """int64 [1, 1]: number of global samples consumed.
+
+        Raises:
+            RuntimeError: micro-batches of the current step are left.
+        """
         return np.array([[self.samples_consumed()]], dtype=np.int64)
 
     def _read(self, places: np.ndarray) -> np.ndarray:
@@ -161,7 +175,7 @@ def read_places(rows: Sequence[TokenRows], places: np.ndarray) -> np.ndarray:
 
 
 class TokenData:
-    """Folders of token shards, one or more, ready to be read."""
+    """One or more folders of token shards, ready to be read; see `TrainingData`."""
 
     def __init__(self, sources: Sequence[TokenSource], mixture: Mixture, tokenizer: Tokenizer, seed: int) -> None:
         self.tokenizer = tokenizer
@@ -173,11 +187,11 @@ class TokenData:
     validation_is_costly = False
 
     def skipped_documents(self, cursor: np.ndarray) -> int:
-        """Broken documents that prepare_data passed over; `cursor` does not change it."""
+        """As in `TrainingData`: the number that prepare_data skipped, for any `cursor`."""
         return sum(sum(source.manifest.skipped_documents.values()) for source in self._sources)
 
     def describe(self) -> dict[str, Any]:
-        """Plain values for the record of a run."""
+        """As in `TrainingData`."""
         parts = [
             {
                 "num_shards": len(source.manifest.splits.train),
@@ -209,27 +223,27 @@ class TokenData:
         cursor: np.ndarray | None = None,
         start_sample: int = 0,
     ) -> Prefetched:
-        """This rank's micro-batches from `cursor` (or, without it, from global sample `start_sample`) on.
+        """As in `TrainingData`; without a `cursor`, reading starts at global sample `start_sample`.
 
         Raises:
-            ValueError: the cursor is not one of token shards.
+            ValueError: the sizes do not divide evenly, or the cursor is not one of token shards.
         """
         if cursor is not None:
             if cursor.shape != (1, 1) or cursor[0, 0] < 0:
-                raise ValueError(f"a cursor of token shards has the shape (1, 1), got {cursor.shape}")
+                raise ValueError(
+                    f"a cursor of token shards has the shape (1, 1) and is not negative, got {cursor.tolist()}"
+                )
             start_sample = int(cursor[0, 0])
         sizes = (global_batch_size, micro_batch_size, dp_rank, dp_size)
         rows = [source.train for source in self._sources]
         return Prefetched(TokenReader(rows, self._mixture, self._seed, *sizes, start_sample))
 
     def validation_batches(self, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> list[Batch]:
-        """This rank's part of the first `num_samples` rows of the packed held-out documents.
-
-        Of several sources each gives its share, in the order of training.
+        """As in `TrainingData`. Every source contributes its share, in the order of training.
 
         Raises:
-            UserError: there are fewer rows.
-            ValueError: num_samples does not divide by micro_batch_size * dp_size.
+            UserError: the held-out documents fill fewer rows.
+            ValueError: num_samples is not divisible by micro_batch_size * dp_size.
         """
         own = validation_samples(num_samples, micro_batch_size, dp_rank, dp_size)
         rows = [source.validation for source in self._sources]

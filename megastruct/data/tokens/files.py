@@ -1,8 +1,8 @@
-"""Reading pieces of many token files: few of them open, what is needed soon asked for ahead.
+"""Read pieces of many token files with few open files, and prefetch what will be needed soon.
 
-Not by memory maps: a map keeps its file open, of which a process may have about a thousand; it reads a page at a time
-when the page is touched, which a network file system answers one by one; and a file that is cut short under it kills
-the process.
+Memory maps are not used, for three reasons. A map keeps its file open, and a process may have only about a thousand
+open files. A map reads one page at a time when it is touched, which is slow on a network file system. And if a mapped
+file is truncated, the process is killed.
 """
 
 from __future__ import annotations
@@ -25,20 +25,24 @@ _LEAST_OPEN = 32
 
 
 class Descriptors:
-    """Open files of several `TokenFiles`; the one that was used longest ago is closed when there are too many.
+    """The open files of several `TokenFiles`. If there are too many, the least recently used one is closed.
 
-    `most_open`: how many at most; None for what the limits of the process leave to all files together.
+    `most_open`: largest number of open files; None uses what the limit of the process allows.
     """
 
     def __init__(self, most_open: int | None = None) -> None:
-        self.lock = threading.RLock()  # held while a descriptor is in use; again by the collector in the same thread
-        self.open: OrderedDict[tuple[int, int], int] = OrderedDict()  # (owner, file) -> descriptor, by last use
+        self.lock = (
+            threading.RLock()
+        )  # held while a descriptor is in use; the garbage collector may take it again in the same thread
+        self.open: OrderedDict[tuple[int, int], int] = (
+            OrderedDict()
+        )  # (owner, file) -> descriptor, least recently used first
         self._most_open = most_open
         self._limit = most_open or _LEAST_OPEN
         self._num_files = self._num_owners = 0
 
     def add_owner(self, num_files: int) -> int:
-        """The number of a new owner of so many files."""
+        """Register an owner of `num_files` files; returns its number."""
         with self.lock:
             self._num_owners += 1
             self._num_files += num_files
@@ -46,21 +50,25 @@ class Descriptors:
             return self._num_owners
 
     def remove_owner(self, owner: int, num_files: int) -> None:
-        """Close all files of `owner`."""
+        """Close all files of `owner`, which had `num_files`."""
         with self.lock:
             self._num_files -= num_files
             for key in [key for key in self.open if key[0] == owner]:
                 os.close(self.open.pop(key))
 
     def get(self, owner: int, file: int, path: Path) -> int:
-        """The descriptor of a file, good until the lock is released. Raises OSError if it cannot be opened."""
+        """The descriptor of a file, valid while the caller holds `lock`.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
         descriptor = self.open.pop((owner, file), None)
         if descriptor is None:
             while len(self.open) >= self._limit:
                 self._close_oldest()
             descriptor = self._open(path)
             if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no neighbours of a row are wanted
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead around a row
         self.open[owner, file] = descriptor
         return descriptor
 
@@ -68,7 +76,7 @@ class Descriptors:
         while True:
             try:
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:  # others in this process, or on this machine, need more than was left to them
+            except OSError as error:  # other code needs more descriptors than were left for it
                 if error.errno not in (errno.EMFILE, errno.ENFILE) or not self.open:
                     raise
                 self._close_oldest()
@@ -83,7 +91,7 @@ _OF_THIS_PROCESS = Descriptors()
 class TokenFiles:
     """Files of `dtype` tokens without a header, opened when they are first read.
 
-    All of a process share its descriptors: a mixture has two of these for each of its sources.
+    By default all objects of a process share its descriptors, because a mixture has two objects for each source.
     """
 
     def __init__(self, paths: Sequence[Path], dtype: np.dtype, descriptors: Descriptors = _OF_THIS_PROCESS) -> None:
@@ -97,14 +105,14 @@ class TokenFiles:
         """`num_tokens` tokens of `file` from token `offset` on, [num_tokens] of the files' dtype.
 
         Raises:
-            UserError: the file cannot be read, or is shorter than it was.
+            UserError: the file cannot be read, or has become shorter.
         """
         size, start = num_tokens * self._dtype.itemsize, offset * self._dtype.itemsize
         try:
             with self._descriptors.lock:
                 descriptor = self._descriptors.get(self._owner, file, self._paths[file])
                 content = os.pread(descriptor, size, start)
-                while content and len(content) < size:  # a signal, or a file system that answers in parts
+                while content and len(content) < size:  # a signal, or a file system that returns less than requested
                     more = os.pread(descriptor, size - len(content), start + len(content))
                     if not more:
                         break
@@ -112,14 +120,16 @@ class TokenFiles:
         except OSError as error:
             raise UserError(Problem(str(self._paths[file]), f"cannot be read ({error.strerror})")) from None
         if len(content) < size:
-            found = f"ends at byte {start + len(content)}: it was cut short since training began"
+            found = f"ends at byte {start + len(content)}; it was cut short after training began"
             raise UserError(
-                Problem(str(self._paths[file]), found, "copy it again; the run goes on from its checkpoint")
+                Problem(
+                    str(self._paths[file]), found, "copy it again, then start again to resume from the last checkpoint"
+                )
             )
         return np.frombuffer(content, self._dtype)
 
     def will_read(self, file: int, offset: int, num_tokens: int) -> None:
-        """Ask the system to fetch tokens that `read` will be asked for; returns at once, errors are left to `read`."""
+        """Ask the system to prefetch tokens for a later `read`. Returns immediately; errors are left to `read`."""
         if not hasattr(os, "posix_fadvise"):
             return
         try:

@@ -1,12 +1,12 @@
-"""The manifest of token shards: what lies in the folder, how it was made, and whether it is all there.
+"""The manifest of a folder of token shards: what the folder contains, and how it was made.
 
     FOLDER/manifest.json
     FOLDER/tokenizer.model
     FOLDER/train/00000-000.bin        tokens of input shard 0, first part: little-endian uint16 or uint32, no header
     FOLDER/validation/00000-000.bin   the same for held-out documents
 
-The files of a split, one after the other in the manifest's order, are one stream of tokens; every document ends
-with the end-of-document id.
+The files of a split, concatenated in the manifest's order, are one stream of tokens. Every document ends with the
+end-of-document id.
 """
 
 from __future__ import annotations
@@ -40,10 +40,14 @@ InnerPath = Annotated[str, AfterValidator(_inside_folder)]
 
 
 class Record(BaseModel):
+    """A frozen record without unknown keys and without conversions of types."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class TokenizerRecord(Record):
+    """The tokenizer that made the tokens; `fingerprint` is the sha256 of its file."""
+
     file: InnerPath
     fingerprint: str
     vocab_size: Annotated[int, Field(ge=1)]
@@ -58,7 +62,7 @@ class SourceRecord(Record):
 
 
 class Settings(Record):
-    """All that determines the tokens in the folder; the same settings give the same bytes."""
+    """Everything that determines the tokens in the folder: the same settings give the same bytes."""
 
     tokenizer: TokenizerRecord
     text_column: str
@@ -68,29 +72,39 @@ class Settings(Record):
 
 
 class TokenFile(Record):
+    """One file of tokens."""
+
     file: InnerPath
     num_tokens: Annotated[int, Field(ge=1)]
-    num_documents: Count  # that end in this file
+    num_documents: Count  # number of documents that end in this file
     num_bytes: Count
     sha256: str
 
 
 class Splits(Record):
+    """The files of each split, in order."""
+
     train: tuple[TokenFile, ...]
     validation: tuple[TokenFile, ...]
 
 
 class Total(Record):
+    """Sums over the files of one split."""
+
     num_tokens: Count
     num_documents: Count
 
 
 class Totals(Record):
+    """The sums of each split."""
+
     train: Total
     validation: Total
 
 
 class Manifest(Record):
+    """The contents of manifest.json; validation checks that the sums and sizes are consistent."""
+
     format: Literal["megastruct-tokens"]
     version: Literal[1]
     dtype: Literal["uint16", "uint32"]
@@ -112,11 +126,12 @@ class Manifest(Record):
 
     @property
     def token_dtype(self) -> np.dtype:
-        """Of the tokens on disk: little-endian."""
+        """The type of the tokens on disk, little-endian."""
         return np.dtype(self.dtype).newbyteorder("<")
 
 
 def total_of(files: Iterable[TokenFile]) -> Total:
+    """The sums of tokens and documents over `files`."""
     files = list(files)
     return Total(
         num_tokens=sum(file.num_tokens for file in files), num_documents=sum(file.num_documents for file in files)
@@ -124,15 +139,15 @@ def total_of(files: Iterable[TokenFile]) -> Total:
 
 
 def dtype_for(vocab_size: int) -> Literal["uint16", "uint32"]:
-    """The narrowest type on disk that holds all ids in [0, vocab_size)."""
+    """The name of the smallest type on disk that holds all ids in [0, vocab_size)."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read and check the manifest of `folder` (not the files that it lists).
+    """Read and validate the manifest of `folder`, without looking at the files that it lists.
 
     Raises:
-        UserError: it cannot be read or breaks its schema, with every broken field.
+        UserError: it cannot be read, or is invalid; with every invalid field.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -148,7 +163,7 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Check that every file is there with its size; reads no contents.
+    """Check that every file exists with the size in the manifest, without reading it.
 
     Raises:
         UserError: with every missing or damaged file.
@@ -158,7 +173,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         for file in getattr(manifest.splits, split):
             path = folder / file.file
             if not path.is_file():
-                problems.append(Problem(str(path), "is listed in the manifest and does not exist", _MAKE_AGAIN))
+                problems.append(Problem(str(path), "is listed in the manifest but does not exist", _MAKE_AGAIN))
             elif path.stat().st_size != file.num_bytes:
                 found = f"has {path.stat().st_size} bytes, the manifest says {file.num_bytes}"
                 problems.append(Problem(str(path), found, _MAKE_AGAIN))

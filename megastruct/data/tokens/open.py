@@ -1,4 +1,4 @@
-"""Opening token shards for training (kind: tokens)."""
+"""Open token shards for training (kind: tokens)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def open_tokens(options: DataOptions) -> TokenData:
     """Check the folders of all sources, and the tokenizer that they were made with.
 
     Raises:
-        UserError: with all that is missing, damaged or does not fit.
+        UserError: with everything that is missing, damaged or does not fit the config.
     """
     problems = Problems()
     found = [problems.collect(partial(_open_folder, options, where, path)) for where, path in options.paths]
@@ -33,7 +33,7 @@ def open_tokens(options: DataOptions) -> TokenData:
 def _open_folder(options: DataOptions, where: str, path: str) -> tuple[TokenSource, Tokenizer]:
     folder = Path(path).expanduser().absolute()
     if not (folder / MANIFEST_NAME).is_file():
-        what = f"has no {MANIFEST_NAME}" if folder.is_dir() else "is no folder"
+        what = f"has no {MANIFEST_NAME}" if folder.is_dir() else "is not a folder"
         suggestion = "make token shards with tools/prepare_data.py, or read text directly with data.kind=text"
         raise UserError(Problem(where, f"{folder} {what}", suggestion))
     manifest = load_manifest(folder)
@@ -47,11 +47,15 @@ def _open_folder(options: DataOptions, where: str, path: str) -> tuple[TokenSour
 
 
 def _open_matching_tokenizer(folder: Path, manifest: Manifest, given: Path | None) -> Tokenizer:
-    """The tokenizer that was given, or else the folder's own, if it is the one that made the tokens."""
+    """The given tokenizer, or else the folder's own.
+
+    Raises:
+        UserError: it is not the tokenizer that made the tokens, or cannot be read.
+    """
     wanted = manifest.settings.tokenizer
     if given is not None:
         tokenizer = open_tokenizer(given, "data.tokenizer")
-        where, suggestion = "data.tokenizer", f"leave it out: the folder carries its own {wanted.file}"
+        where, suggestion = "data.tokenizer", f"leave it out, because the folder has its own {wanted.file}"
     else:
         tokenizer = open_tokenizer(folder / wanted.file)
         where, suggestion = str(tokenizer.path), "make the folder again with tools/prepare_data.py, or copy it again"
@@ -65,7 +69,10 @@ def _open_matching_tokenizer(folder: Path, manifest: Manifest, given: Path | Non
 
 
 def _check_alike(sources: list[tuple[TokenSource, Tokenizer]]) -> None:
-    """One tokenizer and one split: a document of two folders is held out from both or from none."""
+    """Check that all sources have the same tokenizer and validation fraction.
+
+    With different fractions, a document in two folders could be held out in one and trained on in the other.
+    """
     (first, tokenizer), *others = sources
     fraction = first.manifest.settings.validation_fraction
     for source, other in others:
@@ -76,7 +83,7 @@ def _check_alike(sources: list[tuple[TokenSource, Tokenizer]]) -> None:
         if own != fraction:
             found = (
                 f"{source.folder} was made with --validation-fraction {own}, {first.folder} with {fraction}: "
-                "documents that one holds out would be trained on from the other"
+                "documents that one folder holds out would be trained on in the other"
             )
             suggestion = f"make it again with --validation-fraction {fraction}"
             raise UserError(Problem("data.path", found, suggestion))

@@ -50,7 +50,7 @@ def memory_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, int]:
 
 
 def weight_bytes(config: Config, parameters: int, dp_size: int) -> int:
-    """e P; ZeRO 3 cuts them over the replicas: e P / D."""
+    """Weights: e P; ZeRO 3 cuts them over the replicas: e P / D."""
     return value_bytes(config) * _share(parameters, dp_size if config.parallel.zero_stage == 3 else 1)
 
 

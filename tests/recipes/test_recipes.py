@@ -49,7 +49,7 @@ def registered() -> Iterator[None]:
 def test_the_page_shows_the_files_as_they_are(name: str, block: str) -> None:
     """A line `...` stands for lines that are left out."""
     text, at = (ROOT / name).read_text(), 0
-    for part in re.split(r"^ *\.\.\.\n", block, flags=re.M):
+    for part in (part.strip("\n") for part in re.split(r"^ *\.\.\.\n", block, flags=re.M)):
         assert part in text[at:], f"{name} does not hold, in this order:\n{part}"
         at += text[at:].index(part) + len(part)
 

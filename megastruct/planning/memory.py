@@ -177,10 +177,10 @@ def norm_activation_bytes(config: Config) -> int:
 
 
 def _norm_input_bytes(config: Config) -> int:
-    """Per own token, the input and the fp32 statistics; RMSNorm, written out, keeps the input in fp32 and the
-    normalised vector as well."""
+    """Per own token, the input and the fp32 statistics. RMSNorm, where PyTorch has no kernel for it, keeps the input and
+    the normalised vector in fp32."""
     d, e = config.model.hidden_size, value_bytes(config)
-    return e * d + 8 if config.model.norm == "layernorm" else (4 + e) * d + 4
+    return e * d + 8 if config.model.norm == "layernorm" else 8 * d + 4
 
 
 def logit_bytes(config: Config) -> int:

@@ -177,8 +177,8 @@ def norm_activation_bytes(config: Config) -> int:
 
 
 def _norm_input_bytes(config: Config) -> int:
-    """Per own token, the input and the fp32 statistics. RMSNorm, where PyTorch has no kernel for it, keeps the input and
-    the normalised vector in fp32."""
+    """Per own token, the input and the fp32 statistics. RMSNorm, where PyTorch has no kernel for it, keeps the input
+    and the normalised vector in fp32."""
     d, e = config.model.hidden_size, value_bytes(config)
     return e * d + 8 if config.model.norm == "layernorm" else 8 * d + 4
 

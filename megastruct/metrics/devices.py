@@ -51,7 +51,7 @@ def peak_of_name(name: str) -> float | None:
     return next(matches, None)
 
 
-def memory_bytes(device: torch.device) -> int:
+def current_memory_bytes(device: torch.device) -> int:
     """Bytes that this process uses now: allocated on the GPU, or resident on the CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 

@@ -35,7 +35,7 @@ def bucket_values(num_parameters: int) -> int:
     return min(MAX_BUCKET_VALUES, num_parameters)
 
 
-def memory_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, int]:
+def memory_by_part(config: Config, stage: Stage, dp_size: int) -> dict[str, int]:
     """Bytes by part (PARTS) on each device of a stage, at the step's peak."""
     parameters = stage.parameters_per_device
     return {

@@ -22,7 +22,7 @@ from megastruct.planning.cost import (
     guided_fraction,
     total_parameters,
 )
-from megastruct.planning.memory import memory_bytes
+from megastruct.planning.memory import memory_by_part
 from megastruct.planning.stages import Stage, pipeline_stages
 from megastruct.planning.steps import guided_steps, total_steps, total_tokens, total_training_flops
 from megastruct.planning.traffic import linear_bytes_per_token, micro_batches_per_step, traffic_bytes
@@ -131,7 +131,7 @@ def _width_warnings(config: Config) -> Iterator[str]:
 
 
 def _stage(config: Config, stage: Stage, dp_size: int) -> dict[str, Any]:
-    memory = memory_bytes(config, stage, dp_size)
+    memory = memory_by_part(config, stage, dp_size)
     return {
         "stage": stage.index,
         "layers": [stage.layers[0].name, stage.layers[-1].name],

@@ -16,7 +16,7 @@ from megastruct.checkpoint.agreement import from_first_rank
 from megastruct.checkpoint.store import checkpoint_folder
 from megastruct.engine.engine import Engine
 from megastruct.files import write_atomically
-from megastruct.metrics.devices import memory_bytes
+from megastruct.metrics.devices import current_memory_bytes
 from megastruct.models.guidance import LINEARS
 from megastruct.models.mlp import MLP
 from megastruct.run.checkpoints import Checkpoints, load_checkpoint
@@ -35,7 +35,7 @@ def end_guided_phase(
     an engine without them. So a run that is killed here and resumed trains the same. The memory of every rank before
     and after, in bytes, is written to REPORT_FILE in the run folder.
     """
-    before = memory_bytes(engine.device)
+    before = current_memory_bytes(engine.device)
     folder = checkpoint_folder(checkpoints.root, step)
     checkpoints.finish_save()
     if not from_first_rank(folder.is_dir()):
@@ -45,7 +45,7 @@ def end_guided_phase(
     gc.collect()
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()
-    _report(engine, checkpoints.folder.path / REPORT_FILE, step, before, memory_bytes(engine.device))
+    _report(engine, checkpoints.folder.path / REPORT_FILE, step, before, current_memory_bytes(engine.device))
     return engine
 
 

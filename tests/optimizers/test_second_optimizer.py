@@ -22,7 +22,7 @@ from megastruct.config.schema import Config
 from megastruct.optimizers import OPTIMIZERS, register
 from megastruct.optimizers.registry import _optimizers
 from megastruct.parallel.topology import Topology
-from megastruct.planning.memory import memory_bytes, optimizer_bytes
+from megastruct.planning.memory import memory_by_part, optimizer_bytes
 from megastruct.planning.stages import pipeline_stages
 from ranks import run_ranks
 from runs import losses, resume_half_way, save_half_way
@@ -73,7 +73,7 @@ def test_a_width_rule_that_is_not_known_is_refused() -> None:
 def test_plan(zero_stage: int, bytes_per_parameter: float) -> None:
     config = config_with(parallel={"zero_stage": zero_stage})
     [stage] = pipeline_stages(config)
-    memory = memory_bytes(config, stage, dp_size=4)
+    memory = memory_by_part(config, stage, dp_size=4)
     assert memory["optimizer"] == stage.parameters * bytes_per_parameter
     assert optimizer_bytes(tiny_config(parallel={"zero_stage": 0}), stage.parameters_by_role, 1) == 8 * stage.parameters
 

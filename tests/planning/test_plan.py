@@ -22,7 +22,7 @@ from megastruct.models.loss import cross_entropy
 from megastruct.planning.memory import (
     block_activation_bytes,
     guide_activation_bytes,
-    memory_bytes,
+    memory_by_part,
     norm_activation_bytes,
     optimizer_bytes,
 )
@@ -66,7 +66,7 @@ def test_weights_gradients_and_optimizer_of_a_step() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     cross_entropy(model(torch.zeros(1, 8, dtype=torch.int64)), torch.zeros(1, 8, dtype=torch.int64)).backward()
     optimizer.step()
-    memory = memory_bytes(config, pipeline_stages(config)[0], dp_size=1)
+    memory = memory_by_part(config, pipeline_stages(config)[0], dp_size=1)
     assert memory["weights"] == sum(p.nbytes for p in model.parameters())
     assert memory["gradients"] == sum(p.grad.nbytes for p in model.parameters())
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
@@ -87,7 +87,7 @@ def test_zero_stages(precision: str, zero_stage: int, bytes_per_parameter: tuple
     config = tiny_config(training={"precision": precision}, parallel={"zero_stage": zero_stage})
     stage = pipeline_stages(config)[0]
     assert stage.parameters % 4 == 0
-    memory = memory_bytes(config, stage, dp_size=4)
+    memory = memory_by_part(config, stage, dp_size=4)
     found = tuple(memory[part] / stage.parameters for part in ("weights", "gradients", "optimizer"))
     assert found == bytes_per_parameter
     assert optimizer_bytes(config, {"matrix": 5}, dp_size=4) in (8 * 5, 12 * 2)  # an uneven share is rounded up
@@ -129,10 +129,10 @@ def test_what_guides_hold(zero_stage: int) -> None:
     guided = {"schedule": "fixedstep", "levels": 2, "skip": "none"}
     config = tiny_config(guided=guided, parallel={"zero_stage": zero_stage})
     [stage] = pipeline_stages(config)
-    memory, weights = memory_bytes(config, stage, dp_size=4), 3 * 2 * 16 * 48
+    memory, weights = memory_by_part(config, stage, dp_size=4), 3 * 2 * 16 * 48
     bytes_per_weight = {0: 4 + 4 + 8 + 4, 1: 4 + 4 + 3 + 4, 2: 4 + 1 + 3 + 4, 3: 1 + 1 + 3 + 8}[zero_stage]
     assert memory["guides"] == weights * bytes_per_weight
-    off = memory_bytes(tiny_config(parallel={"zero_stage": zero_stage}), stage, dp_size=4)
+    off = memory_by_part(tiny_config(parallel={"zero_stage": zero_stage}), stage, dp_size=4)
     assert {**memory, "guides": 0} == off
 
 
@@ -143,12 +143,12 @@ def test_activations_of_a_stage() -> None:
     assert (first.blocks, last.blocks) == ([0, 1], [2, 3])
     dense, lowrank = (block_activation_bytes(config, config.ffn.of_block(index)) for index in (0, 1))
     tokens = 2 * 8
-    assert memory_bytes(config, first, 1)["activations"] == tokens * 2 * (dense + lowrank)
-    assert memory_bytes(config, first, 8)["activations"] == tokens * 1 * (dense + lowrank)  # one micro-batch a step
-    assert memory_bytes(config, last, 1)["activations"] == tokens * (2 * lowrank + norm_activation_bytes(config))
-    assert memory_bytes(config, last, 1)["logits"] == tokens * 64 * 16
+    assert memory_by_part(config, first, 1)["activations"] == tokens * 2 * (dense + lowrank)
+    assert memory_by_part(config, first, 8)["activations"] == tokens * 1 * (dense + lowrank)  # one micro-batch a step
+    assert memory_by_part(config, last, 1)["activations"] == tokens * (2 * lowrank + norm_activation_bytes(config))
+    assert memory_by_part(config, last, 1)["logits"] == tokens * 64 * 16
     again = tiny_config(parallel={"pp": 2}, training={"activation_checkpointing": True})
-    assert memory_bytes(again, first, 1)["activations"] == tokens * (2 * 2 * 4 * 16 + lowrank)
+    assert memory_by_part(again, first, 1)["activations"] == tokens * (2 * 2 * 4 * 16 + lowrank)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from megastruct.models.loss import make_loss
 from megastruct.parallel.collectives import count_bytes
 from megastruct.parallel.groups import TensorGroup
 from megastruct.parallel.topology import Topology
-from megastruct.planning.memory import block_activation_bytes, memory_bytes
+from megastruct.planning.memory import block_activation_bytes, memory_by_part
 from megastruct.planning.stages import pipeline_stages
 from megastruct.planning.traffic import pipeline_bytes, tensor_parallel_bytes
 from ranks import run_ranks
@@ -225,5 +225,5 @@ def test_a_real_engine_holds_what_is_planned() -> None:
     stages = pipeline_stages(config)
     for stage, parameters, bucket in run_ranks(4, engine_sizes, config, Topology(2, 1, 2)):
         assert parameters == bucket == stages[stage].parameters_per_device
-        assert memory_bytes(config, stages[stage], dp_size=1)["communication"] == 4 * bucket
+        assert memory_by_part(config, stages[stage], dp_size=1)["communication"] == 4 * bucket
     assert bucket_values(10**12) == 500_000_000

@@ -285,11 +285,11 @@ def test_too_few_held_out_rows_says_how_many_there_are(text_folder, token_folder
     messages = {message_of(data.validation_batches, 10_000, 1, 0, 1) for data in (texts, tokens)}
     assert len(messages) == 1
     message = messages.pop()
-    num_rows = int(message.split("fill ")[1].split()[0])
+    num_rows = int(message.split("fill only ")[1].split()[0])
     assert "evaluation.num_samples" in message and num_rows > 10
     assert len(texts.validation_batches(num_rows, 1, 0, 1)) == len(tokens.validation_batches(num_rows, 1, 0, 1))
     none = open_text(text_folder, tokenizer_path, validation_fraction=0.0)
-    assert "fill 0" in message_of(none.validation_batches, 1, 1, 0, 1)
+    assert "fill only 0" in message_of(none.validation_batches, 1, 1, 0, 1)
 
 
 # Token shards -----------------------------------------------------------------------------------------------------

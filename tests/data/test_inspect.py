@@ -92,7 +92,7 @@ def test_a_manifest_that_counts_wrongly_is_found(tokens, capsys):
         count["num_documents"] += 1
     (tokens / "manifest.json").write_text(json.dumps(manifest))
     shown(capsys, tokens)
-    assert "holds the ends of" in refused(capsys, tokens, "--verify")
+    assert "contains the ends of" in refused(capsys, tokens, "--verify")
 
 
 def test_mistakes(tmp_path, token_folder, capsys):

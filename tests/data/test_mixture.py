@@ -175,7 +175,7 @@ def test_validation_of_a_mixture_has_each_sources_share(
         batches[kind] = rows
         with pytest.raises(UserError, match=r"evaluation\.num_samples") as caught:
             data.validation_batches(10_000, 1, 0, 1)
-        most = int(str(caught.value).split("fill ")[1].split()[0])
+        most = int(str(caught.value).split("fill only ")[1].split()[0])
         assert len(data.validation_batches(most, 1, 0, 1)) == most
         with pytest.raises(UserError):
             data.validation_batches(most + 1, 1, 0, 1)

@@ -120,7 +120,7 @@ def test_killed_run_goes_on_to_the_same_bytes(long_run, tokenizer_path, tmp_path
     times = {path: path.stat().st_mtime_ns for path in finished}
 
     prepare_data.main([*arguments, "--workers", "1"])
-    assert "going on with a run that was interrupted" in capsys.readouterr().out
+    assert "continuing an interrupted run" in capsys.readouterr().out
     assert times == {path: path.stat().st_mtime_ns for path in finished}
     assert contents(output) == contents(undisturbed)
 

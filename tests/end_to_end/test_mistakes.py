@@ -77,7 +77,7 @@ def test_text_mistakes(config: Path, tmp_path: Path, corpus: Corpus, capsys: Any
     found = message(capsys, config, *text, f"data.path={corpus.text}", "data.text_column=txet")
     assert "data.text_column" in found and "content" in found
     found = message(capsys, config, *text, f"data.path={corpus.text}", "evaluation.num_samples=8000")
-    assert "evaluation.num_samples: 8000 rows are wanted" in found
+    assert "evaluation.num_samples: 8000 validation rows are requested" in found
     found = message(capsys, config, *text, f"data.path=[{{path: {corpus.text}, weight: 1}}, {{path: none, weight: 2}}]")
     assert "data.path.1" in found and "none" in found
 

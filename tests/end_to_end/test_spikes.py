@@ -60,7 +60,7 @@ def test_a_spike_is_gone_back_from_and_its_data_skipped(
     with Forked(tmp_path, run, 2, *arguments) as forked:
         assert forked.codes() == [0, 0], forked.text()
         assert forked.text().count("continuing from step 6 with later data") == 1, forked.text()
-        assert "step 8: the loss is" in forked.text()
+        assert "step 8: loss spike (" in forked.text()
     records = read_metrics(run)
     assert [record["step"] for record in records] == list(range(1, 13))
     assert [record["skipped_data_steps"] for record in records] == [0] * SAVED + [BAD_BATCH - SAVED] * SAVED

@@ -85,7 +85,7 @@ def test_asked_twice_ends_at_once(config: Path, tmp_path: Path) -> None:
     for rank in ranks:
         rank.suspend()
     started.process.send_signal(signal.SIGINT)
-    started.wait_for(lambda: "again to end at once" in started.stderr())
+    started.wait_for(lambda: "send it again to kill the run" in started.stderr())
     time.sleep(1.2)  # one request may come as several signals within a second
     started.process.send_signal(signal.SIGINT)
     code, stderr = started.end()

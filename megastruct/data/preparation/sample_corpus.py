@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from megastruct.data.preparation.shard import write_atomically
 from megastruct.errors import Problem, UserError
+from megastruct.files import write_atomically
 
 SCHEMA = pa.schema(
     [

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import sentencepiece
 
-from megastruct.data.preparation.shard import write_atomically
 from megastruct.data.sources.check import check_shards
 from megastruct.data.sources.find import find_shards
 from megastruct.data.sources.reading import read_patiently
 from megastruct.data.sources.shards import TextShard
 from megastruct.errors import Problem, UserError
+from megastruct.files import write_atomically
 
 # The options of LLaMA's tokenizer; all others have SentencePiece's defaults.
 TRAINING_OPTIONS: dict[str, Any] = {

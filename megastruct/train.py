@@ -27,6 +27,7 @@ from megastruct.config import Config, load_config
 from megastruct.data import Batch, TrainingData
 from megastruct.engine.distributed import choose_device, join, leave
 from megastruct.engine.engine import Engine, build_engine
+from megastruct.engine.internals import check_internals
 from megastruct.errors import EXIT_CODE_START_AGAIN, user_errors_exit
 from megastruct.launch.deepspeed import decoded
 from megastruct.launch.environment import current_process, take_share_of_cores
@@ -238,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(decoded(sys.argv[1:] if argv is None else argv))
     process, stop, finished = current_process(), StopRequest(), True
     with user_errors_exit(print_message=process.local_rank == 0):  # the same on all ranks of a node
+        check_internals()
         config = load_config(args.config, args.overrides)
         topology, data = preflight(config, process.world_size)
     with user_errors_exit(rank=process.rank):

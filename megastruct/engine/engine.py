@@ -168,7 +168,7 @@ class Engine:
         # next engine's optimizer has linked by then.
         for emptied in (self.zero_optimizer, self.deepspeed):
             emptied.__dict__.clear()
-        del self.deepspeed, self.clipper
+        del self.deepspeed, self.clipper, self.roles  # they hold the guides' weights
 
     def set_learning_rate(self, learning_rate: float) -> None:
         """Set the learning rate of the next step: that of every group is `learning_rate` times its `lr_scale`."""

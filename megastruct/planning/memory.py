@@ -18,6 +18,7 @@ from megastruct.planning.cost import ffn_linears, has_block_kernel
 from megastruct.planning.stages import Stage
 
 LIVE_VALUES = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
+PREFETCHED_VALUES = 50_000_000  # DeepSpeed's stage3_prefetch_bucket_size
 MAX_BUCKET_VALUES = 500_000_000  # DeepSpeed's own reduce_bucket_size
 PARTS = ("weights", "gradients", "optimizer", "communication", "activations", "logits", "guides")
 
@@ -57,12 +58,17 @@ def weight_bytes(config: Config, parameters: int, dp_size: int) -> int:
 def gradient_bytes(config: Config, parameters: int, dp_size: int) -> int:
     """Summed over the micro-batches in fp32, also in bf16: 4 P; ZeRO 2 and 3 keep the own part: 4 P / D.
 
-    In bf16 with ZeRO 1, DeepSpeed's `BF16_Optimizer` keeps the gradients of a micro-batch beside them: e P more. With
-    ZeRO 2 and 3 they live in the bucket (`communication_bytes`) only.
+    In bf16 with ZeRO 1, DeepSpeed's `BF16_Optimizer` keeps the gradients of a micro-batch beside them: e P more. In
+    fp32 with ZeRO 1 and 2, the own part is copied out of the bucket before the next one is filled: 4 P / D more, if
+    there is more than one bucket.
     """
-    zero = config.parallel.zero_stage
-    of_micro_batch = 2 * parameters if zero == 1 and config.training.precision == "bf16" else 0
-    return 4 * _share(parameters, dp_size if zero >= 2 else 1) + of_micro_batch
+    zero, in_bf16 = config.parallel.zero_stage, config.training.precision == "bf16"
+    more = 0
+    if zero == 1 and in_bf16:
+        more = 2 * parameters
+    elif zero in (1, 2) and not in_bf16 and parameters > bucket_values(parameters):
+        more = 4 * _share(parameters, dp_size)
+    return 4 * _share(parameters, dp_size if zero >= 2 else 1) + more
 
 
 def optimizer_bytes(config: Config, parameters: Mapping[Role, int], dp_size: int) -> int:
@@ -79,14 +85,22 @@ def optimizer_bytes(config: Config, parameters: Mapping[Role, int], dp_size: int
 
 
 def communication_bytes(config: Config, parameters: int) -> int:
-    """DeepSpeed's buffers. Gradients travel in buckets of `bucket_values`: flattened copies in fp32 (ZeRO 0, and 1 in
-    bf16), or one buffer in the weights' dtype (ZeRO 1 in fp32, 2, 3), of which ZeRO 2 in bf16 sends an fp32 copy. ZeRO
-    3 also keeps gathered weights alive, up to 1 G values."""
-    zero, e, bucket = config.parallel.zero_stage, value_bytes(config), bucket_values(parameters)
+    """DeepSpeed's buffers. Gradients travel in buckets of b = `bucket_values`, and what is sent is a copy:
+
+    - ZeRO 0, and 1 in bf16: flattened, fp32: 4 b.
+    - ZeRO 1 in fp32: a second buffer, or a flattened copy of the first one: 8 b.
+    - ZeRO 2: a buffer and a flattened copy; in bf16 also the fp32 copy of that which is sent: 8 b in both.
+    - ZeRO 3: an fp32 buffer, which stays, also in bf16, and the flattened copy whose parts are sent: 8 b. Besides it
+      keeps gathered weights, up to 1 G values, and those that come next, up to 50 M. A single bucket is sent when the
+      backward is over, after these have gone.
+    """
+    zero, bucket = config.parallel.zero_stage, bucket_values(parameters)
     if zero == 0 or (zero == 1 and config.training.precision == "bf16"):
         return 4 * bucket
-    copy = 4 * bucket if zero == 2 and e == 2 else 0
-    return copy + e * (bucket + (min(parameters, LIVE_VALUES) if zero == 3 else 0))
+    if zero < 3:
+        return 8 * bucket
+    gathered = value_bytes(config) * (min(parameters, LIVE_VALUES) + min(parameters, PREFETCHED_VALUES))
+    return 4 * bucket + (max(4 * bucket, gathered) if parameters <= bucket else 4 * bucket + gathered)
 
 
 def activation_bytes(config: Config, stage: Stage, dp_size: int) -> int:

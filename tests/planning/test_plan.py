@@ -130,7 +130,7 @@ def test_what_guides_hold(zero_stage: int) -> None:
     config = tiny_config(guided=guided, parallel={"zero_stage": zero_stage})
     [stage] = pipeline_stages(config)
     memory, weights = memory_by_part(config, stage, dp_size=4), 3 * 2 * 16 * 48
-    bytes_per_weight = {0: 4 + 4 + 8 + 4, 1: 4 + 4 + 3 + 4, 2: 4 + 1 + 3 + 4, 3: 1 + 1 + 3 + 8}[zero_stage]
+    bytes_per_weight = {0: 4 + 4 + 8 + 4, 1: 4 + 4 + 3 + 8, 2: 4 + 1 + 3 + 8, 3: 1 + 1 + 3 + 4 + 8}[zero_stage]
     assert memory["guides"] == weights * bytes_per_weight
     off = memory_by_part(tiny_config(parallel={"zero_stage": zero_stage}), stage, dp_size=4)
     assert {**memory, "guides": 0} == off

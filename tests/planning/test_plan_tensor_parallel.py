@@ -225,5 +225,5 @@ def test_a_real_engine_holds_what_is_planned() -> None:
     stages = pipeline_stages(config)
     for stage, parameters, bucket in run_ranks(4, engine_sizes, config, Topology(2, 1, 2)):
         assert parameters == bucket == stages[stage].parameters_per_device
-        assert memory_by_part(config, stages[stage], dp_size=1)["communication"] == 4 * bucket
+        assert memory_by_part(config, stages[stage], dp_size=1)["communication"] == 8 * bucket
     assert bucket_values(10**12) == 500_000_000

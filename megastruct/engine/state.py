@@ -83,4 +83,5 @@ def _begin_state(engine: Engine, step: int, only_missing: bool = False) -> None:
     state = zero.inner_optimizer(engine.zero_optimizer).state
     for group, tensor in zero.stepped_tensors(engine.zero_optimizer):
         if not (only_missing and state[tensor]):
+            state[tensor].clear()  # so that the old state is gone before the new one is made
             state[tensor].update(engine.optimizer_record.begin(group, tensor, step))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from configs import tiny_config
 from megastruct.config.schema import Config
@@ -84,7 +85,8 @@ def interrupted_run(config: Config, topology: Topology, last: int) -> Results:
 def live_bytes() -> int:
     """Bytes of all tensors of this process."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if torch.is_tensor(each)]
+    # Tracers and compilers leave fake ones in this process, and in those that are forked from it.
+    tensors = [each for each in gc.get_objects() if torch.is_tensor(each) and not isinstance(each, FakeTensor)]
     tensors += [each.grad for each in tensors if each.is_leaf and each.grad is not None]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 

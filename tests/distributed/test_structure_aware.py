@@ -56,8 +56,12 @@ def test_layouts(topology: Topology, zero: int, precision: str) -> None:
     assert all(rank[0] == results for rank in ranks), "ranks disagree"
     for step, ((loss, norm), (wanted, wanted_norm)) in enumerate(zip(results, alone, strict=True)):
         loss_bound, norm_bound = (BOUNDS if step else FIRST_STEP)[precision]
-        assert abs(loss - wanted) <= loss_bound, f"loss of step {step}"
-        assert abs(norm - wanted_norm) <= norm_bound * wanted_norm, f"gradient norm of step {step}"
+        # The rates are up to four times higher here, and so is what bf16's rounding turns into; the mean stays close.
+        wider = 2 if step and precision == "bf16" else 1
+        assert abs(loss - wanted) <= wider * loss_bound, f"loss of step {step}"
+        assert abs(norm - wanted_norm) <= wider * norm_bound * wanted_norm, f"gradient norm of step {step}"
+    means = [sum(loss for loss, _ in run) / len(run) for run in (results, alone)]
+    assert abs(means[0] - means[1]) <= BOUNDS[precision][0] / 3
     # The fan-ins: d = 16, f = 48, N/B = 8 and 24, R = 8; embedding and vectors stay at 1.
     assert {group["lr_scale"] for _, groups in ranks for group in groups} == {1.0, 32 / 16, 32 / 48, 32 / 8, 32 / 24}
     for group in (group for _, groups in ranks for group in groups):

@@ -1,8 +1,8 @@
 """Errors that a user can fix, reported in one message: where the mistake is, what was found, and what would work.
 
-A `UserError` carries any number of `Problem`s, so that all mistakes of a config are reported at once. Programs
-catch it in their outermost function with `user_errors_exit`: the message goes to stderr, the exit code is 2, and
-no traceback is shown. Every other exception is a bug in this project and keeps its traceback.
+All refusals are `MegastructError`s. A `UserError` carries any number of `Problem`s, so that all mistakes of a config
+are reported at once. Programs catch it in their outermost function with `user_errors_exit`: the message goes to stderr,
+the exit code is 2, and no traceback is shown. Every other exception is a bug in this project and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -42,7 +42,15 @@ class Problem:
         return "\n".join([*lines, *(part.text(depth + 1) for part in self.parts)])
 
 
-class UserError(Exception):
+class MegastructError(Exception):
+    """The root of the exceptions by which this package refuses what it is given."""
+
+
+class SizeError(MegastructError, ValueError):
+    """Sizes of a layer that do not fit its widths; the message has the nearest that do."""
+
+
+class UserError(MegastructError):
     """Mistakes in the user's input (config, files, command line)."""
 
     def __init__(self, problems: Problem | Sequence[Problem], headline: str = "", on_all_ranks: bool = False) -> None:

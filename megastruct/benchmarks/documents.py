@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megastruct.config.schema import Config
 from megastruct.models.block import compile_blocks
-from megastruct.models.gpt import GPT, build_gpt
+from megastruct.models.gpt import GPT
 from megastruct.planning.cost import has_block_kernel
 
 EOD = 2
@@ -66,7 +66,7 @@ def draw_rows(config: Config, mean_tokens: float) -> Tensor:
 
 def _model(config: Config, eod_id: int | None, device: torch.device) -> GPT:
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    model = build_gpt(config, eod_id=eod_id).to(device, dtype)
+    model = GPT(config, eod_id=eod_id).to(device, dtype)
     if config.training.compile:
         compile_blocks(model, config.training.seq_length, device)
     return model

@@ -43,6 +43,14 @@ def newest_intact(root: Path) -> tuple[Path | None, list[Path]]:
     return None, []
 
 
+def require_intact(folder: Path) -> None:
+    """Raise UserError on all ranks if a file of the checkpoint is damaged. Collective as `newest_intact` is."""
+    if damage := _damage(folder):
+        others = [str(other) for _, other in complete_checkpoints(folder.parent) if other != folder]
+        suggestion = others[-1] if others else "restore the file"
+        raise UserError(Problem(str(folder), f"damaged: {damage}", suggestion), on_all_ranks=True)
+
+
 def set_aside(folders: list[Path]) -> None:
     """Rename damaged checkpoints to NAME.damaged on rank 0, so that they do not count among those to keep."""
     for folder in folders if rank_in() == 0 else []:

@@ -17,7 +17,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megastruct.checkpoint.agreement import gather, together
+from megastruct.checkpoint.agreement import gather, rank_in, size_of, together
 from megastruct.checkpoint.checksums import MANIFEST_FILE, Checksum, ChecksumWriter, checksum_of, manifest_text
 from megastruct.checkpoint.reading import SafeFileSystemReader, TensorLoadPlanner
 from megastruct.checkpoint.sharded import global_shape
@@ -48,12 +48,16 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether it is the folder of a complete checkpoint, by its name."""
+    return folder.is_dir() and _NAME.match(folder.name) is not None
+
+
 def complete_checkpoints(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of all complete checkpoints below `root`, oldest first."""
     if not root.is_dir():
         return []
-    matches = [(match, path) for path in root.iterdir() if path.is_dir() and (match := _NAME.match(path.name))]
-    return sorted((int(match[1]), path) for match, path in matches)
+    return sorted((step_of(path), path) for path in root.iterdir() if is_checkpoint(path))
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -71,7 +75,8 @@ def save_checkpoint(
     group: Any = None,
     wanted: Sequence[str] = (),
 ) -> Path:
-    """Write a checkpoint from all ranks, then remove all but the newest `keep`. Collective over `group`, the world.
+    """Write a checkpoint from all ranks, then remove all but the newest `keep`. Collective over `group`, the
+    world, or in one process without a group.
 
     `tensors`: this rank's CPU tensors by global name, a `ShardedTensor` where it holds a part; what several ranks hold
     is written once.
@@ -86,12 +91,15 @@ def save_checkpoint(
     _refuse_missing(tensors, wanted, group)
     try:
         _on_first_rank(lambda: _make_room(root, aside), final, group)
-        with _disk_errors(final, on_all_ranks=True):  # DCP hands the failure of one rank to all
-            dcp.save(tensors, storage_writer=writer, process_group=group)
+        with (
+            nullcontext() if dist.is_initialized() else _in_one_process(),
+            _disk_errors(final, on_all_ranks=True),
+        ):  # DCP hands the failure of one rank to all
+            dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
         checksums = _gather_on_first_rank(writer.checksums, group)
         _on_first_rank(lambda: _publish(aside, final, state, checksums, keep), final, group)
     except UserError:
-        if dist.get_rank(group) == 0:
+        if rank_in(group) == 0:
             shutil.rmtree(aside, ignore_errors=True)  # it may be what fills the disk
         raise
     return final
@@ -136,8 +144,7 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
             )
     if problems:
         raise UserError(problems[:8], headline=f"{folder} does not fit the model ({len(problems)} tensors)")
-    with warnings.catch_warnings():  # DCP warns that it loads in one process, which is intended
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    with _in_one_process():
         try:
             dcp.load(tensors, storage_reader=reader, planner=TensorLoadPlanner(), no_dist=True)
         except (CheckpointException, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
@@ -182,11 +189,19 @@ def _on_first_rank(function: Callable[[], None], final: Path, group: Any) -> Non
     """Call `function` on rank 0; what the disk refuses it is raised on all ranks."""
 
     def call() -> None:
-        if dist.get_rank(group) == 0:
+        if rank_in(group) == 0:
             with _disk_errors(final):
                 function()
 
     together(call, group)
+
+
+@contextmanager
+def _in_one_process() -> Iterator[None]:
+    """Without DCP's warning that it works in one process, which is intended."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 @contextmanager
@@ -208,7 +223,8 @@ def _disk_errors(final: Path, on_all_ranks: bool = False) -> Iterator[None]:
 
 def _gather_on_first_rank(own: dict[str, Checksum], group: Any) -> dict[str, Checksum]:
     """The checksums of all ranks on rank 0, an empty dict on the others."""
-    first = dist.get_rank(group) == 0
-    gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.gather_object(own, gathered if first else None, group=group)
-    return {name: checksum for one in gathered if one for name, checksum in one.items()}
+    if not dist.is_initialized():
+        return own
+    gathered: list[Any] | None = [None] * size_of(group) if rank_in(group) == 0 else None
+    dist.gather_object(own, gathered, group=group)
+    return {name: checksum for one in gathered or [] for name, checksum in one.items()}

@@ -30,7 +30,7 @@ from megastruct.engine.norms import GradientClipper, sum_norms_over_stages
 from megastruct.engine.optimizer import build_optimizer, parameter_roles
 from megastruct.engine.pipeline import GPTPipeline, deepspeed_topology
 from megastruct.models.block import compile_blocks
-from megastruct.models.gpt import GPT, build_gpt
+from megastruct.models.gpt import GPT
 from megastruct.models.guidance import Guidance
 from megastruct.models.loss import make_loss
 from megastruct.optimizers import MASTER, OPTIMIZERS, Optimizer, Role
@@ -248,7 +248,7 @@ class PlainEngine(Engine):
         tp = make_tensor_group(topology)
         guidance = make_guidance(config, topology, device) if guided else None
         mpu = PipelineParallelGrid(topology=deepspeed_topology(topology))
-        return cls(build_gpt(config, tp, guidance, eod_id), config, topology, tp, device, mpu)
+        return cls(GPT(config, tp, guidance, eod_id), config, topology, tp, device, mpu)
 
     @override
     def without_guides(self) -> PlainEngine:
@@ -257,7 +257,7 @@ class PlainEngine(Engine):
         self._close()
         zero.empty_parameters(parameters)
         # A new module: ZeRO 3 has cut the old one's parameters, and tied them to its optimizer.
-        module = GPT(self.config, self.tp, eod_id=eod_id)
+        module = GPT(self.config, self.tp, eod_id=eod_id, init=False)
         return PlainEngine(module, self.config, self.topology, self.tp, self.device, self.mpu)
 
     @cached_property

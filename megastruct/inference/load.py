@@ -2,51 +2,115 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from megastruct.checkpoint.intact import newest_intact
-from megastruct.checkpoint.store import load_state, load_tensors
+from megastruct.checkpoint.intact import newest_intact, require_intact
+from megastruct.checkpoint.store import is_checkpoint, load_state, load_tensors
 from megastruct.config.load import load_config
 from megastruct.config.schema import Config
+from megastruct.data import Tokenizer, open_tokenizer
 from megastruct.errors import Problem, UserError
+from megastruct.inference.forms import Form, use_form
 from megastruct.models.gpt import GPT
 from megastruct.planning.steps import guided_steps
 
+CONFIG_FILE, CHECKPOINTS, TOKENIZER_FILE = "config.yaml", "checkpoints", "tokenizer.model"
 
-def load_model(
-    run: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, allow_guided: bool = False
-) -> tuple[GPT, Config]:
-    """(model in eval mode, the run's config) from the newest intact checkpoint of the run folder `run`.
 
-    The weights are the fp32 master weights, cast to `dtype`. Guides are never loaded: with `allow_guided`, a checkpoint
-    from inside the guided phase gives the structured matrices alone.
+class Loaded(NamedTuple):
+    """A trained model.
+
+    Attributes:
+        model: in eval mode, on its device.
+        tokenizer: the run's own, or the one that was asked for.
+        config: the run's.
+        step: finished training steps of the checkpoint.
+    """
+
+    model: GPT
+    tokenizer: Tokenizer
+    config: Config
+    step: int
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    form: Form = "structured",
+    tokenizer: str | os.PathLike[str] | None = None,
+    allow_guided: bool = False,
+) -> Loaded:
+    """The model, tokenizer, config and step of a run folder, or of one checkpoint folder in it.
+
+    Of a run folder, the newest intact checkpoint is loaded. The weights are the fp32 master weights, cast to `dtype`.
+    Guides are never loaded: with `allow_guided`, a checkpoint from inside the guided phase gives the structured
+    matrices alone.
+
+    Args:
+        path: a run folder, such as `runs/quickstart`, or `RUN/checkpoints/NAME`.
+        device: where the model goes; None: the GPU if there is one.
+        dtype: of the weights.
+        form: how structured linears are computed, see `forms.use_form`.
+        tokenizer: a tokenizer file instead of the run's own.
+        allow_guided: load a checkpoint from inside the guided phase.
 
     Raises:
-        UserError: `run` has no config or no intact checkpoint, or the checkpoint is from inside the guided phase and
-            `allow_guided` is false.
+        UserError: there is no run or intact checkpoint, the checkpoint is from inside the guided phase and
+            `allow_guided` is false, the tokenizer has more pieces than the model has words, or there is no such device.
     """
-    if not (run / "config.yaml").exists():
-        raise UserError(
-            Problem(str(run), "is not a run folder (it has no config.yaml)", "give the folder that train.py printed")
-        )
-    config = load_config(run / "config.yaml")
-    folder, _ = newest_intact(run / "checkpoints")
-    if folder is None:
-        raise UserError(
-            Problem(f"{run}/checkpoints", "has no complete checkpoint", "train until the first one is saved")
-        )
-    step = int(load_state(folder)["step"])
+    target = available_device(device)
+    run, checkpoint = _find(Path(path).absolute())
+    config = load_config(run / CONFIG_FILE)
+    step = int(load_state(checkpoint)["step"])
     if step < guided_steps(config) and not allow_guided:
         raise UserError(
             Problem(
-                str(folder),
+                str(checkpoint),
                 f"was saved inside the guided phase (step {step} of {guided_steps(config)}): dense guides, which are "
                 "not part of the final model, still produce part of the output",
                 f"train past step {guided_steps(config)}, or give --allow-guided to use the structured matrices alone",
             )
         )
-    model = GPT(config)
-    load_tensors(folder, {f"master.{name}": parameter.detach() for name, parameter in model.named_parameters()})
-    return model.to(device=device, dtype=dtype).eval(), config
+    opened = open_tokenizer(Path(tokenizer or run / TOKENIZER_FILE), "--tokenizer" if tokenizer else "")
+    if opened.vocab_size > config.model.vocab_size:
+        found = f"has {opened.vocab_size:,} pieces, but the model has {config.model.vocab_size:,} words"
+        raise UserError(Problem(str(opened.path), found, f"{run / TOKENIZER_FILE}, the tokenizer of the run"))
+    model = GPT(config, init=False)
+    load_tensors(checkpoint, {f"master.{name}": parameter.detach() for name, parameter in model.named_parameters()})
+    # Merged on the device, which is fast, and from the fp32 weights, which is exact.
+    use_form(model.to(target).eval().requires_grad_(False), form, dtype)
+    return Loaded(model.to(dtype), opened, config, step)
+
+
+def available_device(wanted: str | torch.device | None) -> torch.device:
+    """The device by its name; None: the GPU if there is one. Raises UserError if it is not there."""
+    if wanted is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(Problem("--device", f"{wanted} cannot be used: {reason}", "--device cpu")) from None
+    return device
+
+
+def _find(path: Path) -> tuple[Path, Path]:
+    """(run folder, intact checkpoint folder) of a run folder or of a checkpoint folder in one."""
+    if is_checkpoint(path) and (path.parent.parent / CONFIG_FILE).exists():
+        require_intact(path)
+        return path.parent.parent, path
+    if not (path / CONFIG_FILE).exists():
+        found = "is not a run folder (it has no config.yaml)" if path.exists() else "does not exist"
+        raise UserError(Problem(str(path), found, "give the folder that train.py printed"))
+    root = path / CHECKPOINTS
+    folder, _ = newest_intact(root)
+    if folder is None:
+        raise UserError(Problem(str(root), "has no complete checkpoint", "train until the first one is saved"))
+    return path, folder

@@ -21,11 +21,15 @@ class Rotary:
         """(cos, sin), each float32 [s, 1, 1, head_dim / 2]."""
         key = (seq_length, device)
         if key not in self._tables:
-            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
-            angles = torch.outer(torch.arange(seq_length, dtype=torch.float64), self.base**-exponents)
-            cos, sin = (table.float().to(device)[:, None, None] for table in (angles.cos(), angles.sin()))
-            self._tables[key] = (cos, sin)
+            self._tables[key] = self._make(seq_length, device)
         return self._tables[key]
+
+    @torch.inference_mode(False)  # tables that are first used for inference serve training, too
+    def _make(self, seq_length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64) / self.head_dim
+        angles = torch.outer(torch.arange(seq_length, dtype=torch.float64), self.base**-exponents)
+        cos, sin = (table.float().to(device)[:, None, None] for table in (angles.cos(), angles.sin()))
+        return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

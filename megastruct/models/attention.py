@@ -65,13 +65,24 @@ class Attention(nn.Module):
         `mask` (models/documents.py) says what each token sees; without a mask it sees itself and all earlier tokens.
         """
         x = gather_sequence(x, self.tp)  # [s, b, h]
-        s, b, _ = x.shape
-        cos, sin = self.rotary.tables(s, x.device)
-        q = rotate(self.query(x).view(s, b, -1, self.head_dim), cos, sin)  # [s, b, heads/tp, dh]
-        k = rotate(self.key(x).view(s, b, -1, self.head_dim), cos, sin)  # [s, b, kv_heads/tp or kv_heads, dh]
-        v = self.value(x).view(s, b, -1, self.head_dim)
+        q, k, v = self.project(x, *self.rotary.tables(len(x), x.device))
         if self.kv_of_query is not None:
             k, v = k[:, :, self.kv_of_query], v[:, :, self.kv_of_query]  # [s, b, heads/tp, dh]
+        return self.attend(q, k, v, mask)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q [s, b, heads/tp, dh], k and v [s, b, kv_heads/tp or kv_heads, dh] of x [s, b, h]; q and k are rotated.
+
+        cos and sin: float32 [s, 1, 1, dh / 2], or [s, b, 1, dh / 2] if the rows are at different positions.
+        """
+        s, b, _ = x.shape
+        q = rotate(self.query(x).view(s, b, -1, self.head_dim), cos, sin)
+        k = rotate(self.key(x).view(s, b, -1, self.head_dim), cos, sin)
+        return q, k, self.value(x).view(s, b, -1, self.head_dim)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
+        """The output [s/tp, b, h] of q [s, b, heads/tp, dh], k and v [s, b, heads/tp or kv_heads/tp, dh]."""
+        s, b = q.shape[:2]
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [b, heads/tp, s, dh]
         if mask is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)

@@ -74,7 +74,8 @@ class GPT(nn.Module):
     """The whole decoder, without a pipeline.
 
     `guidance` says what the guides do; without it the model has none. `eod_id` is the token that ends a document, if
-    attention is to stay inside documents; without it the whole row counts as one document.
+    attention is to stay inside documents; without it the whole row counts as one document. With `init`, this rank's
+    part of the weights that the run's seed gives is drawn, in float32; without it they hold uninitialised memory.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class GPT(nn.Module):
         tp: TensorGroup = ALONE,
         guidance: Guidance | None = None,
         eod_id: int | None = None,
+        init: bool = True,
     ) -> None:
         super().__init__()
         layers = named_layers(config, tp, guided=guidance is not None)
@@ -93,6 +95,8 @@ class GPT(nn.Module):
             parent, _, name = layer.name.rpartition(".")
             (self.get_submodule(parent) if parent else self).add_module(name, layer.build())
         self.tied = config.model.tie_embeddings
+        for name in self.layer_names if init else []:
+            init_weights(self.get_submodule(name), name, config.run.seed)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids int64 [b, s] to the logits [s, b, v/tp] of the rank's words."""
@@ -115,16 +119,6 @@ def init_weights(layer: nn.Module, layer_name: str, seed: int) -> None:
         return
     for name, child in layer.named_children():
         init_weights(child, f"{layer_name}.{name}", seed)
-
-
-def build_gpt(
-    config: Config, tp: TensorGroup = ALONE, guidance: Guidance | None = None, eod_id: int | None = None
-) -> GPT:
-    """The decoder in float32, with this rank's part of the weights that the run's seed gives."""
-    model = GPT(config, tp, guidance, eod_id)
-    for name in model.layer_names:
-        init_weights(model.get_submodule(name), name, config.run.seed)
-    return model
 
 
 def _build_norm(model: ModelConfig, tp: TensorGroup) -> nn.Module:

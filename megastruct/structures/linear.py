@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from megastruct.errors import SizeError
 from megastruct.parallel.seeds import Names
 from megastruct.structures.numbers import Numbers, Widths
 from megastruct.structures.orthonormal import nearest_orthonormal
 from megastruct.structures.spectral import spectral_scale
+
+_left_empty: ContextVar[bool] = ContextVar("left_empty", default=False)
+
+
+@contextmanager
+def empty_weights() -> Iterator[None]:
+    """Linear layers that are made inside hold uninitialised memory: their weights come from elsewhere."""
+    token = _left_empty.set(True)
+    try:
+        yield
+    finally:
+        _left_empty.reset(token)
 
 
 class SeededLayer(nn.Module):
@@ -41,12 +56,13 @@ class StructuredLinear(SeededLayer):
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, init_std: float | None = 0.02, **sizes: int
     ) -> None:
-        """Register the factors and the bias; the factors stay empty until `init_weights`.
+        """Make the layer with its first weights, as `reset_parameters` draws them.
 
+        `in_features` N, `out_features` M; `sizes`: those of the structure, such as `rank`.
         `init_std`: standard deviation of the draws that the factors start from. None: each factor, and each of its
         blocks, starts as an orthonormal matrix times `spectral_scale` of its shape.
 
-        Raises ValueError for sizes that do not fit the widths, with the nearest that do.
+        Raises SizeError for sizes that do not fit the widths, with the nearest that do.
         """
         super().__init__()
         check_sizes(self.numbers, Widths(in_features, out_features), sizes)
@@ -56,6 +72,14 @@ class StructuredLinear(SeededLayer):
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        if not _left_empty.get():
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights as for training, with a seed from PyTorch's global generator; the bias becomes zero."""
+        self.init_weights((int(torch.randint(2**62, (), device="cpu")), "weights"))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def factors(self) -> list[Tensor]:
         """The factors, in the order of `Numbers.factor_shapes`."""
@@ -68,6 +92,17 @@ class StructuredLinear(SeededLayer):
     def to_dense(self) -> Tensor:
         """The equal dense weight [M, N]."""
         return self.maths.to_dense(*self.factors())
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """The equal `torch.nn.Linear`, with a copy of the merged weight and of the bias."""
+        weight = self.to_dense()
+        options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        merged = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None, **options)
+        merged.weight.copy_(weight)
+        if self.bias is not None:
+            merged.bias.copy_(self.bias)
+        return merged
 
     @override
     @torch.no_grad()
@@ -89,7 +124,7 @@ class StructuredLinear(SeededLayer):
 
 
 def check_sizes(numbers: Numbers, widths: Widths, sizes: Mapping[str, int]) -> None:
-    """Raise ValueError with everything that does not fit, and the nearest sizes that do."""
+    """Raise SizeError with everything that does not fit, and the nearest sizes that do."""
     problems = list(numbers.size_problems(widths, sizes)) or list(numbers.shard_problems(widths, sizes))
     if problems:
-        raise ValueError("; ".join(f"{numbers.name}: {problem!s}" for problem in problems))
+        raise SizeError("; ".join(f"{numbers.name}: {problem!s}" for problem in problems))

@@ -18,7 +18,7 @@ from megastruct.parallel.collectives import sum_gradient
 from megastruct.parallel.groups import TensorGroup
 from megastruct.parallel.seeds import Names
 from megastruct.parallel.shards import ShardSpec
-from megastruct.structures.linear import SeededLayer, StructuredLinear, check_sizes
+from megastruct.structures.linear import SeededLayer, StructuredLinear, check_sizes, empty_weights
 from megastruct.structures.numbers import Form, Widths
 
 Whole = TypeVar("Whole", bound=SeededLayer)  # the layer of one process
@@ -73,12 +73,13 @@ class ShardedLayer(nn.Module, Generic[Whole]):
         return self.bias if hasattr(self.bias, "shard_spec") else self.replicated_bias()
 
     def unsharded(self) -> Whole:
-        """A new layer of one process with parameters of the same names and global shapes, not yet filled."""
+        """A new layer of one process with parameters of the same names and global shapes."""
         raise NotImplementedError
 
     def init_weights(self, names: Names) -> Whole:
         """Make the unsharded layer with its `init_weights(names)`, take this rank's part bit for bit, and return it."""
-        whole = self.unsharded()
+        with empty_weights():
+            whole = self.unsharded()
         whole.init_weights(names)
         self.load_whole({name: parameter.detach() for name, parameter in whole.named_parameters()})
         return whole
@@ -111,7 +112,7 @@ class ShardedLinear(ShardedLayer[StructuredLinear]):
     ) -> None:
         """Register this rank's part of the factors and the bias, which is sharded in the column form only.
 
-        Raises ValueError for sizes that do not fit the widths or the ranks, with the nearest that do.
+        Raises SizeError for sizes that do not fit the widths or the ranks, with the nearest that do.
         """
         super().__init__(tp)
         column, numbers = self.form == "column", self.linear.numbers

@@ -24,7 +24,7 @@ from megastruct.config.schema import Config
 from megastruct.engine.engine import build_engine
 from megastruct.errors import UserError
 from megastruct.inference.load import load_model
-from megastruct.models.gpt import build_gpt
+from megastruct.models.gpt import GPT
 from megastruct.models.loss import cross_entropy
 from megastruct.parallel.topology import Topology
 from megastruct.run.agreement import check_same_data
@@ -171,7 +171,7 @@ def test_one_process_loads_the_model(saved: tuple[Path, list[Any]]) -> None:
     batch = next(batches(config, Topology(1, 1), first_step=10))  # what the resumed run trains on next
     with torch.no_grad():
         loaded = cross_entropy(model(batch.ids), batch.labels)
-        fresh = cross_entropy(build_gpt(config)(batch.ids), batch.labels)
+        fresh = cross_entropy(GPT(config)(batch.ids), batch.labels)
     (evaluated,) = run_ranks(1, evaluate_resumed, config, Topology(1, 1))
     assert abs(float(loaded) - evaluated) <= 1e-6
     assert abs(float(fresh) - evaluated) > 1e-3
@@ -203,7 +203,7 @@ def test_a_checkpoint_with_less_than_the_model_is_refused_on_all_ranks(tmp_path:
     errors = run_ranks(2, load_into_a_deeper_model, config_for(tmp_path, "fp32", 2, 1), Topology(2, 1))
     assert errors[0] == errors[1] and "master.blocks.3." in errors[0] and "missing" in errors[0]
     names = set(stored(tmp_path / "tiny" / "checkpoints" / "step_00000003"))
-    model = build_gpt(config_for(tmp_path, "fp32", 1, 1))
+    model = GPT(config_for(tmp_path, "fp32", 1, 1))
     wanted = {f"{kind}.{name}" for kind in ("master", "exp_avg", "exp_avg_sq") for name, _ in model.named_parameters()}
     assert names == {name for name in wanted if ".blocks.3." not in name}
 

@@ -12,7 +12,7 @@ from megastruct.config import load_config
 from megastruct.config.schema import Config
 from megastruct.data import open_data, open_tokenizer
 from megastruct.data.options import DataOptions
-from megastruct.models.gpt import build_gpt
+from megastruct.models.gpt import GPT
 from megastruct.models.loss import cross_entropy
 from processes import Corpus, read_metrics, start
 
@@ -24,7 +24,7 @@ def first_loss(config: Config, eod_id: int | None) -> float:
     batch = next(
         open_data(DataOptions.of(config)).train_reader(training.global_batch_size, training.global_batch_size, 0, 1)
     )
-    return float(cross_entropy(build_gpt(config, eod_id=eod_id)(batch.ids), batch.labels))
+    return float(cross_entropy(GPT(config, eod_id=eod_id)(batch.ids), batch.labels))
 
 
 @pytest.mark.parametrize("kind", [soak("tokens"), "text"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from configs import tiny_config
 from megastruct.config.schema import Config
 from megastruct.engine.optimizer import build_optimizer
-from megastruct.models.gpt import build_gpt
+from megastruct.models.gpt import GPT
 from megastruct.models.loss import cross_entropy
 
 WIDTHS = (128, 256, 512, 1024)
@@ -36,7 +36,7 @@ def config_for(width: int, structure: str, base_width: int | None, **model: Any)
 
 def changes(config: Config, steps: int = 4) -> tuple[float, float]:
     """RMS change after some optimizer steps, on fixed tokens: (outputs of the second block's FFN, logits)."""
-    model = build_gpt(config)
+    model = GPT(config)
     optimizer = build_optimizer(model, config.optimizer, "cpu", config.model.base_width)
     rows = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(0))
     outputs: list[Tensor] = []
@@ -76,7 +76,7 @@ def test_coordinate_check(structure: str) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_factor_by_its_own_fan_in(tied: bool) -> None:
     config = config_for(64, "blockdense", 128, tie_embeddings=tied)
-    model = build_gpt(config)
+    model = GPT(config)
     groups = build_optimizer(model, config.optimizer, "cpu", 128).param_groups
     scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     found = {name: scales[id(p)] for name, p in model.named_parameters() if p.ndim > 1 or "norm" in name}
@@ -99,12 +99,12 @@ def test_every_factor_by_its_own_fan_in(tied: bool) -> None:
 
 def test_without_a_base_width_there_is_one_learning_rate() -> None:
     config = config_for(64, "lowrank", None)
-    groups = build_optimizer(build_gpt(config), config.optimizer, "cpu").param_groups
+    groups = build_optimizer(GPT(config), config.optimizer, "cpu").param_groups
     assert [(g["name"], g["lr_scale"], g["weight_decay"]) for g in groups] == [("matrices", 1, 0.1), ("vectors", 1, 0)]
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_are_scaled_by_the_base_width(tied: bool) -> None:
     ids = torch.arange(8)[None]
-    models = [build_gpt(config_for(64, "lowrank", base, tie_embeddings=tied)) for base in (64, 128)]
+    models = [GPT(config_for(64, "lowrank", base, tie_embeddings=tied)) for base in (64, 128)]
     torch.testing.assert_close(models[1](ids), 2 * models[0](ids))  # otherwise they start as the same model

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from configs import tiny_config
 from megastruct.models.block import compile_blocks
-from megastruct.models.gpt import GPT, build_gpt
+from megastruct.models.gpt import GPT
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -26,7 +26,7 @@ def test_kernel_and_dense_mask_agree(kv_heads: int, compiled: bool, recompute: b
     """Logits and gradients: in bf16 the kernel is about as far from fp32 as the dense mask is."""
     sizes = {"hidden_size": 128, "ffn_hidden_size": 256, "num_key_value_heads": kv_heads}
     training = {"activation_checkpointing": recompute, "seq_length": s}
-    exact = build_gpt(tiny_config(model=sizes, training=training), eod_id=EOD).cuda()
+    exact = GPT(tiny_config(model=sizes, training=training), eod_id=EOD).cuda()
     generator = torch.Generator().manual_seed(7)
     words = torch.randint(EOD + 1, 64, (3, 3, s), generator=generator)
     batches = torch.where(torch.rand(words.shape, generator=generator) < 0.02, EOD, words).cuda()

@@ -17,7 +17,7 @@ from configs import tiny_config
 from megastruct.config.schema import Config
 from megastruct.layers.rotary import Rotary, rotate
 from megastruct.models.documents import block_mask, dense_mask, document_ids
-from megastruct.models.gpt import GPT, build_gpt
+from megastruct.models.gpt import GPT
 from megastruct.models.guidance import Guidance
 from megastruct.planning.cost import training_flops_per_token
 from megastruct.planning.memory import activation_bytes, block_activation_bytes
@@ -62,7 +62,7 @@ def build(config: Config, eod_id: int | None) -> GPT:
     guidance = Guidance(config, 1, 0, 1) if config.guided.schedule != "off" else None
     if guidance:
         guidance.start_evaluation(0.25)  # the guides take all tokens
-    return build_gpt(config, guidance=guidance, eod_id=eod_id).double()
+    return GPT(config, guidance=guidance, eod_id=eod_id).double()
 
 
 def gradients(model: GPT) -> dict[str, Tensor]:
@@ -139,7 +139,7 @@ def test_a_packed_row_is_its_documents_each_alone(variant: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_crosses_a_border_not_even_rounding(dtype: torch.dtype) -> None:
-    model = build_gpt(tiny_config(model={"num_key_value_heads": 2}), eod_id=EOD).to(dtype)
+    model = GPT(tiny_config(model={"num_key_value_heads": 2}), eod_id=EOD).to(dtype)
     ids = packed_rows()
     changed = ids.clone()
     changed[0, :5] = torch.tensor([60, 61, 62, 63, EOD])  # the first document of the first row
@@ -184,7 +184,7 @@ def test_rotary_scores_know_no_place_but_the_distance() -> None:
 def test_other_borders_compile_nothing_new() -> None:
     torch._dynamo.reset()
     config = tiny_config(model={"num_layers": 3, "num_key_value_heads": 2})
-    model = build_gpt(config, eod_id=EOD)
+    model = GPT(config, eod_id=EOD)
     model(torch.zeros(4, 16, dtype=torch.int64))  # makes the rotary tables, as the engine does before it compiles
     compiled = copy.deepcopy(model)
     counter = CompileCounterWithBackend("aot_eager")
@@ -216,7 +216,7 @@ def test_a_model_with_the_mask_in_blocks(
     torch._dynamo.reset()
     training = {"activation_checkpointing": recompute, "seq_length": 16}
     config = tiny_config(model={"num_key_value_heads": kv_heads, "hidden_size": 64, "head_dim": 16}, training=training)
-    dense = build_gpt(config, eod_id=EOD)
+    dense = GPT(config, eod_id=EOD)
     dense(torch.zeros(4, 16, dtype=torch.int64))  # makes the rotary tables
     in_blocks = copy.deepcopy(dense)
     counter = CompileCounterWithBackend("aot_eager")
@@ -248,7 +248,7 @@ def test_what_autograd_saves_is_planned(kv_heads: int, precision: str) -> None:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     sections = {"model": {"num_key_value_heads": kv_heads}, "training": {"precision": precision}}
     config = with_documents("separate", **sections)
-    blocks = [build_gpt(config).to(dtype).blocks.get_submodule(name) for name in "01"]
+    blocks = [GPT(config).to(dtype).blocks.get_submodule(name) for name in "01"]
     documents = document_ids(packed_rows()[:2, :8], EOD)
 
     def run() -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs import tiny_config
 from megastruct.config.schema import Config
-from megastruct.models.gpt import GPT, build_gpt
+from megastruct.models.gpt import GPT
 from megastruct.models.loss import cross_entropy
 from megastruct.planning.stages import balanced_stages
 
@@ -98,7 +98,7 @@ def plain_model(config: Config, w: dict[str, Tensor], ids: Tensor) -> Tensor:
 
 def perturbed(config: Config) -> GPT:
     """In float64, with biases and norm weights that are not at their trivial start."""
-    model = build_gpt(config).double()
+    model = GPT(config).double()
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         if p.ndim == 1:
@@ -132,7 +132,7 @@ def test_output_and_every_gradient(variant: str, recompute: bool) -> None:
 
 
 def test_a_later_token_changes_nothing_before_it() -> None:
-    model = build_gpt(tiny_config())
+    model = GPT(tiny_config())
     ids = torch.arange(8)[None]
     changed = ids.clone()
     changed[0, 5] = 63
@@ -142,17 +142,17 @@ def test_a_later_token_changes_nothing_before_it() -> None:
 
 
 def test_weights_depend_on_names_and_seed_alone() -> None:
-    shallow = build_gpt(tiny_config(model={"num_layers": 2})).state_dict()
-    deep = build_gpt(tiny_config(model={"num_layers": 6})).state_dict()
+    shallow = GPT(tiny_config(model={"num_layers": 2})).state_dict()
+    deep = GPT(tiny_config(model={"num_layers": 6})).state_dict()
     assert all(torch.equal(deep[name], tensor) for name, tensor in shallow.items())
-    other = build_gpt(tiny_config(model={"num_layers": 2}, run={"seed": 7})).state_dict()
+    other = GPT(tiny_config(model={"num_layers": 2}, run={"seed": 7})).state_dict()
     assert not torch.equal(other["embedding.weight"], shallow["embedding.weight"])
 
 
 def test_first_block_stays_dense_by_the_config_field() -> None:
-    names = set(build_gpt(tiny_config()).state_dict())
+    names = set(GPT(tiny_config()).state_dict())
     assert {"blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.u", "blocks.1.mlp.fc1.v"} <= names
-    assert "blocks.0.mlp.fc1.u" in set(build_gpt(tiny_config(ffn={"dense_first_block": False})).state_dict())
+    assert "blocks.0.mlp.fc1.u" in set(GPT(tiny_config(ffn={"dense_first_block": False})).state_dict())
 
 
 @pytest.mark.parametrize(

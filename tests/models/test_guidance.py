@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from configs import tiny_config
 from megastruct.config import load_config
 from megastruct.config.schema import Config, GuidedConfig
-from megastruct.models.gpt import build_gpt
+from megastruct.models.gpt import GPT
 from megastruct.models.guidance import Decision, Guidance, decide, rows
 from megastruct.planning.cost import dense_equivalent, training_flops_per_token
 from megastruct.planning.steps import data_step, guided_steps, total_steps
@@ -133,9 +133,9 @@ def test_replicas_share_out_the_micro_batches_of_one() -> None:
 def test_at_the_start_the_output_does_not_depend_on_alpha(structure: str) -> None:
     config = config_for(structure)
     guidance = Guidance(config, 1, 0, 1)
-    model = build_gpt(config, guidance=guidance).double()
+    model = GPT(config, guidance=guidance).double()
     ids = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(1))
-    plain = build_gpt(config).double()(ids)
+    plain = GPT(config).double()(ids)
     for value in (0.0, 0.25, 1.0):
         guidance.start_evaluation(value)
         # A guide is its linear's product in float32, the weights' own precision.
@@ -147,7 +147,7 @@ def test_at_the_start_the_output_does_not_depend_on_alpha(structure: str) -> Non
 
 def gradients(config: Config, accumulate: int = 3) -> dict[str, torch.Tensor]:
     guidance = Guidance(config, 1, 0, 1)
-    model = build_gpt(config, guidance=guidance).double()
+    model = GPT(config, guidance=guidance).double()
     guidance.start_step(4, alpha(config, 4))
     losses = []
     for seed in range(accumulate):  # all forwards before the first backward, as in a pipeline
@@ -162,7 +162,7 @@ def gradients(config: Config, accumulate: int = 3) -> dict[str, torch.Tensor]:
 def test_recomputed_forwards_decide_as_the_first_ones(skip: str) -> None:
     once = gradients(config_for(guided={"skip": skip}))
     twice = gradients(config_for(guided={"skip": skip}, training={"activation_checkpointing": True}))
-    assert set(once) == set(dict(build_gpt(config_for(), guidance=Guidance(config_for(), 1, 0, 1)).named_parameters()))
+    assert set(once) == set(dict(GPT(config_for(), guidance=Guidance(config_for(), 1, 0, 1)).named_parameters()))
     assert all(torch.equal(once[name], twice[name]) for name in once)
     other = gradients(config_for(guided={"skip": skip}, run={"seed": 77}))
     assert not torch.equal(once["blocks.1.mlp.fc1_guide.weight"], other["blocks.1.mlp.fc1_guide.weight"])
@@ -173,7 +173,7 @@ def test_switching_between_choices_compiles_nothing_new(skip: str) -> None:
     torch._dynamo.reset()
     config = config_for(guided={"skip": skip, "levels": 8}, model={"num_layers": 3}, training={"seq_length": 32})
     guidance = Guidance(config, 1, 0, 1)
-    model = build_gpt(config, guidance=guidance)
+    model = GPT(config, guidance=guidance)
     model(torch.zeros(2, 32, dtype=torch.int64))  # makes the rotary tables, as the engine does before it compiles
     compiled = copy.deepcopy(model)
     counter = CompileCounterWithBackend("aot_eager")

@@ -9,7 +9,7 @@ import torch
 
 from configs import tiny_config
 from megastruct.config import load_config
-from megastruct.models.gpt import ALONE, build_gpt, named_layers
+from megastruct.models.gpt import ALONE, GPT, named_layers
 from megastruct.planning.cost import (
     ffn_parameters,
     forward_flops_by_part,
@@ -147,7 +147,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_parameters_as_built(variant: str) -> None:
     config = tiny_config(**VARIANTS[variant])
-    model = build_gpt(config)
+    model = GPT(config)
     assert total_parameters(config) == sum(p.numel() for p in model.parameters())
     built = {
         layer.name: sum(p.numel() for p in model.get_submodule(layer.name).parameters())
@@ -166,7 +166,7 @@ def test_flops_as_counted_by_torch(variant: str) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     config = tiny_config(**VARIANTS[variant])
-    model = build_gpt(config)
+    model = GPT(config)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(2, config.training.seq_length, dtype=torch.int64))
     tokens = 2 * config.training.seq_length

@@ -16,7 +16,7 @@ from megastruct.commands import plan as plan_tool
 from megastruct.config import load_config
 from megastruct.config.schema import Config
 from megastruct.errors import UserError
-from megastruct.models.gpt import build_gpt
+from megastruct.models.gpt import GPT
 from megastruct.models.guidance import Guidance
 from megastruct.models.loss import cross_entropy
 from megastruct.planning.memory import (
@@ -46,7 +46,7 @@ FFNS = {
 @pytest.mark.parametrize("pp", [1, 2, 4])
 def test_parameters_by_stage_are_those_of_its_layers(pp: int, tied: bool) -> None:
     config = tiny_config(parallel={"pp": pp}, model={"tie_embeddings": tied})
-    model = build_gpt(config)
+    model = GPT(config)
     stages = pipeline_stages(config)
     for stage in stages:
         built = {
@@ -62,7 +62,7 @@ def test_parameters_by_stage_are_those_of_its_layers(pp: int, tied: bool) -> Non
 
 def test_weights_gradients_and_optimizer_of_a_step() -> None:
     config = tiny_config(parallel={"zero_stage": 0})
-    model = build_gpt(config)
+    model = GPT(config)
     optimizer = torch.optim.AdamW(model.parameters())
     cross_entropy(model(torch.zeros(1, 8, dtype=torch.int64)), torch.zeros(1, 8, dtype=torch.int64)).backward()
     optimizer.step()
@@ -100,7 +100,7 @@ def test_activations_of_a_block_as_autograd_saves_them(ffn: str, model: str, pre
     llama = {"norm": "rmsnorm", "activation": "swiglu", "bias": False, "head_dim": 6}
     config = tiny_config(ffn=FFNS[ffn], model=llama if model == "llama" else {}, training={"precision": precision})
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    block = build_gpt(config).to(dtype).blocks.get_submodule("1")
+    block = GPT(config).to(dtype).blocks.get_submodule("1")
     x = torch.randn(8, 2, 16, dtype=dtype, requires_grad=True)  # [s, b, h]; made anew: it is an activation, too
     expected = 8 * 2 * block_activation_bytes(config, config.ffn.of_block(1))
     assert saved_bytes(lambda: block(x + 0), list(block.parameters())) == pytest.approx(expected, rel=0.02)
@@ -115,7 +115,7 @@ def test_activations_of_guides_as_autograd_saves_them(ffn: str, skip: str, alpha
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     guidance = Guidance(config, 1, 0, 1)
     guidance.start_step(0, alpha)
-    block = build_gpt(config, guidance=guidance).to(dtype).blocks.get_submodule("1")
+    block = GPT(config, guidance=guidance).to(dtype).blocks.get_submodule("1")
     choices = guidance.choices()[1]
     x = torch.randn(8, 2, 64, dtype=dtype, requires_grad=True)
     with_guides = saved_bytes(lambda: block(x + 0, choices), list(block.parameters()))

@@ -14,7 +14,7 @@ from marks import soak
 from megastruct.config.schema import Config
 from megastruct.engine.config import bucket_values
 from megastruct.engine.engine import build_engine
-from megastruct.models.gpt import GPT, build_gpt
+from megastruct.models.gpt import GPT
 from megastruct.models.guidance import Guidance
 from megastruct.models.loss import make_loss
 from megastruct.parallel.collectives import count_bytes
@@ -65,7 +65,7 @@ def count(modules: list[nn.Module]) -> int:
 def test_parameters_of_a_device(ffn: str, model: str, tp: int) -> None:
     for pp in (1, 2, 3):
         config = config_for(tp, ffn, model, pp)
-        built = GPT(config, TensorGroup(None, tp, rank=0))
+        built = GPT(config, TensorGroup(None, tp, rank=0), init=False)
         for stage in pipeline_stages(config):
             layers = [built.get_submodule(layer.name) for layer in stage.layers if layer.name != "head"]
             if stage.has_head:
@@ -79,7 +79,7 @@ def test_parameters_of_a_device(ffn: str, model: str, tp: int) -> None:
             ]
             if tp > 1:
                 assert stage.replicated_parameters == sum(p.numel() for p in held if not hasattr(p, "shard_spec"))
-        last = GPT(config, TensorGroup(None, tp, rank=tp - 1))
+        last = GPT(config, TensorGroup(None, tp, rank=tp - 1), init=False)
         missing = (-config.model.vocab_size % tp) * (1 if config.model.tie_embeddings else 2)
         assert count([built]) - count([last]) == missing * config.model.hidden_size
 
@@ -89,7 +89,7 @@ def sent_by_a_micro_batch(configs: list[Config]) -> list[dict[str, int]]:
     tp, results = world(), []
     for config in configs:
         guidance = Guidance(config, tp.size, 0, 1) if config.guided.schedule != "off" else None
-        model = build_gpt(config, tp, guidance)
+        model = GPT(config, tp, guidance)
         if guidance:
             guidance.start_step(0, 0.5)
         if config.training.precision == "bf16":
@@ -196,7 +196,7 @@ def saved_by_a_block(configs: list[Config]) -> list[int]:
     tp, results = world(), []
     for config in configs:
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-        block = build_gpt(config, tp).to(dtype).blocks.get_submodule("1")
+        block = GPT(config, tp).to(dtype).blocks.get_submodule("1")
         x = torch.randn(8 // tp.size, 2, 16, dtype=dtype, requires_grad=True)  # [s/tp, b, h]
         results.append(saved_bytes(lambda block=block, x=x: block(x + 0), list(block.parameters())))
     return results

@@ -19,7 +19,7 @@ from factors import check_against_reference, check_compiled, check_non_contiguou
 from megastruct.config.activations import ACTIVATIONS, register_activation
 from megastruct.config.load import load_config
 from megastruct.errors import UserError
-from megastruct.models.gpt import build_gpt
+from megastruct.models.gpt import GPT
 from megastruct.parallel.topology import Topology
 from megastruct.planning.cost import forward_flops_per_token
 from megastruct.planning.memory import block_activation_bytes
@@ -89,7 +89,7 @@ def test_the_activation_is_configured_planned_and_refused_when_misspelt() -> Non
 
 
 def test_the_activation_is_what_the_model_computes() -> None:
-    mlp = build_gpt(tiny_config(**RELU2)).get_submodule("blocks.0.mlp")
+    mlp = GPT(tiny_config(**RELU2)).get_submodule("blocks.0.mlp")
     x = torch.randn(3, 2, 16)
     torch.testing.assert_close(mlp(x), mlp.fc2(mlp.fc1(x).clamp(min=0) ** 2))
 
@@ -120,7 +120,7 @@ def test_the_kernel_trains_and_its_flops_are_counted() -> None:
     )
     assert torch.tensor(fused) == pytest.approx(torch.tensor(plain), rel=1e-5)
     config = tiny_config(ffn=ffn)
-    model = build_gpt(config)
+    model = GPT(config)
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -21,7 +21,7 @@ from kronecker import maths
 from megastruct.config.checks import cross_field_problems
 from megastruct.config.load import dump_config, load_config
 from megastruct.config.schema import Config
-from megastruct.models.gpt import build_gpt
+from megastruct.models.gpt import GPT
 from megastruct.parallel.topology import Topology
 from megastruct.planning.cost import ffn_parameters, forward_flops_per_token
 from megastruct.planning.plan import make_plan, suggest
@@ -82,7 +82,7 @@ def test_bad_sizes_are_refused(ffn: dict[str, Any], tp: int, where: str, suggest
 
 def test_plan_against_the_model_as_built() -> None:
     config = config_with()
-    model = build_gpt(config)
+    model = GPT(config)
     ffn = [m for block in model.blocks.children() for m in (block.mlp.fc1, block.mlp.fc2)]
     assert ffn_parameters(config) == sum(p.numel() for m in ffn for n, p in m.named_parameters() if n != "bias")
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -129,7 +129,7 @@ def test_training_over_two_ranks_is_training_on_one(guided: dict[str, Any]) -> N
 
 
 def test_merged_to_a_dense_layer() -> None:
-    model = build_gpt(config_with())
+    model = GPT(config_with())
     fc1 = model.get_submodule("blocks.1.mlp.fc1")
     x = torch.randn(3, 2, 16)
     torch.testing.assert_close(fc1(x), x @ fc1.to_dense().T + fc1.bias)

@@ -1,0 +1,173 @@
+"""A model that reads a prompt once and then one token after the other, with a key/value cache.
+
+It runs the modules of a GPT on one process, in whatever form its linears have; only the attention to the cache is its
+own. On a GPU a step is compiled and replayed as a CUDA graph: a step of few tokens starts hundreds of small kernels,
+and the host would be slower at that than the GPU at computing them.
+
+Letters: b rows, s tokens of the longest prompt, n slots that a step reads, h hidden size, dh head width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megastruct.config.schema import Config
+from megastruct.inference.cache import KeyValueCache
+from megastruct.layers.vocabulary import VocabParallelEmbedding
+from megastruct.models.attention import Attention
+from megastruct.models.block import Block
+from megastruct.models.gpt import EMBEDDING, GPT, HEAD
+
+SLOTS_STEP = 256  # a graph reads a multiple of this many slots, so that a few graphs serve all lengths
+
+
+class Decoder:
+    """A GPT on one process, with a cache. `compiled`: compile the steps; None: on a GPU."""
+
+    def __init__(self, model: GPT, config: Config, compiled: bool | None = None) -> None:
+        self.model, self.config = model, config
+        embedding = cast(VocabParallelEmbedding, model.get_submodule(EMBEDDING))
+        self.device, self.dtype = embedding.weight.device, embedding.weight.dtype
+        self.blocks = [cast(Block, block) for block in model.blocks.children()]
+        self.compiled = self.device.type == "cuda" if compiled is None else compiled
+        self._step_block: Callable[..., Tensor] = (
+            torch.compile(step_block, dynamic=False, fullgraph=True) if self.compiled else step_block
+        )
+        self._graphs: dict[int, _Graph] = {}
+        self._graphs_of: KeyValueCache | None = None
+
+    def new_cache(self, batch: int, num_slots: int) -> KeyValueCache:
+        """An empty cache for `batch` rows of up to `num_slots` tokens, on the model's device."""
+        if self.compiled:  # a graph's last slots exist for every length
+            num_slots = -(-num_slots // SLOTS_STEP) * SLOTS_STEP
+        return KeyValueCache(self.config.model, batch, num_slots, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def read_prompts(self, prompts: Sequence[Sequence[int]], cache: KeyValueCache) -> Tensor:
+        """Read prompts of any lengths, at least 1, into an empty cache -> logits [b, v] of the token after each."""
+        longest = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+        # What follows a shorter prompt is read too; as attention is causal, it changes nothing before it.
+        x: Tensor = self.model.get_submodule(EMBEDDING)(ids.to(self.device))  # [s, b, h]
+        for layer, block in enumerate(self.blocks):
+            attention = block.attention
+            normed = block.attention_norm(x)
+            q, k, v = attention.project(normed, *attention.rotary.tables(longest, self.device))
+            cache.write_prompt(layer, k, v)
+            x = x + attention.attend(q, k, v)
+            x = x + block.mlp(block.mlp_norm(x))
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts]).to(self.device)
+        return self._logits(x[last, torch.arange(len(prompts), device=self.device)][None])
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor, lengths: Sequence[int], cache: KeyValueCache) -> Tensor:
+        """Read one more token of each row: ids int64 [b] -> logits [b, v] of the next.
+
+        `lengths`: tokens that each row has in the cache already; they are at least 1 and below `cache.num_slots`. The
+        result is overwritten by the next step if steps are compiled.
+        """
+        longest = max(lengths) + 1
+        positions = torch.tensor(lengths).to(self.device, non_blocking=True)
+        if not self.compiled:
+            mask = None if min(lengths) + 1 == longest else _mask(positions, longest)
+            return self._run(ids, positions, cache, longest, mask)
+        return self._replay(ids, positions, cache, min(-(-longest // SLOTS_STEP) * SLOTS_STEP, cache.num_slots))
+
+    def _run(self, ids: Tensor, positions: Tensor, cache: KeyValueCache, slots: int, mask: Tensor | None) -> Tensor:
+        x: Tensor = self.model.get_submodule(EMBEDDING)(ids[:, None])  # [1, b, h]
+        cos, sin = self.blocks[0].attention.rotary.tables(cache.num_slots, self.device)
+        cos, sin = (table[positions].view(1, len(ids), 1, -1) for table in (cos, sin))
+        rows = torch.arange(len(ids), device=self.device)
+        for block, keys, values in zip(self.blocks, cache.keys.unbind(), cache.values.unbind(), strict=True):
+            x = self._step_block(block, x, cos, sin, keys, values, rows, positions, slots, mask)
+        return self._logits(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """[1, b, h] -> [b, v]."""
+        x = self.model.get_submodule("final_norm")(x)
+        if self.model.tied:
+            return cast(VocabParallelEmbedding, self.model.get_submodule(EMBEDDING)).project(x)[0]
+        return self.model.get_submodule(HEAD)(x)[0]
+
+    def _replay(self, ids: Tensor, positions: Tensor, cache: KeyValueCache, slots: int) -> Tensor:
+        if self._graphs_of is not cache:  # graphs hold the addresses of one cache
+            self._graphs, self._graphs_of = {}, cache
+        if slots not in self._graphs:
+            pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
+            self._graphs[slots] = _Graph(
+                lambda ids, positions: self._run(ids, positions, cache, slots, _mask(positions, slots)),
+                (ids, positions),
+                pool,
+            )
+        return self._graphs[slots](ids, positions)
+
+
+class _Graph:
+    """A function of tensors of fixed shapes, captured as a CUDA graph; its result is overwritten by the next call."""
+
+    def __init__(self, function: Callable[..., Tensor], arguments: tuple[Tensor, ...], pool: Any) -> None:
+        self.inputs = [argument.clone() for argument in arguments]
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(self.inputs[0].device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles, and makes what is made once; it writes to the cache what the replay writes
+                function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream):
+            self.output = function(*self.inputs)
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        for own, argument in zip(self.inputs, arguments, strict=True):
+            own.copy_(argument, non_blocking=True)
+        self.graph.replay()
+        return self.output
+
+
+def step_block(
+    block: Block,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    slots: int,
+    mask: Tensor | None,
+) -> Tensor:
+    """One token of each row through a block: x [1, b, h] -> [1, b, h].
+
+    keys, values: the block's part of the cache [b, kv_heads, num_slots, dh], to which the tokens are added at
+    `positions` int64 [b]. `rows`: 0 ... b - 1. The first `slots` slots are read, those of them that `mask` bool
+    [b, 1, 1, slots] allows; None: all. cos and sin: [1, b, 1, dh / 2].
+    """
+    attention = block.attention
+    q, k, v = attention.project(block.attention_norm(x), cos, sin)
+    keys[rows, :, positions] = k[0]
+    values[rows, :, positions] = v[0]
+    x = x + attend_to_cache(attention, q[0], keys[:, :, :slots], values[:, :, :slots], mask)
+    return x + block.mlp(block.mlp_norm(x))
+
+
+def attend_to_cache(attention: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The output [1, b, h] of q [b, heads, dh] over k and v [b, kv_heads, n, dh]; `mask` bool [b, 1, 1, n].
+
+    The query heads of a key/value head stand side by side, as if they were positions: nothing is copied for them.
+    """
+    b, kv_heads = k.shape[:2]
+    grouped = q.view(b, kv_heads, -1, attention.head_dim)
+    y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)  # [b, kv_heads, heads / kv_heads, dh]
+    return attention.out(y.reshape(1, b, -1))
+
+
+def _mask(positions: Tensor, slots: int) -> Tensor:
+    """Which of the first `slots` slots a token at `positions` int64 [b] sees: bool [b, 1, 1, slots]."""
+    return (torch.arange(slots, device=positions.device) <= positions[:, None])[:, None, None]

@@ -1,0 +1,126 @@
+"""Continue texts with a loaded model: tokens to text as they come, and stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megastruct.data import Tokenizer
+from megastruct.errors import Problem, UserError
+from megastruct.inference.decoder import Decoder
+from megastruct.inference.generate import Limits, Reason, generate
+from megastruct.inference.load import Loaded
+from megastruct.inference.sampling import Sampling
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what the decoder makes of an incomplete character
+
+
+@dataclass(frozen=True)
+class Text:
+    """The continuation of one prompt; `text` ends before the stop string that ended it, if one did."""
+
+    prompt: str
+    text: str
+    num_tokens: int
+    reason: Reason
+
+
+class TextGenerator:
+    """A loaded model that continues texts. Making it reads nothing; `compiled` as in `Decoder`."""
+
+    def __init__(self, loaded: Loaded, compiled: bool | None = None) -> None:
+        self.loaded, self.decoder = loaded, Decoder(loaded.model, loaded.config, compiled)
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 40,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        batch_size: int = 16,
+        on_text: Callable[[int, str], None] = lambda prompt, text: None,
+    ) -> list[Text]:
+        """Continue each of `prompts`. `on_text(prompt's index, new text)` is called as soon as text is certain.
+
+        An empty prompt starts a new document. Raises UserError for prompts that do not fit the context.
+        """
+        tokenizer, config = self.loaded.tokenizer, self.loaded.config
+        ids = [found.tolist() or [tokenizer.eod_id] for found in tokenizer.encode(list(prompts))]
+        _refuse_long(prompts, ids, config.training.seq_length)
+        streams = [TextStream(tokenizer, own, stop) for own in ids]
+
+        def accept(prompt: int, token: int) -> bool:
+            if new := streams[prompt].add(token):
+                on_text(prompt, new)
+            return not streams[prompt].stopped
+
+        num_words = min(tokenizer.vocab_size, config.model.vocab_size)
+        limits = Limits(max_new_tokens, config.training.seq_length, num_words, tokenizer.eod_id, tuple(stop_ids))
+        made = generate(self.decoder, ids, limits, sampling or Sampling(), batch_size, accept)
+        texts = []
+        for index, (prompt, stream, continuation) in enumerate(zip(prompts, streams, made, strict=True)):
+            if rest := stream.finish():
+                on_text(index, rest)
+            texts.append(Text(prompt, stream.text, len(continuation.ids), continuation.reason))
+        return texts
+
+
+class TextStream:
+    """The text of a continuation, token by token. What may still become part of a stop string is held back.
+
+    A few tokens are decoded together with those before them, because a token's text depends on what it follows: a
+    character may take several tokens, and the space before a word is lost at the beginning of a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop, self.text, self.stopped = tokenizer, [each for each in stop if each], "", False
+        self._ids, self._done = list(prompt)[-8:], len(list(prompt)[-8:])  # decoded: `_ids[:_done]`
+        self._held = ""
+
+    def add(self, token: int) -> str:
+        """The text that has become certain."""
+        self._ids.append(token)
+        before, after = (self.tokenizer.decode(ids) for ids in (self._ids[: self._done], self._ids))
+        if after.endswith(REPLACEMENT) and len(self._ids) - self._done < 8:
+            return ""  # more bytes of the character follow
+        self._ids = self._ids[-8:]
+        self._done = len(self._ids)
+        self._held += after[len(before) :]
+        ends = [place for each in self.stop if (place := self._held.find(each)) >= 0]
+        if ends:
+            self.stopped = True
+            return self._release(self._held[: min(ends)], "")
+        keep = max((_overlap(self._held, each) for each in self.stop), default=0)
+        return self._release(self._held[: len(self._held) - keep], self._held[len(self._held) - keep :])
+
+    def finish(self) -> str:
+        """What was held back, when no more tokens come."""
+        if self.stopped:
+            return ""
+        before, after = (self.tokenizer.decode(ids) for ids in (self._ids[: self._done], self._ids))
+        self._done = len(self._ids)
+        return self._release(self._held + after[len(before) :], "")
+
+    def _release(self, text: str, held: str) -> str:
+        self.text, self._held = self.text + text, held
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that is a beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+
+
+def _refuse_long(prompts: Sequence[str], ids: Sequence[Sequence[int]], context: int) -> None:
+    problems = [
+        Problem(
+            f"--prompt {prompt[:20] + '...' if len(prompt) > 20 else prompt!r}",
+            f"has {len(own)} tokens; a prompt and at least one new token must fit into the {context} of the model",
+            f"at most {context - 1} tokens",
+        )
+        for prompt, own in zip(prompts, ids, strict=True)
+        if len(own) >= context
+    ]
+    if problems:
+        raise UserError(problems)

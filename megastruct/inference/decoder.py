@@ -20,10 +20,10 @@ from megastruct.config.schema import Config
 from megastruct.inference.cache import KeyValueCache
 from megastruct.layers.vocabulary import VocabParallelEmbedding
 from megastruct.models.attention import Attention
-from megastruct.models.block import Block
+from megastruct.models.block import COMPILED_VARIANTS, Block
 from megastruct.models.gpt import EMBEDDING, GPT, HEAD
 
-SLOTS_STEP = 256  # a graph reads a multiple of this many slots, so that a few graphs serve all lengths
+SLOTS_STEP = 128  # a graph reads a multiple of this many slots, so that a few graphs serve all lengths
 
 
 class Decoder:
@@ -35,14 +35,18 @@ class Decoder:
         self.device, self.dtype = embedding.weight.device, embedding.weight.dtype
         self.blocks = [cast(Block, block) for block in model.blocks.children()]
         self.compiled = self.device.type == "cuda" if compiled is None else compiled
-        self._step_block: Callable[..., Tensor] = (
-            torch.compile(step_block, dynamic=False, fullgraph=True) if self.compiled else step_block
-        )
+        self._step_block: Callable[..., Tensor] = step_block
+        if self.compiled:
+            torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
+            self._step_block = torch.compile(step_block, fullgraph=True, dynamic=True)  # once for all b above 1 and n
         self._graphs: dict[int, _Graph] = {}
-        self._graphs_of: KeyValueCache | None = None
 
     def new_cache(self, batch: int, num_slots: int) -> KeyValueCache:
-        """An empty cache for `batch` rows of up to `num_slots` tokens, on the model's device."""
+        """An empty cache for `batch` rows of up to `num_slots` tokens, on the model's device.
+
+        With compiled steps a decoder works on its newest cache only: a graph holds the addresses of one cache.
+        """
+        self._graphs = {}
         if self.compiled:  # a graph's last slots exist for every length
             num_slots = -(-num_slots // SLOTS_STEP) * SLOTS_STEP
         return KeyValueCache(self.config.model, batch, num_slots, self.dtype, self.device)
@@ -97,8 +101,6 @@ class Decoder:
         return self.model.get_submodule(HEAD)(x)[0]
 
     def _replay(self, ids: Tensor, positions: Tensor, cache: KeyValueCache, slots: int) -> Tensor:
-        if self._graphs_of is not cache:  # graphs hold the addresses of one cache
-            self._graphs, self._graphs_of = {}, cache
         if slots not in self._graphs:
             pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
             self._graphs[slots] = _Graph(

@@ -21,7 +21,7 @@ soak:  ## the long tests
 
 gpu:  ## the tests of layouts on the GPUs of this machine, over NCCL, and those of kernels
 	tools/setup.sh
-	DS_ACCELERATOR=cuda .venv/bin/python -m pytest -m "soak or not soak" tests/distributed tests/models/test_document_kernel.py
+	DS_ACCELERATOR=cuda .venv/bin/python -m pytest -m "soak or not soak" tests/distributed tests/models/test_document_kernel.py tests/inference
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -2,9 +2,11 @@
 
     megastruct-benchmark data --input DIR_OR_GLOB --tokenizer tokenizer.model
     megastruct-benchmark documents configs/run/s_dense.yaml training.micro_batch_size=8
+    megastruct-benchmark decode configs/run/m_gqa.yaml configs/run/m_wide_lowrank_63.yaml --form structured --form auto
+    megastruct-benchmark prefill configs/run/l_dense.yaml configs/run/l_lowrank_32.yaml
 
 data: tokenising text, and reading batches. documents: attention within documents, compared with attention across
-document borders.
+document borders. decode: generating tokens with a cache, by batch size. prefill: reading prompts.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch
 
 from megastruct.benchmarks import data as data_benchmark
 from megastruct.benchmarks import documents as documents_benchmark
+from megastruct.commands import benchmark_inference as inference_command
 from megastruct.config import load_config
 from megastruct.errors import Problem, UserError, user_errors_exit
 
@@ -50,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for command, run in ((data, benchmark_data), (documents, benchmark_documents)):
         command.set_defaults(run=run)
+    inference_command.add_parsers(what)
     arguments = parser.parse_args(argv)
     with user_errors_exit():
         _check_counts(arguments)
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check_counts(arguments: argparse.Namespace) -> None:
-    for option in ("max_characters", "rounds", "mean_tokens"):
+    for option in ("max_characters", "rounds", "mean_tokens", "prompt_tokens", "new_tokens"):
         if getattr(arguments, option, 1) < 1:
             name = "--" + option.replace("_", "-")
             raise UserError(Problem(name, f"{getattr(arguments, option)} is less than 1", f"leave {name} out"))

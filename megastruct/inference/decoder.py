@@ -9,6 +9,7 @@ Letters: b rows, s tokens of the longest prompt, n slots that a step reads, h hi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -166,7 +167,13 @@ def attend_to_cache(attention: Attention, q: Tensor, k: Tensor, v: Tensor, mask:
     """
     b, kv_heads = k.shape[:2]
     grouped = q.view(b, kv_heads, -1, attention.head_dim)
-    y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)  # [b, kv_heads, heads / kv_heads, dh]
+    if q.is_cuda and mask is not None and grouped.shape[2] > 1:
+        # Up to 1.9 times as fast on an H200 as PyTorch's kernel for a mask, which is made for many more queries. Scores
+        # are rounded to the dtype before the softmax, as in transformers' "eager" attention.
+        scores = (grouped * attention.head_dim**-0.5) @ k.transpose(-1, -2)  # [b, kv_heads, heads / kv_heads, n]
+        y = scores.float().masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype) @ v
+    else:
+        y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)  # [b, kv_heads, heads / kv_heads, dh]
     return attention.out(y.reshape(1, b, -1))
 
 

@@ -25,6 +25,7 @@ from megastruct.inference.text import TextGenerator, TextStream
 from megastruct.models.gpt import GPT
 from trained import model_config, redraw, saved_run
 
+HAS_GPU = torch.cuda.is_available()
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = Sampling(temperature=0)
 BOUND = 1e-5  # of the largest logit, float32: with the cache against without
@@ -49,24 +50,27 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("compiled", [False])
-def test_logits_with_the_cache_equal_those_without(tmp_path: Path, variant: str, compiled: bool) -> None:
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_GPU, reason="no GPU"))]
+)
+def test_logits_with_the_cache_equal_those_without(tmp_path: Path, variant: str, device: str) -> None:
+    """On a GPU with compiled steps in CUDA graphs."""
     config = model_config(tmp_path, model=VARIANTS[variant])
-    model = redraw(GPT(config)).eval()
-    decoder = Decoder(model, config, compiled)
+    model = redraw(GPT(config)).to(device).eval()
+    decoder = Decoder(model, config)
     prompts = [[5], [7, 8, 9, 10, 11], [12, 13]]
     cache = decoder.new_cache(3, 12)
     logits = decoder.read_prompts(prompts, cache)
     for step in range(7):
         for row, prompt in enumerate(prompts):
-            whole = model(torch.tensor([prompt]))[-1, 0]
+            whole = model(torch.tensor([prompt], device=device))[-1, 0]
             assert (logits[row] - whole).abs().max() <= BOUND * whole.abs().max(), (step, row)
         chosen = [(17 * step + 5 * row) % 330 for row in range(3)]
         lengths = [len(prompt) for prompt in prompts]
         prompts = [[*prompt, token] for prompt, token in zip(prompts, chosen, strict=True)]
-        logits = decoder.step(torch.tensor(chosen), lengths, cache)
-    kv_heads = config.model.kv_heads
-    assert cache.num_bytes == 2 * 4 * 4 * 3 * kv_heads * 12 * config.model.attention_head_dim
+        logits = decoder.step(torch.tensor(chosen, device=device), lengths, cache)
+    kv_heads, slots = config.model.kv_heads, 12 if device == "cpu" else 128
+    assert cache.num_bytes == 2 * 4 * 4 * 3 * kv_heads * slots * config.model.attention_head_dim
 
 
 def slow(loaded: Loaded, prompt: list[int], count: int, eod_id: int | None = None) -> list[int]:

@@ -47,7 +47,7 @@ def alone(tmp_path_factory: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("topology", "zero"),
-    always(LAYOUTS, [(Topology(2, 2), 1), (Topology(1, 2), 2), (Topology(1, 2), 3), (Topology(2, 1, 2), 1)]),
+    always(LAYOUTS, [(Topology(2, 2), 1), (Topology(1, 2), 3), (Topology(2, 1, 2), 1)]),
     ids=str,
 )
 def test_every_layout_trains_as_one_process_does(tmp_path: Path, alone: Any, topology: Topology, zero: int) -> None:
@@ -58,7 +58,7 @@ def test_every_layout_trains_as_one_process_does(tmp_path: Path, alone: Any, top
     ("skip", "topology", "zero"),
     [
         ("coin", Topology(2, 2), 1),
-        ("none", Topology(1, 2), 3),
+        soak("none", Topology(1, 2), 3),
         soak("coin", Topology(1, 2), 3),
         soak("none", Topology(2, 2), 1),
     ],
@@ -68,7 +68,7 @@ def test_every_way_to_skip(tmp_path: Path, alone: Any, skip: str, topology: Topo
     assert furthest(run(tmp_path, topology, zero, guided={"skip": skip}), alone[skip]) <= BOUNDS["fp32"]
 
 
-@pytest.mark.parametrize("structure", [soak("blockdense"), "blockshuffle"])
+@pytest.mark.parametrize("structure", [soak("blockdense"), soak("blockshuffle")])
 def test_block_structures_over_tensor_ranks(tmp_path: Path, structure: str) -> None:
     wanted = run(tmp_path, ALONE, structure=structure)
     assert furthest(run(tmp_path, Topology(2, 1, 2), structure=structure), wanted) <= BOUNDS["fp32"]
@@ -83,7 +83,7 @@ def test_at_the_start_alpha_changes_nothing(topology: Topology, zero: int, struc
     assert some == pytest.approx(without, abs=1e-6) and all_of_it == pytest.approx(without, abs=1e-6)
 
 
-@pytest.mark.parametrize("topology", [Topology(2, 2), soak(Topology(1, 1, 2))], ids=str)
+@pytest.mark.parametrize("topology", [soak(Topology(2, 2)), soak(Topology(1, 1, 2))], ids=str)
 def test_bf16(tmp_path: Path, topology: Topology) -> None:
     low = {"training": {"precision": "bf16"}}
     assert furthest(run(tmp_path, topology, **low), run(tmp_path, ALONE, **low)) <= BOUNDS["bf16"]
@@ -101,7 +101,7 @@ NO_CLIPPING = {"optimizer": {"gradient_clipping": 0.0}}
 
 AFTER = [(*layout, "fp32") for layout in [(ALONE, 1), *LAYOUTS[:6]]]
 AFTER += [(*layout, "bf16") for *layout, _ in AFTER if layout[1]]  # bf16 with ZeRO 0 is refused
-ALWAYS = [(Topology(2, 2), 1, "fp32"), (Topology(1, 2), 3, "fp32"), (Topology(2, 2), 1, "bf16")]
+ALWAYS = [(Topology(1, 2), 3, "fp32"), (Topology(2, 2), 1, "bf16")]
 
 
 @pytest.mark.parametrize(("topology", "zero", "precision"), always(AFTER, ALWAYS), ids=str)
@@ -115,13 +115,13 @@ def test_after_the_border_the_run_is_that_of_a_guide_that_is_never_evaluated(
     assert all(abs(a - b) <= 1e-6 * b for (_, a), (_, b) in zip(left, kept, strict=True))
 
 
-@pytest.mark.parametrize("last", [9, 10, 11])
+@pytest.mark.parametrize("last", always([9, 10, 11], [10]))
 def test_resume_around_the_border_of_pipelines(tmp_path: Path, last: int) -> None:
     interrupted_is_undisturbed(tmp_path, Topology(2, 2), 1, last)
 
 
 @pytest.mark.parametrize("last", always([9, 10, 11], [10]))
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [soak(2), 3])
 def test_resume_around_the_border(tmp_path: Path, zero: int, last: int) -> None:
     interrupted_is_undisturbed(tmp_path, Topology(1, 2), zero, last)
 
@@ -146,7 +146,7 @@ def test_resume_around_and_inside_the_repeated_part(tmp_path: Path, last: int) -
 
 @pytest.mark.parametrize(
     ("before", "after", "zero"),
-    [(Topology(2, 2), Topology(1, 1, 2), 1), (Topology(1, 1, 2), Topology(1, 2), 3)],
+    [soak(Topology(2, 2), Topology(1, 1, 2), 1), (Topology(1, 1, 2), Topology(1, 2), 3)],
     ids=str,
 )
 @pytest.mark.parametrize("last", [5, soak(10)])
@@ -162,7 +162,9 @@ def test_a_guided_run_goes_on_in_another_layout(
 WIDE = {"model": {"hidden_size": 128, "ffn_hidden_size": 512}, "training": {"num_steps": 4}}
 
 
-@pytest.mark.parametrize(("topology", "zero"), [(ALONE, 0), (ALONE, 1), (ALONE, 2), (ALONE, 3), (Topology(2, 2), 1)])
+@pytest.mark.parametrize(
+    ("topology", "zero"), [soak(ALONE, 0), (ALONE, 1), soak(ALONE, 2), (ALONE, 3), (Topology(2, 2), 1)]
+)
 def test_the_end_frees_the_guides(tmp_path: Path, topology: Topology, zero: int) -> None:
     """The weight, and what ZeRO has put on this rank of the fp32 master (in ZeRO 0 the weight itself) and moments."""
     config = guided_config(topology, zero, run={"folder": str(tmp_path)}, **WIDE)

@@ -50,7 +50,7 @@ def compare(results: list[Any], wanted: list[Any], loss_bound: float, norm_bound
     ("pp", "dp", "zero"),
     always(
         [layout for layout in PIPELINES + PLAIN if layout != (1, 1, 1)],
-        [(2, 1, 1), (4, 1, 0), (2, 2, 0), (4, 2, 1), (1, 2, 1), (1, 2, 2), (1, 2, 3)],
+        [(4, 1, 0), (2, 2, 0), (4, 2, 1), (1, 2, 2), (1, 2, 3)],
     ),
 )
 def test_fp32(one_process: Any, pp: int, dp: int, zero: int) -> None:
@@ -60,7 +60,7 @@ def test_fp32(one_process: Any, pp: int, dp: int, zero: int) -> None:
 
 @pytest.mark.parametrize(
     ("pp", "dp", "zero"),
-    always([layout for layout in PIPELINES + PLAIN if layout[2] > 0], [(2, 2, 1), (1, 2, 2), (1, 2, 3)]),
+    always([layout for layout in PIPELINES + PLAIN if layout[2] > 0], [(2, 2, 1), (1, 2, 3)]),
 )
 def test_bf16(one_process: Any, pp: int, dp: int, zero: int) -> None:
     results = run_ranks(pp * dp, losses, config_for("bf16", pp, zero), Topology(pp, dp))
@@ -82,13 +82,13 @@ def test_losses_fall_and_differ_from_a_wrong_model(one_process: Any) -> None:
     assert one_process["fp32"][-1][0] < one_process["fp32"][0][0] - 0.1
 
 
-@pytest.mark.parametrize(("pp", "dp", "zero"), [(2, 1, 1), soak(1, 2, 2), (1, 1, 3)])
+@pytest.mark.parametrize(("pp", "dp", "zero"), [(2, 1, 1), soak(1, 2, 2), soak(1, 1, 3)])
 def test_recomputed_activations_change_nothing(one_process: Any, pp: int, dp: int, zero: int) -> None:
     config = config_for("fp32", pp, zero, training={"activation_checkpointing": True})
     compare(run_ranks(pp * dp, losses, config, Topology(pp, dp)), one_process["fp32"], *BOUNDS["fp32"])
 
 
-@pytest.mark.parametrize(("pp", "dp", "zero"), [(2, 2, 1), (1, 2, 3)])
+@pytest.mark.parametrize(("pp", "dp", "zero"), [(2, 2, 1), soak(1, 2, 3)])
 def test_evaluation_agrees_and_leaves_training_alone(one_process: Any, pp: int, dp: int, zero: int) -> None:
     alone = run_ranks(1, losses_and_evaluation, config_for("fp32", 1, 1), Topology(1, 1))[0]
     results = run_ranks(pp * dp, losses_and_evaluation, config_for("fp32", pp, zero), Topology(pp, dp))
@@ -98,7 +98,7 @@ def test_evaluation_agrees_and_leaves_training_alone(one_process: Any, pp: int, 
 
 
 @pytest.mark.parametrize("clipping", [0.0, 0.05])
-@pytest.mark.parametrize("zero", [0, 1])
+@pytest.mark.parametrize("zero", [soak(0), 1])
 def test_clipping_counts_all_stages(clipping: float, zero: int) -> None:
     """Without ZeRO the norm is ours, with it DeepSpeed's; a pipeline and one process agree in both."""
     optimizer = {"gradient_clipping": clipping}

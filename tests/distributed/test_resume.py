@@ -46,7 +46,7 @@ LAYOUTS += [("fp32", 1, 2, 2), ("bf16", 1, 2, 2), ("fp32", 1, 2, 3), ("bf16", 1,
 
 @pytest.mark.parametrize(
     ("precision", "pp", "dp", "zero"),
-    always(LAYOUTS, [("fp32", 2, 2, 0), ("bf16", 2, 2, 1), ("fp32", 1, 2, 2), ("bf16", 1, 2, 3)]),
+    always(LAYOUTS, [("fp32", 2, 2, 0), ("bf16", 1, 2, 3)]),
 )
 def test_same_layout_is_bit_equal(tmp_path: Path, precision: str, pp: int, dp: int, zero: int) -> None:
     config, topology = config_for(tmp_path, precision, pp, zero), Topology(pp, dp)
@@ -132,7 +132,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     ("before", "after"),
     always(
         [(before, after) for before, afters in CHANGES for after in afters],
-        [(before, after) for before, afters in CHANGES for after in afters[:1]],
+        [(before, afters[0]) for before, afters in CHANGES[-2:]],
     ),
     ids=str,
 )
@@ -156,7 +156,7 @@ def test_another_layout_has_the_same_state_and_goes_on(
     assert all(bool(first[name].any()) for name in first if name.startswith("exp_avg_sq")), "nothing was trained"
 
 
-@pytest.mark.parametrize("layout", [soak(Layout(1, 2, 2, 3, "bf16")), Layout(2, 2, 2, 1)], ids=str)
+@pytest.mark.parametrize("layout", [soak(Layout(1, 2, 2, 3, "bf16")), soak(Layout(2, 2, 2, 1))], ids=str)
 def test_the_same_layout_with_tensor_parallelism_is_bit_equal(tmp_path: Path, layout: Layout) -> None:
     config, topology = layout.config(tmp_path), layout.topology
     undisturbed = run_ranks(topology.world_size, save_half_way, config, topology, tmp_path)[0]

@@ -38,7 +38,7 @@ def losses_and_groups(config: Config, topology: Topology) -> tuple[list[tuple[fl
     ("topology", "zero", "precision"),
     [
         soak(Topology(1, 1, 2), 1, "fp32"),
-        (Topology(2, 1, 2), 1, "fp32"),
+        soak(Topology(2, 1, 2), 1, "fp32"),
         soak(Topology(4, 1), 1, "fp32"),
         (Topology(4, 1), 0, "fp32"),
         soak(Topology(1, 2, 2), 2, "fp32"),
@@ -76,7 +76,7 @@ def test_stages_have_different_numbers_of_groups() -> None:
     assert len({len(groups) for _, groups in ranks}) > 1
 
 
-@pytest.mark.parametrize("structure", always(sorted(STRUCTURES), ["blockshuffle", "lowrank"]))
+@pytest.mark.parametrize("structure", always(sorted(STRUCTURES), ["blockshuffle"]))
 def test_every_structure_over_tensor_parallel_ranks(structure: str) -> None:
     one = config(Topology(1, 1), structure=structure)
     [(alone, _)] = run_ranks(1, losses_and_groups, one, Topology(1, 1))
@@ -87,7 +87,7 @@ def test_every_structure_over_tensor_parallel_ranks(structure: str) -> None:
 @pytest.mark.parametrize(
     ("before", "zero_before", "after", "zero"),
     [
-        (Topology(4, 1), 1, Topology(4, 1), 1),
+        soak(Topology(4, 1), 1, Topology(4, 1), 1),
         (Topology(2, 1, 2), 1, Topology(1, 2), 3),
         soak(Topology(1, 2), 2, Topology(1, 1, 2), 1),
         soak(Topology(1, 2), 3, Topology(2, 1), 0),

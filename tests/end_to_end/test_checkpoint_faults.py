@@ -49,6 +49,7 @@ def one_message(result: subprocess.CompletedProcess[str]) -> str:
     return result.stderr
 
 
+@pytest.mark.soak
 def test_killed_while_saving(config: Path, tmp_path: Path) -> None:
     """First one rank, then all at once; each time the newest complete checkpoint is used, bit for bit."""
     arguments = (config, *TWO_RANKS, "training.num_steps=24")

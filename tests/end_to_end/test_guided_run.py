@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megastruct.run.guided_phase import REPORT_FILE
@@ -24,14 +25,24 @@ def generate(run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(), capture_output=True, text=True)
 
 
-def test_a_guided_run_killed_on_both_sides_of_the_border(config: Path, tmp_path: Path) -> None:
+def test_a_guided_run(config: Path, tmp_path: Path) -> None:
+    whole_run(config, tmp_path)
+
+
+def whole_run(config: Path, tmp_path: Path) -> Path:
+    """A guided run from start to end."""
     result = start(config, "run.name=undisturbed", *GUIDED)
     assert result.returncode == 0, result.stderr
     whole = tmp_path / "runs" / "undisturbed"
     _check_metrics(whole)
     report = json.loads((whole / REPORT_FILE).read_text())
     assert report["step"] == 6 and [set(rank) for rank in report["ranks"]] == [{"before_bytes", "after_bytes"}] * 2
+    return whole
 
+
+@pytest.mark.soak
+def test_a_guided_run_killed_on_both_sides_of_the_border(config: Path, tmp_path: Path) -> None:
+    whole = whole_run(config, tmp_path)
     run = tmp_path / "runs" / "killed"
     start_and_kill(run, 4, config, "run.name=killed", *GUIDED)
     start_and_kill(run, 6, config, "run.name=killed", *GUIDED)

@@ -8,6 +8,9 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
+from marks import soak
 from processes import ROOT, copy_of_the_project
 
 
@@ -16,8 +19,12 @@ def launch(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["./launch.sh"], cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
 
 
-def test_quick_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_steps", [40, soak(300)])
+def test_quick_start(tmp_path: Path, num_steps: int) -> None:
+    """As it is in the soak; always with fewer steps."""
     folder = copy_of_the_project(tmp_path)
+    quickstart = folder / "configs" / "run" / "quickstart.yaml"
+    quickstart.write_text(quickstart.read_text().replace("num_steps: 300", f"num_steps: {num_steps}"))
     (folder / ".venv").symlink_to(ROOT / ".venv")  # so that nothing is installed again
     result = launch(folder)
     assert result.returncode == 0, result.stderr
@@ -26,10 +33,10 @@ def test_quick_start(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr and "Warning" not in result.stderr
     records = [json.loads(line) for line in (folder / "runs/quickstart/metrics.jsonl").read_text().splitlines()]
     validation = [record["validation_loss"] for record in records if "validation_loss" in record]
-    assert validation[-1] < validation[0] - 0.5
-    assert validation[-1] < 5.0  # a uniform guess over 2,048 tokens is 7.6
+    assert validation[-1] < 7.0  # a uniform guess over 2,048 tokens is 7.6
+    assert num_steps < 300 or validation[-1] < min(5.0, validation[0] - 0.5)
 
     start = time.monotonic()
     again = launch(folder)
-    assert again.returncode == 0 and "is finished: 300 steps are done" in again.stdout
+    assert again.returncode == 0 and f"is finished: {num_steps} steps are done" in again.stdout
     assert time.monotonic() - start < 60

@@ -45,6 +45,7 @@ def test_both_nodes_go_on(config: Path, tmp_path: Path) -> None:
     assert losses(run) == losses(tmp_path / "runs" / "one")
 
 
+@pytest.mark.soak
 def test_by_pdsh(config: Path, tmp_path: Path) -> None:
     """No value of a config is read by a shell on the way; a stop reaches nodes that no signal reaches."""
     run, canary = tmp_path / "runs" / "test", tmp_path / "canary"

@@ -14,6 +14,7 @@ import torch
 
 from configs import tiny_config
 from guided import whole_run
+from marks import soak
 from megastruct.checkpoint.reading import SafeFileSystemReader
 from megastruct.checkpoint.store import latest_checkpoint
 from megastruct.config.checks import cross_field_problems
@@ -105,7 +106,7 @@ def test_training_as_one_process_does(layout: str, alone: list[tuple[float, floa
     assert torch.tensor(found)[:, 0].tolist() == pytest.approx(torch.tensor(alone)[:, 0].tolist(), abs=bound)
 
 
-@pytest.mark.parametrize(("before", "after"), [("ZeRO 3", "tp 2"), ("tp 2", "ZeRO 0")])
+@pytest.mark.parametrize(("before", "after"), [("ZeRO 3", "tp 2"), soak("tp 2", "ZeRO 0")])
 def test_resume_on_another_layout(tmp_path: Path, before: str, after: str) -> None:
     sections: dict[str, Any] = {"run": {"name": "tiny", "folder": str(tmp_path)}, "training": TRAINING}
     configs = [config_with(**sections, parallel=LAYOUTS[layout][1]) for layout in (before, after)]
@@ -139,7 +140,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
     assert "was written with sgd, which keeps momentum_buffer" in found
 
 
-@pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.parametrize("zero_stage", [soak(0), 3])
 def test_the_end_of_the_guided_phase(tmp_path: Path, zero_stage: int) -> None:
     """Losses go on as on one process; the guides leave after step 4."""
     sections: dict[str, Any] = {

@@ -101,7 +101,7 @@ def sent_by_a_micro_batch(configs: list[Config]) -> list[dict[str, int]]:
     return results
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", [2, soak(4)])
 def test_bytes_sent_by_the_whole_model(tp: int) -> None:
     """Exactly, for every structure, precision and kind of model, with and without activation checkpointing."""
     cases = [

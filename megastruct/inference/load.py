@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from megastruct.checkpoint.intact import newest_intact, require_intact
-from megastruct.checkpoint.store import is_checkpoint, load_state, load_tensors
+from megastruct.checkpoint.store import is_checkpoint, load_state, load_tensors, step_of
 from megastruct.config.load import load_config
 from megastruct.config.schema import Config
 from megastruct.data import Tokenizer, open_tokenizer
@@ -64,8 +64,27 @@ def load(
         UserError: there is no run or intact checkpoint, the checkpoint is from inside the guided phase and
             `allow_guided` is false, the tokenizer has more pieces than the model has words, or there is no such device.
     """
+    run, checkpoint = find_checkpoint(path)
+    config = load_config(run / CONFIG_FILE)
+    opened = open_tokenizer(Path(tokenizer or run / TOKENIZER_FILE), "--tokenizer" if tokenizer else "")
+    if opened.vocab_size > config.model.vocab_size:
+        found = f"has {opened.vocab_size:,} pieces, but the model has {config.model.vocab_size:,} words"
+        raise UserError(Problem(str(opened.path), found, f"{run / TOKENIZER_FILE}, the tokenizer of the run"))
+    model, config = load_model(checkpoint, device, dtype, form=form, allow_guided=allow_guided)
+    return Loaded(model, opened, config, step_of(checkpoint))
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    form: Form = "structured",
+    allow_guided: bool = False,
+) -> tuple[GPT, Config]:
+    """The model and config alone, as `load` returns them; for runs whose tokenizer is not needed."""
     target = available_device(device)
-    run, checkpoint = _find(Path(path).absolute())
+    run, checkpoint = find_checkpoint(path)
     config = load_config(run / CONFIG_FILE)
     step = int(load_state(checkpoint)["step"])
     if step < guided_steps(config) and not allow_guided:
@@ -77,15 +96,11 @@ def load(
                 f"train past step {guided_steps(config)}, or give --allow-guided to use the structured matrices alone",
             )
         )
-    opened = open_tokenizer(Path(tokenizer or run / TOKENIZER_FILE), "--tokenizer" if tokenizer else "")
-    if opened.vocab_size > config.model.vocab_size:
-        found = f"has {opened.vocab_size:,} pieces, but the model has {config.model.vocab_size:,} words"
-        raise UserError(Problem(str(opened.path), found, f"{run / TOKENIZER_FILE}, the tokenizer of the run"))
     model = GPT(config, init=False)
     load_tensors(checkpoint, {f"master.{name}": parameter.detach() for name, parameter in model.named_parameters()})
     # Merged on the device, which is fast, and from the fp32 weights, which is exact.
     use_form(model.to(target).eval().requires_grad_(False), form, dtype)
-    return Loaded(model.to(dtype), opened, config, step)
+    return model.to(dtype), config
 
 
 def available_device(wanted: str | torch.device | None) -> torch.device:
@@ -101,8 +116,12 @@ def available_device(wanted: str | torch.device | None) -> torch.device:
     return device
 
 
-def _find(path: Path) -> tuple[Path, Path]:
-    """(run folder, intact checkpoint folder) of a run folder or of a checkpoint folder in one."""
+def find_checkpoint(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """(run folder, intact checkpoint folder) of a run folder or of a checkpoint folder in one.
+
+    Raises UserError if it is neither, or nothing in it is intact.
+    """
+    path = Path(path).absolute()
     if is_checkpoint(path) and (path.parent.parent / CONFIG_FILE).exists():
         require_intact(path)
         return path.parent.parent, path

@@ -185,7 +185,7 @@ def test_checkpoints_hold_guides_inside_the_phase_only_and_serving_asks(tmp_path
     load_tensors(checkpoint_folder(RunFolder(config).checkpoints, 9), guide)
     with pytest.raises(UserError, match=r"inside the guided phase \(step 9 of 10\)"):
         load_model(tmp_path / "tiny")
-    model, _ = load_model(tmp_path / "tiny", allow_guided=True)
+    model, _ = load_model(tmp_path / "tiny", "cpu", allow_guided=True)
     assert not any("guide" in name for name, _ in model.named_parameters())
     run_ranks(1, interrupted_run, config, ALONE, 10)
     with pytest.raises(UserError, match="missing"):

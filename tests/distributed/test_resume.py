@@ -167,7 +167,7 @@ def test_one_process_loads_the_model(saved: tuple[Path, list[Any]]) -> None:
     folder, _ = saved
     config = config_for(folder, "fp32", 1, 1)
     (folder / "tiny" / "config.yaml").write_text(dump_config(config))
-    model, _ = load_model(folder / "tiny")
+    model, _ = load_model(folder / "tiny", "cpu")
     batch = next(batches(config, Topology(1, 1), first_step=10))  # what the resumed run trains on next
     with torch.no_grad():
         loaded = cross_entropy(model(batch.ids), batch.labels)

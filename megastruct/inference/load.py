@@ -70,7 +70,7 @@ def load(
     if opened.vocab_size > config.model.vocab_size:
         found = f"has {opened.vocab_size:,} pieces, but the model has {config.model.vocab_size:,} words"
         raise UserError(Problem(str(opened.path), found, f"{run / TOKENIZER_FILE}, the tokenizer of the run"))
-    model, config = load_model(checkpoint, device, dtype, form=form, allow_guided=allow_guided)
+    model = _read(checkpoint, config, device, dtype, form, allow_guided)
     return Loaded(model, opened, config, step_of(checkpoint))
 
 
@@ -83,9 +83,20 @@ def load_model(
     allow_guided: bool = False,
 ) -> tuple[GPT, Config]:
     """The model and config alone, as `load` returns them; for runs whose tokenizer is not needed."""
-    target = available_device(device)
     run, checkpoint = find_checkpoint(path)
     config = load_config(run / CONFIG_FILE)
+    return _read(checkpoint, config, device, dtype, form, allow_guided), config
+
+
+def _read(
+    checkpoint: Path,
+    config: Config,
+    device: str | torch.device | None,
+    dtype: torch.dtype,
+    form: Form,
+    allow_guided: bool,
+) -> GPT:
+    target = available_device(device)
     step = int(load_state(checkpoint)["step"])
     if step < guided_steps(config) and not allow_guided:
         raise UserError(
@@ -100,7 +111,7 @@ def load_model(
     load_tensors(checkpoint, {f"master.{name}": parameter.detach() for name, parameter in model.named_parameters()})
     # Merged on the device, which is fast, and from the fp32 weights, which is exact.
     use_form(model.to(target).eval().requires_grad_(False), form, dtype)
-    return model.to(dtype), config
+    return model.to(dtype)
 
 
 def available_device(wanted: str | torch.device | None) -> torch.device:

@@ -68,10 +68,6 @@ class Permutation:
         """Images of `indices` (integers in [0, size), any shape) as int64 of the same shape."""
         return self._walk(indices, self._encipher)
 
-    def inverse(self, images: np.ndarray) -> np.ndarray:
-        """The indices whose images are `images`: `inverse(self(x)) == x`. Same types as `__call__`."""
-        return self._walk(images, self._decipher)
-
     def _walk(self, given: np.ndarray, step: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         values = np.asarray(given)
         if values.size and (values.min() < 0 or values.max() >= self.size):
@@ -91,16 +87,6 @@ class Permutation:
                 left = (left + _mix(right, key) % self._left_size) % self._left_size
             else:
                 right = (right + _mix(left, key) % self._right_size) % self._right_size
-        return right * self._left_size + left
-
-    def _decipher(self, values: np.ndarray) -> np.ndarray:
-        left: np.ndarray = values % self._left_size
-        right: np.ndarray = values // self._left_size
-        for round_index, key in reversed(list(enumerate(self._keys))):
-            if round_index % 2 == 0:
-                left = (left + self._left_size - _mix(right, key) % self._left_size) % self._left_size
-            else:
-                right = (right + self._right_size - _mix(left, key) % self._right_size) % self._right_size
         return right * self._left_size + left
 
 

@@ -180,6 +180,7 @@ def compare(folder: Path, other: Path) -> list[str]:
         if not all(path.exists() for path in paths):
             found.append(f"{name}: recorded in one of the folders only")
             continue
+        differences = len(found)
         before, after = (json.loads(path.read_text()) for path in paths)
         for old, new in zip(before["metrics"], after["metrics"], strict=False):
             differing = [key for key in old | new if old.get(key) != new.get(key)]
@@ -188,7 +189,7 @@ def compare(folder: Path, other: Path) -> list[str]:
             found.append(f"{name}: {len(before['metrics'])} -> {len(after['metrics'])} records of metrics")
         tensors = before["tensors"] | after["tensors"]
         found += [f"{name}: {t}" for t in tensors if before["tensors"].get(t) != after["tensors"].get(t)]
-        if not found:
+        if len(found) == differences:
             print(f"{name}: equal ({len(before['metrics'])} records, {len(tensors)} tensors)")
     if not names:
         found.append("nothing is recorded")

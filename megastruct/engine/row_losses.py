@@ -22,10 +22,10 @@ class RecordingLoss:
     """The training loss (logits [s, b, v/tp], labels int64 [b, s]) -> scalar of `make_loss`."""
 
     def __init__(self, config: Config, tp: TensorGroup) -> None:
-        self._mean = make_loss(config, tp)
+        self.mean = make_loss(config, tp)
         # A compiled loss is not called with a second shape: it would be compiled again, perhaps for any shape.
-        self._row_mean = self._mean if tp.size > 1 else cross_entropy
-        self._rows: list[Tensor] | None = None
+        self.row_mean = self.mean if tp.size > 1 else cross_entropy
+        self.rows: list[Tensor] | None = None
 
     @contextmanager
     def recording(self, on: bool = True) -> Iterator[list[Tensor]]:
@@ -34,15 +34,15 @@ class RecordingLoss:
         The list stays empty on ranks that compute no loss.
         """
         rows: list[Tensor] = []
-        self._rows = rows if on else None
+        self.rows = rows if on else None
         try:
             yield rows
         finally:
-            self._rows = None
+            self.rows = None
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The mean over all b x s tokens."""
-        if self._rows is not None:
-            rows = [self._row_mean(logits[:, [row]], labels[[row]]) for row in range(len(labels))]
-            self._rows.append(torch.stack(rows).detach())
-        return self._mean(logits, labels)
+        if self.rows is not None:
+            rows = [self.row_mean(logits[:, [row]], labels[[row]]) for row in range(len(labels))]
+            self.rows.append(torch.stack(rows).detach())
+        return self.mean(logits, labels)

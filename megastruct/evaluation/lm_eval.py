@@ -167,7 +167,7 @@ class MegastructLM(TemplateLM):
             for part in parts
         ]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _score_batch(self, batch: Sequence[Window]) -> list[Scored]:
         longest = max(len(window.inputs) for window in batch)
         # Padding on the right is seen by no token before it.
@@ -183,7 +183,7 @@ class MegastructLM(TemplateLM):
             found.append(Scored(window.request, float(log_likelihoods.sum()), is_greedy))
         return found
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _continue(self, context: str, options: dict[str, Any]) -> str:
         """The likeliest continuation token by token, up to a stop string, the end of the document or the limit."""
         if options.get("do_sample") and options.get("temperature", 1.0) > 0:

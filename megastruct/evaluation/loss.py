@@ -121,7 +121,7 @@ def _own_share(loaded: Loaded, source: Source, batch_size: int) -> Score:
     return Score(num_tokens, texts.finish(), sums)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _sum_of_losses(model: nn.Module, ids: Tensor, labels: Tensor) -> float:
     """The sum in float64 of the float32 losses of all labels; ids and labels int64 [b, s]."""
     logits = model(ids)  # [s, b, v]

@@ -42,7 +42,7 @@ class Tasks:
 
     def _unknown(self, name: str) -> Problem:
         assert self._manager
-        near = difflib.get_close_matches(name, self._manager.all_tasks, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(name, self._manager.all_tasks, n=3, cutoff=0.6)
         suggestion = ", ".join(near) or "lm-eval ls tasks, which lists all names"
         return Problem("--tasks", f"{name} is not a task", suggestion)
 

@@ -206,9 +206,9 @@ def manual_folder(material: Material, tmp_path: Path, monkeypatch: pytest.Monkey
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     config = run_config(tmp_path / "runs", "quickstart", data={"path": str(material.tokens("web"))})
-    save_run(config, material.tokenizer, steps=(300,))
-    shutil.copytree(material.tokens("web"), tmp_path / "data" / "tokens")
-    shutil.copy(material.text("books"), tmp_path / "data" / "wiki.jsonl")
+    save_run(config, material.tokenizer, steps=(200,))
+    shutil.copytree(material.tokens("web"), tmp_path / "data" / "sample" / "tokens")
+    shutil.copy(material.text("books"), tmp_path / "data" / "readme.jsonl")
     write_task(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -228,10 +228,10 @@ def test_the_commands_of_the_manual(manual_folder: Path, printed: Any) -> None:
         assert words[0] == "tools/evaluate.py"
         outputs[command] = printed(*words[1:])
     own, given, part, bf16, tasks = outputs.values()
-    assert own.startswith("runs/quickstart: step 300, float32\n") and "bfloat16" in bf16
-    assert [line.split()[0] for line in given.splitlines()[1:]] == ["source", "tokens", "wiki", "overall"]
+    assert own.startswith("runs/quickstart: step 200, float32\n") and "bfloat16" in bf16
+    assert [line.split()[0] for line in given.splitlines()[1:]] == ["source", "tokens", "readme", "overall"]
     shown = section("Evaluate").split("```\nruns/quickstart")[1].splitlines()
-    assert [line.split()[0] for line in shown[1:5]] == ["source", "tokens", "wiki", "overall"]
+    assert [line.split()[0] for line in shown[1:5]] == ["source", "tokens", "readme", "overall"]
     assert json.loads(part)["sources"].keys() == {"web"}
     assert json.loads(tasks)["results"]["colours"]["acc,none"] in (0.0, 1.0)
     [program] = [block for block in blocks("python") if "simple_evaluate" in block]

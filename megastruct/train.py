@@ -173,14 +173,32 @@ class Run:
         if not self.config.evaluation.num_samples:
             return metrics
         count = self.config.evaluation.num_samples // (self.config.training.micro_batch_size * self.topology.dp_size)
-        loss = self.engine.evaluate(self.validation, count)
+        of_each_source = len(self.config.data.sources) > 1
+        with self.engine.loss.recording(of_each_source) as rows:
+            loss = self.engine.evaluate(self.validation, count)
         if self.writer:
             self.progress.say(f"step {self.step}: validation loss {loss:.4f}, perplexity {_perplexity(loss):.2f}")
         metrics |= {"validation_loss": loss, "validation_perplexity": _perplexity(loss)}
+        if of_each_source:
+            metrics |= self._source_losses(rows)
         if self.engine.guidance:
             blended = scheduled(self.config, self.step).alpha
             metrics["validation_loss_guided"] = self.engine.evaluate(self.validation, count, blended)
         return metrics
+
+    def _source_losses(self, rows: list[torch.Tensor]) -> Metrics:
+        """The validation loss of each source of a mixture, from the loss of each row [micro_batch]. Collective."""
+        sources = self.data.validation_sources(*self._validation_sizes())
+        totals = torch.zeros(len(sources), 2, dtype=torch.float64)  # sum and number of rows
+        for total, mask in zip(totals, sources.values(), strict=True) if rows else []:
+            own = torch.stack(rows).cpu().double()[torch.from_numpy(mask)]
+            total += torch.stack((own.sum(), own.new_tensor(len(own))))
+        totals = totals.to(self.device)
+        dist.all_reduce(
+            totals
+        )  # the ranks of a tensor-parallel group add equal rows, which leaves the means as they are
+        sums = zip(sources, totals.tolist(), strict=True)
+        return {f"validation_loss/{name}": total / num_rows for name, (total, num_rows) in sums if num_rows}
 
     def _open_reader(self, cursor: Any) -> Any:
         if not self.engine.reads_data:
@@ -199,12 +217,13 @@ class Run:
     def _validation_batches(self) -> list[Batch]:
         if not self.engine.reads_data or not self.config.evaluation.num_samples:
             return []
-        return self.data.validation_batches(
-            self.config.evaluation.num_samples,
-            self.config.training.micro_batch_size,
-            self.topology.dp_rank(dist.get_rank()),
-            self.topology.dp_size,
-        )
+        return self.data.validation_batches(*self._validation_sizes())
+
+    def _validation_sizes(self) -> tuple[int, int, int, int]:
+        """Samples, micro-batch size, replica of this rank, and number of replicas."""
+        replica = self.topology.dp_rank(dist.get_rank())
+        micro_batch_size = self.config.training.micro_batch_size
+        return self.config.evaluation.num_samples, micro_batch_size, replica, self.topology.dp_size
 
     def _cursor(self) -> np.ndarray:
         """The position of the whole run in the data. Collective."""

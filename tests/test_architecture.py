@@ -16,7 +16,8 @@ FLOORS: list[set[str]] = [
     {"layers", "data", "checkpoint", "metrics", "launch"},
     {"models"},
     {"engine"},
-    {"run", "inference"},
+    {"run"},
+    {"inference"},
     {"evaluation", "benchmarks"},
     {"train", "start", "commands"},
 ]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -33,6 +34,7 @@ class Mixture:
 
     Attributes:
         num_sources: number of weights.
+        names: a name for each source, from its path; see `source_names`.
         period: number of samples after which the order of sources repeats.
         counts: int64 [num_sources], samples of each source per period. Decimal weights are exact if a period of at most
             65,536 samples allows it; otherwise they are rounded to such a period, with at least 1 sample per source.
@@ -41,10 +43,12 @@ class Mixture:
         ValueError: there is no weight, a weight is not positive and finite, or there are too many sources for a period.
     """
 
-    def __init__(self, weights: Sequence[float]) -> None:
+    def __init__(self, weights: Sequence[float], paths: Sequence[str] = ()) -> None:
+        """`paths`: of the sources, as the config has them; without them, the sources are numbered."""
         if not weights or not all(math.isfinite(weight) and weight > 0 for weight in weights):
             raise ValueError(f"weights must be a non-empty list of positive finite numbers, got {list(weights)}")
         self.num_sources = len(weights)
+        self.names = source_names(paths) if paths else [str(source) for source in range(len(weights))]
         self.counts = np.array(_counts(weights), dtype=np.int64)
         self.period = int(self.counts.sum())
         self._sources = np.array(_dealt(self.counts.tolist()), dtype=np.int64)  # [period]
@@ -93,6 +97,25 @@ class Mixture:
             residues = set((indices[sources == source] % common).tolist())
             found += [(source, stream) for stream in range(num_streams[source]) if stream % common in residues]
         return found
+
+
+def source_names(paths: Sequence[str]) -> list[str]:
+    """A short name for each path, all different: as many of its last parts as it takes to tell the paths apart.
+
+    Endings and wildcards are left out: `web/*.parquet` is `web`. If no length tells them apart, all are numbered.
+    """
+    parts = [_named_parts(path) for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name}-{index}" for index, name in enumerate(names, 1)]
+
+
+def _named_parts(path: str) -> list[str]:
+    parts = [re.sub(r"\.(parquet|jsonl?)(\.\w+)?$", "", part) for part in path.split("/")]
+    plain = [re.sub(r"[^\w.-]+", "", part).strip(".-_") for part in parts]
+    return [part for part in plain if part] or ["data"]
 
 
 def _counts(weights: Sequence[float]) -> list[int]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megastruct.config.schema import Config, DataConfig
+from megastruct.data.mixture import Mixture
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class DataOptions:
         return [(f"data.path.{index}", source.path) for index, source in enumerate(self.data.path)]
 
     @property
-    def weights(self) -> list[float]:
-        """The weight of every source, in the order of `paths`."""
-        return [weight for _, weight in self.data.sources]
+    def mixture(self) -> Mixture:
+        """The interleave of the sources, in the order of `paths`."""
+        return Mixture([weight for _, weight in self.data.sources], [path for path, _ in self.data.sources])
 
     @property
     def tokenizer_path(self) -> Path | None:

@@ -273,3 +273,16 @@ class TrainingData(Protocol):
             ValueError: num_samples does not divide by micro_batch_size * dp_size.
         """
         ...
+
+    def validation_sources(
+        self, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int
+    ) -> dict[str, np.ndarray]:
+        """For each source by its name, which rows of `validation_batches` come from it.
+
+        Returns:
+            bool [micro-batches of this rank, micro_batch_size] each; every row is from one source.
+
+        Raises:
+            ValueError: num_samples does not divide by micro_batch_size * dp_size.
+        """
+        ...

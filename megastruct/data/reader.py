@@ -100,6 +100,12 @@ def check_held_out_rows(mixture: Mixture, num_rows: list[int], num_samples: int,
     raise UserError(Problem("evaluation.num_samples", found, suggestion))
 
 
+def rows_of_sources(mixture: Mixture, samples: np.ndarray) -> dict[str, np.ndarray]:
+    """For each source by its name, which of the global `samples` come from it: bool, of the shape of `samples`."""
+    sources, _ = mixture.locate(samples)
+    return {name: sources == source for source, name in enumerate(mixture.names)}
+
+
 def validation_samples(num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> np.ndarray:
     """Held-out rows of this rank, dealt as in training: int64 [num_micro_batches, micro_batch].
 

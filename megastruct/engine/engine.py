@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
 from typing import Any
 
 import deepspeed
@@ -29,10 +28,10 @@ from megastruct.engine.internals import check_internals
 from megastruct.engine.norms import GradientClipper, sum_norms_over_stages
 from megastruct.engine.optimizer import build_optimizer, parameter_roles
 from megastruct.engine.pipeline import GPTPipeline, deepspeed_topology
+from megastruct.engine.row_losses import RecordingLoss
 from megastruct.models.block import compile_blocks
 from megastruct.models.gpt import GPT
 from megastruct.models.guidance import Guidance
-from megastruct.models.loss import make_loss
 from megastruct.optimizers import MASTER, OPTIMIZERS, Optimizer, Role
 from megastruct.parallel.collectives import sum_gradients
 from megastruct.parallel.groups import TensorGroup, make_tensor_group
@@ -54,6 +53,7 @@ class Engine:
     ) -> None:
         """`mpu`: DeepSpeed's view of the groups, where the module does not bring it."""
         self.config, self.topology, self.tp, self.device, self.mpu = config, topology, tp, device, mpu
+        self.loss: RecordingLoss = module.loss_fn if isinstance(module, GPTPipeline) else RecordingLoss(config, tp)
         self.roles: dict[nn.Parameter, Role] = parameter_roles(module)  # ZeRO 3 will change the parameters' shapes
         optimizer = build_optimizer(module, config.optimizer, device.type, config.model.base_width)
         num_parameters = sum(p.numel() for p in module.parameters())
@@ -197,7 +197,7 @@ class PipelineEngine(Engine):
         """Build the stage of this rank. Collective over the world."""
         tp = make_tensor_group(topology, sums_once=True)
         guidance = make_guidance(config, topology, device) if guided else None
-        module = GPTPipeline(config, topology, tp, make_loss(config, tp), guidance, eod_id)
+        module = GPTPipeline(config, topology, tp, RecordingLoss(config, tp), guidance, eod_id)
         return cls(module, config, topology, tp, device)
 
     def _sum_replicated_gradients(self) -> None:
@@ -259,11 +259,6 @@ class PlainEngine(Engine):
         # A new module: ZeRO 3 has cut the old one's parameters, and tied them to its optimizer.
         module = GPT(self.config, self.tp, eod_id=eod_id, init=False)
         return PlainEngine(module, self.config, self.topology, self.tp, self.device, self.mpu)
-
-    @cached_property
-    def loss(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """(logits [s, b, v/tp], labels [b, s]) -> scalar."""
-        return make_loss(self.config, self.tp)
 
     @override
     def train_batch(self, batches: Iterator[Batch] | None) -> float:

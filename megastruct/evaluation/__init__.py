@@ -1,1 +1,1 @@
-"""Fifth floor: how good a model is."""
+"""Fifth floor: measures finished models on text, on token shards, and with the tasks of lm-evaluation-harness."""

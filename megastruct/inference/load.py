@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,8 +18,7 @@ from megastruct.errors import Problem, UserError
 from megastruct.inference.forms import Form, use_form
 from megastruct.models.gpt import GPT
 from megastruct.planning.steps import guided_steps
-
-CONFIG_FILE, CHECKPOINTS, TOKENIZER_FILE = "config.yaml", "checkpoints", "tokenizer.model"
+from megastruct.run.run_folder import CHECKPOINTS, CONFIG_FILE, DATA_FILE, TOKENIZER_FILE
 
 
 class Loaded(NamedTuple):
@@ -62,7 +62,7 @@ def load(
 
     Raises:
         UserError: there is no run or intact checkpoint, the checkpoint is from inside the guided phase and
-            `allow_guided` is false, the tokenizer has more pieces than the model has words, or there is no such device.
+            `allow_guided` is false, the tokenizer is not the run's, or there is no such device.
     """
     run, checkpoint = find_checkpoint(path)
     config = load_config(run / CONFIG_FILE)
@@ -70,6 +70,12 @@ def load(
     if opened.vocab_size > config.model.vocab_size:
         found = f"has {opened.vocab_size:,} pieces, but the model has {config.model.vocab_size:,} words"
         raise UserError(Problem(str(opened.path), found, f"{run / TOKENIZER_FILE}, the tokenizer of the run"))
+    if (recorded := described_data(run).get("tokenizer_fingerprint", opened.fingerprint)) != opened.fingerprint:
+        found = (
+            f"is not the tokenizer that {run} was trained with (sha256 {opened.fingerprint[:12]}... instead of "
+            f"{recorded[:12]}...)"
+        )
+        raise UserError(Problem(str(opened.path), found, f"the run's own, {run / TOKENIZER_FILE}"))
     model = _read(checkpoint, config, device, dtype, form, allow_guided)
     return Loaded(model, opened, config, step_of(checkpoint))
 
@@ -127,15 +133,30 @@ def available_device(wanted: str | torch.device | None) -> torch.device:
     return device
 
 
+def described_data(run: Path) -> dict[str, Any]:
+    """What the run's record says of its data; empty if there is no record."""
+    try:
+        return json.loads((run / DATA_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def run_of(path: str | os.PathLike[str]) -> Path:
+    """The run folder of a run folder or of a checkpoint folder in one; any other path as it is, absolute."""
+    path = Path(path).absolute()
+    run = path.parent.parent
+    return run if is_checkpoint(path) and (run / CONFIG_FILE).exists() else path
+
+
 def find_checkpoint(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     """(run folder, intact checkpoint folder) of a run folder or of a checkpoint folder in one.
 
     Raises UserError if it is neither, or nothing in it is intact.
     """
-    path = Path(path).absolute()
-    if is_checkpoint(path) and (path.parent.parent / CONFIG_FILE).exists():
+    path, run = Path(path).absolute(), run_of(path)
+    if path != run:
         require_intact(path)
-        return path.parent.parent, path
+        return run, path
     if not (path / CONFIG_FILE).exists():
         found = "is not a run folder (it has no config.yaml)" if path.exists() else "does not exist"
         raise UserError(Problem(str(path), found, "give the folder that train.py printed"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megastruct.data import Tokenizer
 from megastruct.errors import Problem, UserError
 from megastruct.inference.decoder import Decoder
-from megastruct.inference.generate import Limits, Reason, generate
+from megastruct.inference.generate import Continuation, Limits, Reason, generate
 from megastruct.inference.load import Loaded
 from megastruct.inference.sampling import Sampling
 
@@ -45,9 +45,31 @@ class TextGenerator:
 
         An empty prompt starts a new document. Raises UserError for prompts that do not fit the context.
         """
+        ids = [
+            found.tolist() or [self.loaded.tokenizer.eod_id] for found in self.loaded.tokenizer.encode(list(prompts))
+        ]
+        _refuse_long(prompts, ids, self.loaded.config.training.seq_length)
+        made = self.continue_ids(ids, max_new_tokens, sampling or Sampling(), stop, stop_ids, batch_size, on_text)
+        return [
+            Text(prompt, text, len(continuation.ids), continuation.reason)
+            for prompt, (text, continuation) in zip(prompts, made, strict=True)
+        ]
+
+    def continue_ids(
+        self,
+        ids: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        batch_size: int = 16,
+        on_text: Callable[[int, str], None] = lambda prompt, text: None,
+    ) -> list[tuple[str, Continuation]]:
+        """(text, tokens and reason) of what follows each prompt, given as at least one token id.
+
+        Raises ValueError for a prompt that leaves no room for a token in the context.
+        """
         tokenizer, config = self.loaded.tokenizer, self.loaded.config
-        ids = [found.tolist() or [tokenizer.eod_id] for found in tokenizer.encode(list(prompts))]
-        _refuse_long(prompts, ids, config.training.seq_length)
         streams = [TextStream(tokenizer, own, stop) for own in ids]
 
         def accept(prompt: int, token: int) -> bool:
@@ -57,13 +79,11 @@ class TextGenerator:
 
         num_words = min(tokenizer.vocab_size, config.model.vocab_size)
         limits = Limits(max_new_tokens, config.training.seq_length, num_words, tokenizer.eod_id, tuple(stop_ids))
-        made = generate(self.decoder, ids, limits, sampling or Sampling(), batch_size, accept)
-        texts = []
-        for index, (prompt, stream, continuation) in enumerate(zip(prompts, streams, made, strict=True)):
+        made = generate(self.decoder, ids, limits, sampling, batch_size, accept)
+        for index, stream in enumerate(streams):
             if rest := stream.finish():
                 on_text(index, rest)
-            texts.append(Text(prompt, stream.text, len(continuation.ids), continuation.reason))
-        return texts
+        return [(stream.text, continuation) for stream, continuation in zip(streams, made, strict=True)]
 
 
 class TextStream:

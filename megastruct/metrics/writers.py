@@ -36,7 +36,7 @@ TENSORBOARD_TAGS: dict[str, str] = {
 }
 
 # Metrics of every linear: prefix of the key -> prefix of the tag; the linear's name follows both.
-TENSORBOARD_PREFIXES: dict[str, str] = {"guide_distance/": "guided/distance/"}
+TENSORBOARD_PREFIXES: dict[str, str] = {"guide_distance/": "guided/distance/", "validation_loss/": "validation/loss/"}
 
 Metrics = dict[str, float | None]
 

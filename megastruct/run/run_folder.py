@@ -22,6 +22,7 @@ CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 DATA_FILE = "data.json"
 TOKENIZER_FILE = "tokenizer.model"
+CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
 
 
@@ -35,7 +36,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """The folder of its checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     def finished_steps(self) -> int:
         """Steps of the newest complete checkpoint of which no file is truncated, 0 if there is none."""

@@ -54,17 +54,18 @@ def text_samples(paths, tokenizer_path, fraction, seq_length, seed, num_streams,
     return [streams[i % num_streams][i // num_streams] for i in range(num_samples)]
 
 
-def inverse(permutation: Permutation, images: np.ndarray) -> np.ndarray:
-    """The indices whose images under the permutation are `images`: its rounds, undone from the last to the first."""
+def decipher(permutation: Permutation, values: np.ndarray) -> np.ndarray:
+    """Undo the rounds of the network, from the last to the first."""
     left_size, right_size = permutation._left_size, permutation._right_size
+    left, right = values % left_size, values // left_size
+    for round_index, key in reversed(list(enumerate(permutation._keys))):
+        if round_index % 2 == 0:
+            left = (left + left_size - _mix(right, key) % left_size) % left_size
+        else:
+            right = (right + right_size - _mix(left, key) % right_size) % right_size
+    return right * left_size + left
 
-    def decipher(values: np.ndarray) -> np.ndarray:
-        left, right = values % left_size, values // left_size
-        for round_index, key in reversed(list(enumerate(permutation._keys))):
-            if round_index % 2 == 0:
-                left = (left + left_size - _mix(right, key) % left_size) % left_size
-            else:
-                right = (right + right_size - _mix(left, key) % right_size) % right_size
-        return right * left_size + left
 
-    return permutation._walk(images, decipher)
+def inverse(permutation: Permutation, images: np.ndarray) -> np.ndarray:
+    """The indices whose images under the permutation are `images`."""
+    return permutation._walk(images, lambda values: decipher(permutation, values))

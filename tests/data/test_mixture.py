@@ -224,3 +224,21 @@ def test_config_of_a_mixture():
     assert read(caught.value.problems[0].suggestion.removeprefix("data.path=").replace(", ...", "")).data.sources
     with pytest.raises(UserError, match=r"data\.path"):
         read("[]")
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["data/tokens"], ["tokens"]),
+        (["data/tokens/", "../books"], ["tokens", "books"]),
+        (["web/tokens", "books/tokens"], ["web/tokens", "books/tokens"]),
+        (["web/*.parquet", "books/*.jsonl.gz"], ["web", "books"]),
+        (["shards/web-*.parquet", "shards/books-*.parquet"], ["web", "books"]),
+        (["tiiuae/falcon-refinedweb", "./a b.jsonl"], ["falcon-refinedweb", "ab"]),
+        (["tokens", "x/tokens"], ["tokens", "x/tokens"]),
+        (["same", "same", "other"], ["same-1", "same-2", "other-3"]),
+        (["*", "**/*.parquet"], ["data-1", "data-2"]),
+    ],
+)
+def test_sources_have_short_names(paths, names):
+    assert Mixture([1] * len(paths), paths).names == names

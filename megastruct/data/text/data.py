@@ -11,7 +11,7 @@ import numpy as np
 from megastruct.data.batch import Batch, batch_from_rows
 from megastruct.data.mixture import Mixture
 from megastruct.data.protocols import Tokenizer
-from megastruct.data.reader import check_held_out_rows, describe_mixture, validation_samples
+from megastruct.data.reader import check_held_out_rows, describe_mixture, rows_of_sources, validation_samples
 from megastruct.data.sources.storages import storage_of
 from megastruct.data.text.held_out import held_out_tokens
 from megastruct.data.text.reader import TextReader
@@ -126,6 +126,12 @@ class TextData:
             rows = [tokens[source][index * self._seq_length + row] for source, index in places]
             batches.append(batch_from_rows(np.stack(rows).astype(np.int64)))
         return batches
+
+    def validation_sources(
+        self, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int
+    ) -> dict[str, np.ndarray]:
+        """As in `TrainingData`."""
+        return rows_of_sources(self._mixture, validation_samples(num_samples, micro_batch_size, dp_rank, dp_size))
 
     def _held_out_tokens(self, num_samples: int) -> list[np.ndarray]:
         """The held-out tokens that `num_samples` take of every source; fewer if a source has no more."""

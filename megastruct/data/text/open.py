@@ -8,7 +8,6 @@ from itertools import zip_longest
 import numpy as np
 
 from megastruct.data.cache import cached_array, key_of
-from megastruct.data.mixture import Mixture
 from megastruct.data.opening import check_vocab_size
 from megastruct.data.options import DataOptions
 from megastruct.data.order import default_num_streams, source_seed
@@ -47,7 +46,7 @@ def open_text(options: DataOptions) -> TextData:
         )
         for index, shards in enumerate(shards_of_sources)
     ]
-    return TextData(sources, Mixture(options.weights), options.seq_length, data.num_workers, options.cache_folder)
+    return TextData(sources, options.mixture, options.seq_length, data.num_workers, options.cache_folder)
 
 
 def _open_tokenizer(options: DataOptions) -> Tokenizer:

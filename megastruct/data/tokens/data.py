@@ -15,7 +15,7 @@ from megastruct.data.mixture import Mixture
 from megastruct.data.order import locate_rows, source_seed
 from megastruct.data.prefetch import Prefetched
 from megastruct.data.protocols import Tokenizer
-from megastruct.data.reader import Reader, check_held_out_rows, describe_mixture, validation_samples
+from megastruct.data.reader import Reader, check_held_out_rows, describe_mixture, rows_of_sources, validation_samples
 from megastruct.data.tokens.files import TokenFiles
 from megastruct.data.tokens.manifest import Manifest, TokenFile
 from megastruct.errors import Problem, UserError
@@ -251,3 +251,9 @@ class TokenData:
         check_held_out_rows(self._mixture, [part.num_rows for part in rows], num_samples, fraction)
         places = np.stack(self._mixture.locate(own), axis=-1)
         return [batch_from_rows(read_places(rows, part)) for part in places]
+
+    def validation_sources(
+        self, num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int
+    ) -> dict[str, np.ndarray]:
+        """As in `TrainingData`."""
+        return rows_of_sources(self._mixture, validation_samples(num_samples, micro_batch_size, dp_rank, dp_size))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from megastruct.data.mixture import Mixture
 from megastruct.data.opening import check_vocab_size
 from megastruct.data.options import DataOptions
 from megastruct.data.protocols import Tokenizer
@@ -27,7 +26,7 @@ def open_tokens(options: DataOptions) -> TokenData:
     opened = [pair for pair in found if pair is not None]
     _check_alike(opened)
     sources, tokenizer = [source for source, _ in opened], opened[0][1]
-    return TokenData(sources, Mixture(options.weights), tokenizer, options.seed)
+    return TokenData(sources, options.mixture, tokenizer, options.seed)
 
 
 def _open_folder(options: DataOptions, where: str, path: str) -> tuple[TokenSource, Tokenizer]:

@@ -1,0 +1,212 @@
+"""What a model is evaluated on: named streams of tokens, from token shards or from text.
+
+Every document ends with the end-of-document token, so text and the token shards made of it give the same stream.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from megastruct.data.cache import FOLDER_NAME
+from megastruct.data.mixture import source_names
+from megastruct.data.options import DataOptions
+from megastruct.data.sources.check import check_shards
+from megastruct.data.sources.find import find_shards
+from megastruct.data.sources.reading import read_patiently
+from megastruct.data.sources.shards import MANIFEST_NAME, TextShard
+from megastruct.data.split import is_validation
+from megastruct.data.text.held_out import held_out_tokens
+from megastruct.data.text.stream import TextSource
+from megastruct.data.tokens.files import TokenFiles
+from megastruct.data.tokens.manifest import SPLITS, Manifest, check_files, load_manifest
+from megastruct.errors import Problem, Problems, UserError
+from megastruct.inference.load import Loaded, described_data
+
+Split = Literal["train", "validation", "all"]
+_TOKENS_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stream of tokens, which `begin` starts to read; it ends after `max_tokens`, if that is set."""
+
+    name: str
+    path: str
+    begin: Callable[[], Iterator[np.ndarray]]
+    max_tokens: int | None = None
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """The tokens up to `max_tokens`, in arrays int64 [n].
+
+        Raises:
+            UserError: a file is damaged or cannot be reached.
+        """
+        missing = self.max_tokens
+        for chunk in self.begin():
+            yield chunk[:missing]
+            if missing is not None:
+                missing -= min(missing, len(chunk))
+                if not missing:
+                    return
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which part of the data is read.
+
+    Attributes:
+        split: None: what token shards hold out, and all of a text.
+        max_tokens: of each source; None: all.
+        text_column: None: the run's.
+    """
+
+    split: Split | None = None
+    max_tokens: int | None = None
+    text_column: str | None = None
+
+
+class Sources:
+    """Finds and checks data for the model of one run."""
+
+    def __init__(self, run: Path, loaded: Loaded, selection: Selection) -> None:
+        self._run, self._selection = run, selection
+        self._tokenizer, self._config = loaded.tokenizer, loaded.config
+        # Of token shards, the record of the run has what the config does not.
+        recorded: dict[str, Any] = described_data(run)
+        self._commits = recorded.get("hub_commits", ())
+        self._fraction = float(recorded.get("validation_fraction", loaded.config.data.validation_fraction))
+        self._column = selection.text_column or recorded.get("text_column", loaded.config.data.text_column)
+
+    def given(self, data: Sequence[str]) -> list[Source]:
+        """The sources of `--data`: each a PATH or NAME=PATH of token shards or text.
+
+        Raises:
+            UserError: with all paths that are missing, damaged or tokenised otherwise, and names that are given twice.
+        """
+        named = [_name_and_path(word) for word in data]
+        shorts = source_names([path for _, path in named])
+        names = [given or short for (given, _), short in zip(named, shorts, strict=True)]
+        problems = Problems(
+            Problem("--data", f"two sources have the name {name}", "give each a name of its own: NAME=PATH")
+            for name in dict.fromkeys(names)
+            if names.count(name) > 1
+        )
+        found = [
+            problems.collect(partial(self._open, name, path)) for name, (_, path) in zip(names, named, strict=True)
+        ]
+        problems.raise_if_any()
+        return [source for source in found if source]
+
+    def own(self) -> list[Source]:
+        """The data that the run was validated on: the held-out documents of each of its sources.
+
+        Searching a text for them may take long, so only as many tokens are read as the run's own validation takes, or
+        `max_tokens`.
+
+        Raises:
+            UserError: data is missing or damaged, or the run has no held-out text.
+        """
+        paths, problems = [path for path, _ in self._config.data.sources], Problems()
+        open_source: Callable[[str, str], Source] = self._token_shards
+        if self._config.data.kind == "text":
+            open_source = self._held_out if self._selection.split in (None, "validation") else self._text
+        found = [
+            problems.collect(partial(open_source, name, path))
+            for name, path in zip(source_names(paths), paths, strict=True)
+        ]
+        if problems:
+            headline = f"the validation data of {self._run} cannot be used; --data PATH evaluates on other data"
+            raise UserError(problems, headline=headline)
+        return [source for source in found if source]
+
+    def _open(self, name: str, path: str) -> Source:
+        is_tokens = (Path(path).expanduser() / MANIFEST_NAME).is_file()
+        return self._token_shards(name, path) if is_tokens else self._text(name, path)
+
+    def _token_shards(self, name: str, path: str) -> Source:
+        folder = Path(path).expanduser().absolute()
+        if not (folder / MANIFEST_NAME).is_file():
+            what = f"has no {MANIFEST_NAME}" if folder.is_dir() else "does not exist"
+            raise UserError(Problem("data.path", f"{folder} {what}", "--data with the folder of token shards"))
+        manifest, problems = load_manifest(folder), Problems()
+        problems.collect(partial(check_files, folder, manifest))
+        theirs, ours = manifest.settings.tokenizer, self._tokenizer
+        if theirs.fingerprint != ours.fingerprint:
+            found = (
+                f"was made with another tokenizer ({theirs.vocab_size:,} ids, sha256 {theirs.fingerprint[:12]}...) "
+                f"than the model's ({ours.vocab_size:,} ids, sha256 {ours.fingerprint[:12]}...)"
+            )
+            suggestion = f"give the text instead, or make the folder with tools/prepare_data.py --tokenizer {ours.path}"
+            problems.append(Problem(str(folder), found, suggestion))
+        problems.raise_if_any()
+        begin = partial(
+            _shard_chunks, folder, manifest, self._selection.split or "validation", self._config.model.vocab_size
+        )
+        return Source(name, path, begin, self._selection.max_tokens)
+
+    def _text(self, name: str, path: str) -> Source:
+        shards = self._shards("--data", path)
+        return Source(name, path, partial(self._text_chunks, shards), self._selection.max_tokens)
+
+    def _text_chunks(self, shards: Sequence[TextShard]) -> Iterator[np.ndarray]:
+        split, patience_seconds = self._selection.split or "all", self._config.data.patience_seconds
+        for shard in shards:
+            for documents in read_patiently(shard, self._column, patience_seconds=patience_seconds):
+                texts = [
+                    document.text
+                    for document in documents
+                    if not document.broken
+                    and (split == "all" or is_validation(document.content, self._fraction) == (split == "validation"))
+                ]
+                for tokens in self._tokenizer.encode_documents(texts):
+                    yield tokens.astype(np.int64)
+
+    def _shards(self, where: str, path: str, cache_folder: Path | None = None, commit: Any = None) -> list[TextShard]:
+        patience_seconds = self._config.data.patience_seconds
+        shards = find_shards(path, where, patience_seconds, cache_folder, commit)
+        check_shards(shards, self._column, patience_seconds)
+        return shards
+
+    def _held_out(self, name: str, path: str) -> Source:
+        options, num_samples = DataOptions.of(self._config), self._config.evaluation.num_samples
+        index = options.mixture.names.index(name)
+        num_tokens = int(options.mixture.consumed(num_samples)[index]) * options.seq_length + 1
+        if self._selection.max_tokens:
+            num_tokens = self._selection.max_tokens
+        elif not num_samples:
+            raise UserError(Problem("evaluation.num_samples", "0: the run has no validation", "--max-tokens 1000000"))
+        cache_folder = self._run / FOLDER_NAME
+        commits = dict(zip_longest(range(len(options.mixture.names)), self._commits))
+        shards = self._shards("data.path", path, cache_folder, commits.get(index))
+        source = TextSource(shards, self._tokenizer, self._column, self._fraction, options.seed, num_streams=1)
+
+        def begin() -> Iterator[np.ndarray]:
+            yield held_out_tokens(source, num_tokens, cache_folder).astype(np.int64)
+
+        return Source(name, path, begin)
+
+
+def _name_and_path(word: str) -> tuple[str, str]:
+    match = re.match(r"([\w.-]+)=(.+)$", word)
+    return (match[1], match[2]) if match and not Path(word).exists() else ("", word)
+
+
+def _shard_chunks(folder: Path, manifest: Manifest, split: Split, vocab_size: int) -> Iterator[np.ndarray]:
+    records = [file for own in SPLITS if split in (own, "all") for file in getattr(manifest.splits, own)]
+    files = TokenFiles([folder / record.file for record in records], manifest.token_dtype)
+    for index, record in enumerate(records):
+        for start in range(0, record.num_tokens, _TOKENS_AT_ONCE):
+            tokens = files.read(index, start, min(_TOKENS_AT_ONCE, record.num_tokens - start)).astype(np.int64)
+            if (largest := int(tokens.max())) >= vocab_size:
+                found = f"contains token id {largest}, but ids must be below model.vocab_size = {vocab_size}"
+                suggestion = "the file is damaged; make the folder again with tools/prepare_data.py"
+                raise UserError(Problem(str(folder / record.file), found, suggestion))
+            yield tokens

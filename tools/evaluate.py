@@ -1,0 +1,14 @@
+#!/usr/bin/env python
+"""Measure a trained model on token shards, text or tasks: python tools/evaluate.py runs/quickstart --data tokens/."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout that is not installed
+
+from megastruct.commands.evaluate import main
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ FLOORS: list[set[str]] = [
     {"models"},
     {"engine"},
     {"run", "inference"},
-    {"evaluation", "benchmarks"},
+    {"evaluation", "benchmarks", "huggingface"},
     {"train", "start", "commands"},
 ]
 # Between rooms of the ground floor too, imports have one direction.

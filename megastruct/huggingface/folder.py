@@ -38,7 +38,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         aside.mkdir()
         mode = aside.stat().st_mode & 0o666  # safetensors makes its files for their owner only
         yield aside
-        for file in sorted(aside.iterdir()):
+        for file in sorted(path for path in aside.iterdir() if path.is_file()):
             file.chmod(mode)
             _sync(file)
         sync_folder(aside)

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from configs import tiny_config
+from megastruct.checkpoint.store import save_checkpoint
+from megastruct.config.load import dump_config
 from megastruct.config.schema import Config
 from megastruct.data import open_tokenizer
 from megastruct.data.preparation.tokenizer import TRAINING_OPTIONS
@@ -62,3 +65,19 @@ def drawn(folder: Path, tokenizer: Path, config: Config) -> Trained:
 def error(theirs: Tensor, ours: Tensor) -> float:
     """The largest difference of logits [..., v], relative to the largest logit."""
     return float((theirs - ours).abs().max() / ours.abs().max())
+
+
+def saved_run(config: Config, tokenizer: Path, step: int, model: GPT | None = None) -> Path:
+    """A run folder with one checkpoint of `step`, made without training."""
+    run = Path(config.run.folder) / config.run.name
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(dump_config(config))
+    (run / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+    parameters = (model or drawn_model(config)).named_parameters()
+    tensors = {f"master.{name}": parameter.detach() for name, parameter in parameters}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        save_checkpoint(run / "checkpoints", step, tensors, {"step": step, "cursor": [[step]]}, keep=9)
+    finally:
+        dist.destroy_process_group()
+    return run

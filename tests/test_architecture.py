@@ -18,7 +18,7 @@ FLOORS: list[set[str]] = [
     {"engine"},
     {"run"},
     {"inference"},
-    {"evaluation", "benchmarks"},
+    {"evaluation", "benchmarks", "huggingface"},
     {"train", "start", "commands"},
 ]
 # Between rooms of the ground floor too, imports have one direction.

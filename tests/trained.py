@@ -45,7 +45,7 @@ def redraw(model: GPT, seed: int = 0) -> GPT:
     return model
 
 
-def saved_run(config: Config, step: int | None = None, tokenizer: Path | None = None) -> Path:
+def saved_run(config: Config, step: int | None = None, tokenizer: Path | None = None, model: GPT | None = None) -> Path:
     """A run folder of `config` with one checkpoint, by default of the last step, and a tokenizer."""
     run = Path(config.run.folder) / config.run.name
     run.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,9 @@ def saved_run(config: Config, step: int | None = None, tokenizer: Path | None = 
         train_model(run / "tokenizer.model")
     else:
         (run / "tokenizer.model").write_bytes(tokenizer.read_bytes())
-    tensors = {f"master.{name}": p.detach() for name, p in redraw(GPT(config, init=False)).named_parameters()}
+    tensors = {
+        f"master.{name}": p.detach() for name, p in (model or redraw(GPT(config, init=False))).named_parameters()
+    }
     step = total_steps(config) if step is None else step
     save_checkpoint(run / "checkpoints", step, tensors, {"step": step, "cursor": [[step]]}, keep=9)
     return run

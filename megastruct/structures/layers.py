@@ -12,6 +12,8 @@ from megastruct.structures.sharded import ShardedLinear
 #   apply(x, *factors, bias)             x [..., N] -> [..., M]: used for training on one process; kernels go here
 #   apply_reference(x, *factors, bias)   the same map written out as sums, for tests
 #   to_dense(*factors)                   the equal dense weight [M, N]: for guides, merging, export and tests
+# A structure may also have
+#   project(weight, **sizes)             the factors nearest to a dense weight [M, N]: for importing dense models
 FUNCTIONS = ("apply", "apply_reference", "to_dense")
 
 

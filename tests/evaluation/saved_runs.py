@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from configs import tiny_config
-from megastruct.checkpoint.store import save_checkpoint
-from megastruct.config.load import dump_config
 from megastruct.config.schema import Config
 from megastruct.models.gpt import GPT
-from trained import redraw
+from trained import redraw, saved_run
 
 SEQ_LENGTH = 16
 VOCAB_SIZE = 336  # a few more than the tokenizer has pieces
@@ -49,17 +47,11 @@ def run_config(folder: Path, name: str, **sections: Any) -> Config:
 
 def save_run(config: Config, tokenizer: Path, steps: Sequence[int] = (NUM_STEPS,)) -> Path:
     """The run folder of `config` with a checkpoint of each of `steps`, whose weights differ."""
-    run = Path(config.run.folder) / config.run.name
-    run.mkdir(parents=True)
-    (run / "config.yaml").write_text(dump_config(config))
-    (run / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+    for step in steps:
+        run = saved_run(config, step, tokenizer, redraw(GPT(config, init=False), step))
     fingerprint = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
     data = {"tokenizer_fingerprint": fingerprint, "text_column": "content", "validation_fraction": VALIDATION_FRACTION}
     (run / "data.json").write_text(json.dumps(data))
-    for step in steps:
-        model = redraw(GPT(config, init=False), step)
-        tensors = {f"master.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-        save_checkpoint(run / "checkpoints", step, tensors, {"step": step, "cursor": [[step]]}, keep=9)
     return run
 
 

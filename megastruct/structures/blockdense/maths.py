@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megastruct.structures.block_product import autocast_pair, block_product
 from megastruct.structures.orthonormal import nearest_orthonormal
+from megastruct.structures.truncation import truncated_svd
 
 
 def apply(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -47,3 +48,14 @@ def to_dense(v: Tensor, u: Tensor) -> Tensor:
 def init_factors(v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Draws from N(0, std^2) -> their nearest orthonormal matrices: of each block of v, and of u as a whole."""
     return nearest_orthonormal(v), nearest_orthonormal(u)
+
+
+def project(weight: Tensor, nblocks: int, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors (v [B, R/B, N/B], u [M, R]) nearest to a dense weight [M, N] in the Frobenius norm.
+
+    Block l of v and the columns l*R/B ... of u make up the columns l*N/B ... of the dense equivalent, so each of these
+    column blocks is approximated on its own, by its truncated SVD.
+    """
+    by_block = weight.unflatten(1, (nblocks, -1)).transpose(0, 1)  # [B, M, N/B]
+    v, u = truncated_svd(by_block, rank // nblocks)  # [B, R/B, N/B], [B, M, R/B]
+    return v, u.transpose(0, 1).flatten(1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megastruct.structures.block_product import autocast_pair, block_product
 from megastruct.structures.orthonormal import nearest_orthonormal
+from megastruct.structures.truncation import truncated_svd
 
 
 def apply(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,3 +56,26 @@ def to_dense(v: Tensor, u: Tensor) -> Tensor:
 def init_factors(v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Draws from N(0, std^2) -> the nearest orthonormal matrix of each block."""
     return nearest_orthonormal(v), nearest_orthonormal(u)
+
+
+def project(weight: Tensor, nblocks: int) -> tuple[Tensor, Tensor]:
+    """The factors (v [B, K/B, N/B], u [B, M/B, K/B]) nearest to a dense weight [M, N] in the Frobenius norm.
+
+    Hidden feature j is row j % (K/B) of block j // (K/B) of v, and column j // B of block j % B of u. So it adds a
+    matrix of rank 1 to the submatrix of these two blocks (outputs j % B, B + j % B, ..., and the inputs of the block of
+    v), and to no other. About K/B^2 features meet in each submatrix, which gets its truncated SVD of that rank.
+    Source: Dao et al. 2022 (arXiv 2204.00595), section 3.3, for blocks of any shape.
+    """
+    m, n = weight.shape
+    k_per_block = min(m, n) // nblocks
+    feature = torch.arange(nblocks * k_per_block, device=weight.device)
+    block_u, column = feature % nblocks, feature // nblocks
+    block_v, row = feature // k_per_block, feature % k_per_block
+    first = (block_v * k_per_block - block_u + nblocks - 1) // nblocks  # the first column with a feature of block_v
+    place = column - first  # of the feature among those of its submatrix
+    blocks = weight.unflatten(0, (-1, nblocks)).unflatten(2, (nblocks, -1)).permute(1, 2, 0, 3)  # [B, B, M/B, N/B]
+    right, left = truncated_svd(blocks, int(place.max()) + 1)  # [B, B, C, N/B], [B, B, M/B, C]
+    v, u = weight.new_empty(nblocks, k_per_block, n // nblocks), weight.new_empty(nblocks, m // nblocks, k_per_block)
+    v[block_v, row] = right[block_u, block_v, place]
+    u[block_u, :, column] = left[block_u, block_v, :, place]
+    return v, u

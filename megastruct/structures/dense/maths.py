@@ -21,3 +21,8 @@ def apply_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 def to_dense(weight: Tensor) -> Tensor:
     """The weight itself [M, N]."""
     return weight
+
+
+def project(weight: Tensor) -> tuple[Tensor]:
+    """The weight itself [M, N]."""
+    return (weight,)

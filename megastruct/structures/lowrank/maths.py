@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megastruct.structures.truncation import truncated_svd
+
 
 def apply(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
     """Map x [..., N] to [..., M]; v [R, N], u [M, R], bias [M]."""
@@ -42,3 +44,8 @@ def init_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     vectors = vectors[:, -rank:].flip(1)
     # U sqrt(S) = W V S^-1 sqrt(S) = W V / sqrt(S)
     return (vectors * scale).T.contiguous().to(weight.dtype), ((w @ vectors) / scale).to(weight.dtype)
+
+
+def project(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors (v [R, N], u [M, R]) nearest to a dense weight [M, N] in the Frobenius norm: its truncated SVD."""
+    return truncated_svd(weight, rank)

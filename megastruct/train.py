@@ -34,6 +34,7 @@ from megastruct.launch.environment import current_process, take_share_of_cores
 from megastruct.launch.signals import STOP_FILE, StopRequest
 from megastruct.launch.watchdog import Watch
 from megastruct.metrics.devices import peak_tflops, read_peak_memory_bytes
+from megastruct.metrics.spent import Spent
 from megastruct.metrics.throughput import Throughput
 from megastruct.metrics.writers import Metrics, MetricWriter, Progress
 from megastruct.parallel.topology import Topology
@@ -76,6 +77,8 @@ class Run:
             topology.world_size,
             peak_tflops(device, config.training.precision, config.hardware.peak_tflops),
         )
+        flops = [config.training.tokens_per_step * training_flops_per_token(config, share) for share in (0.0, 1.0)]
+        self.spent = Spent(topology.world_size, flops[0], flops[1] - flops[0], state, self.step)
         self.writer: MetricWriter | None = None
         if dist.get_rank() == 0:
             folder = checkpoints.folder
@@ -90,6 +93,7 @@ class Run:
     def train(self) -> bool:
         """Train to the last step, or until the run is asked to stop. Returns whether it is finished."""
         total, stopping = total_steps(self.config), False
+        self.spent.start()
         while self.step < total and not stopping:
             if self.engine.guidance and self.step >= guided_steps(self.config):
                 self.engine = end_guided_phase(self.engine, self.checkpoints, self.step, *self._place())
@@ -125,8 +129,9 @@ class Run:
             self.engine.set_learning_rate(now.learning_rate)
             self.engine.set_alpha(now.alpha, self.step)
             loss = self.engine.train_batch(self._timed(self.reader) if self.reader else None)
-        if self.engine.guidance:
-            self.throughput.guided(self.engine.guidance.read_share())
+        share = self.engine.guidance.read_share() if self.engine.guidance else 0.0
+        self.throughput.guided(share)
+        self.spent.step(share)
         self.step += 1
         self.progress.update(loss, self.config.training.tokens_per_step / (time.perf_counter() - start))
         return loss
@@ -163,6 +168,7 @@ class Run:
             "memory_bytes": int(memory),
             "skipped_documents": self.data.skipped_documents(self._cursor()),
             **self.throughput.read(training_flops_per_token(self.config, share)),
+            **self.spent.read(),
         }
 
     def _validate(self) -> Metrics:
@@ -194,9 +200,8 @@ class Run:
             own = torch.stack(rows).cpu().double()[torch.from_numpy(mask)]
             total += torch.stack((own.sum(), own.new_tensor(len(own))))
         totals = totals.to(self.device)
-        dist.all_reduce(
-            totals
-        )  # the ranks of a tensor-parallel group add equal rows, which leaves the means as they are
+        # The ranks of a tensor-parallel group add equal rows, which leaves the means as they are.
+        dist.all_reduce(totals)
         sums = zip(sources, totals.tolist(), strict=True)
         return {f"validation_loss/{name}": total / num_rows for name, (total, num_rows) in sums if num_rows}
 
@@ -232,7 +237,7 @@ class Run:
 
     def _place(self) -> tuple[np.ndarray, dict[str, Any]]:
         """What a checkpoint stores besides tensors: the position in the data, and plain values. Collective."""
-        return self._cursor(), self.divergence.state_at(self.step)
+        return self._cursor(), self.divergence.state_at(self.step) | self.spent.state()
 
     def _timed(self, reader: Iterator[Batch]) -> Iterator[Batch]:
         while True:

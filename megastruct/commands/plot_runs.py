@@ -1,4 +1,9 @@
-"""Plot curves of several runs as a PNG: megastruct-plot runs/dense runs/lowrank --output curves.png."""
+"""Compare runs: curves as a PNG, a scaling fit, or a table.
+
+megastruct-plot runs/dense runs/lowrank --x training_flops --output curves.png
+megastruct-plot runs/s runs/m runs/l runs/s_lowrank runs/m_lowrank runs/l_lowrank --fit
+megastruct-plot runs/dense runs/lowrank --table
+"""
 
 from __future__ import annotations
 
@@ -6,24 +11,54 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from megastruct.errors import user_errors_exit
-from megastruct.metrics.curves import plot
+from megastruct.errors import Problem, UserError, user_errors_exit
+from megastruct.metrics.curves import check_keys, plot, plot_fits
+from megastruct.metrics.records import AXES, FLOPS, VALIDATION, Run, read_runs
+from megastruct.metrics.run_table import run_table
+from megastruct.metrics.scaling import fit_scaling, fit_table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the picture and print its path. A user's mistake exits with code 2."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders; NAME_1, NAME_2 ... share a color")
+    """Write what is asked for, and print where it is. A user's mistake exits with code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        help="run folders; NAME_1, NAME_2 ... share a color. GROUP=FOLDER says which runs --fit fits together "
+        "(otherwise those of the same structure)",
+    )
     parser.add_argument(
         "--metric",
         action="append",
-        help="key of metrics.jsonl, may be repeated; one panel each (default: validation_loss)",
+        help=f"key of metrics.jsonl, may be repeated; one panel each (default: {VALIDATION})",
     )
     parser.add_argument(
-        "--x", default="tokens", help="key of the horizontal axis, for example step (default: %(default)s)"
+        "--x",
+        help=f"the horizontal axis: tokens, {', '.join(AXES)}, {FLOPS} or another key of metrics.jsonl "
+        f"(default: tokens; {FLOPS} with --fit)",
     )
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--fit", action="store_true", help="fit a power law to the final losses of each structure")
+    kind.add_argument("--table", action="store_true", help="print a Markdown table of the runs instead of a picture")
     parser.add_argument("--output", type=Path, default=Path("curves.png"), help="default: %(default)s")
     args = parser.parse_args(argv)
     with user_errors_exit():
-        plot(args.runs, args.metric or ["validation_loss"], args.x, args.output)
-    print(args.output)
+        runs = read_runs(args.runs)
+        metrics = args.metric or [VALIDATION]
+        if args.table:
+            print(run_table(runs))
+        elif args.fit:
+            _fit(runs, metrics, args.x or FLOPS, args.output)
+        else:
+            plot(runs, metrics, args.x or "tokens", args.output)
+            print(args.output)
+
+
+def _fit(runs: list[Run], metrics: Sequence[str], x: str, output: Path) -> None:
+    if len(metrics) > 1:
+        raise UserError(Problem("--metric", "--fit fits one metric", f"--metric {metrics[0]}"))
+    x = AXES.get(x, x)
+    check_keys(runs, {"--x": [x], "--metric": metrics})
+    fits = fit_scaling(runs, x, metrics[0])
+    plot_fits(fits, x, metrics[0], output)
+    print(f"{fit_table(fits, x)}\n\n{output}")

@@ -1,34 +1,71 @@
-"""Plot the curves of several runs from the metrics in their folders."""
+"""Plot the curves of several runs, and power laws over several sizes, as a PNG."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megastruct.errors import Problem, UserError
+from megastruct.metrics.records import AXES, Run, known_keys, labels
+from megastruct.metrics.scaling import Fit
 
 WIDTH, HEIGHT = 8.0, 5.0  # inches, of one panel
 
 
-def plot(runs: Sequence[Path], metrics: Sequence[str], x: str, output: Path) -> None:
-    """Write the picture `output`: one panel for each of `metrics` over `x`, with one line per run folder.
+def plot(runs: Sequence[Run], metrics: Sequence[str], x: str, output: Path) -> None:
+    """Write the picture `output`: one panel for each of `metrics` over `x`, with one line per run.
 
     Raises:
-        UserError: a folder has no metrics, no run has a metric, matplotlib is missing, or `output` cannot be written.
+        UserError: no run has a metric, matplotlib is missing, or `output` cannot be written.
     """
-    records = _read_all(runs)
-    keys = {key for run in records for record in run for key, value in record.items() if _is_number(value)}
-    known = ", ".join(sorted(keys))
+    x = AXES.get(x, x)
+    check_keys(runs, {"--x": [x], "--metric": metrics})
+    names = labels([run.name for run in runs])
+    colors = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(names))}
+    with _figure(len(metrics), output) as axes:
+        for axis, metric in zip(axes, metrics, strict=True):
+            drawn: set[str] = set()
+            for name, run in zip(names, runs, strict=True):
+                if points := run.points(x, metric):
+                    label = f"_{name}" if name in drawn else name  # matplotlib leaves names with _ out of the legend
+                    axis.plot(*zip(*points, strict=True), label=label, color=colors[name], linewidth=1.2)
+                    drawn.add(name)
+            axis.set_xlabel(x)
+            axis.set_ylabel(metric)
+
+
+def plot_fits(fits: Sequence[Fit], x: str, y: str, output: Path) -> None:
+    """Write the picture `output`: final losses and their power laws, on logarithmic axes.
+
+    Raises UserError as `plot` does.
+    """
+    with _figure(1, output) as [axis]:
+        for index, fit in enumerate(fits):
+            xs = [point[0] for point in fit.points]
+            axis.plot(xs, [point[1] for point in fit.points], "o", color=f"C{index}")
+            label = f"{fit.group}: slope {fit.slope:.4f} ± {fit.slope_error:.4f}"
+            axis.plot(xs, [fit.loss(value) for value in xs], color=f"C{index}", linewidth=1.2, label=label)
+        axis.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+
+
+def check_keys(runs: Sequence[Run], keys: dict[str, Sequence[str]]) -> None:
+    """Raises UserError for keys, by option, that no run has."""
+    known = known_keys(runs)
     unknown = [
-        Problem("--x" if key == x else "--metric", f"no run has {key}", f"give one of {known}")
-        for key in dict.fromkeys((*metrics, x))
-        if key not in keys
+        Problem(option, f"no run has {key}", f"give one of {', '.join(sorted(known))}")
+        for option, asked in keys.items()
+        for key in dict.fromkeys(asked)
+        if key not in known
     ]
     if unknown:
         raise UserError(unknown)
+
+
+@contextmanager
+def _figure(num_panels: int, output: Path) -> Iterator[Sequence[Any]]:
+    """The axes of the panels, which are written to `output` in the end."""
     try:
         import matplotlib  # takes seconds to import
     except ModuleNotFoundError:
@@ -36,19 +73,9 @@ def plot(runs: Sequence[Path], metrics: Sequence[str], x: str, output: Path) -> 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = _labels([run.name for run in runs])
-    colors = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(names))}
-    figure, axes = pyplot.subplots(len(metrics), 1, squeeze=False, figsize=(WIDTH, HEIGHT * len(metrics)))
-    for axis, metric in zip(axes[:, 0], metrics, strict=True):
-        drawn: set[str] = set()
-        for name, of_run in zip(names, records, strict=True):
-            points = [(r[x], r[metric]) for r in of_run if _is_number(r.get(x)) and _is_number(r.get(metric))]
-            if points:
-                label = f"_{name}" if name in drawn else name  # matplotlib leaves names with _ out of the legend
-                axis.plot(*zip(*points, strict=True), label=label, color=colors[name], linewidth=1.2)
-                drawn.add(name)
-        axis.set_xlabel(x)
-        axis.set_ylabel(metric)
+    figure, axes = pyplot.subplots(num_panels, 1, squeeze=False, figsize=(WIDTH, HEIGHT * num_panels))
+    yield list(axes[:, 0])
+    for axis in axes[:, 0]:
         axis.grid(alpha=0.3)
         axis.legend()
     figure.tight_layout()
@@ -56,30 +83,5 @@ def plot(runs: Sequence[Path], metrics: Sequence[str], x: str, output: Path) -> 
         figure.savefig(output, dpi=150)
     except (OSError, ValueError) as error:
         raise UserError(Problem("--output", f"{output}: {error}", "--output curves.png")) from None
-    pyplot.close(figure)
-
-
-def _labels(names: list[str]) -> list[str]:
-    """Legend labels: runs whose names differ only in a final _DIGIT, such as a seed, share a label and a color."""
-    stems = [re.sub(r"_\d$", "", name) for name in names]
-    return [stem if stems.count(stem) > 1 else name for name, stem in zip(names, stems, strict=True)]
-
-
-def _read_all(runs: Sequence[Path]) -> list[list[dict[str, Any]]]:
-    problems, records = [], []
-    for run in runs:
-        try:
-            lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-            records.append(
-                [json.loads(line) for line in lines if line.endswith("\n")]
-            )  # the last line may be incomplete
-        except (OSError, ValueError) as error:
-            found = f"metrics.jsonl cannot be read ({getattr(error, 'strerror', None) or error})"
-            problems.append(Problem(str(run), found, "give a run folder, for example runs/quickstart"))
-    if problems:
-        raise UserError(problems)
-    return records
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    finally:
+        pyplot.close(figure)

@@ -12,31 +12,38 @@ from tqdm import tqdm
 
 from megastruct.files import write_atomically
 
-# key in metrics.jsonl -> TensorBoard tag
+# key in metrics.jsonl -> TensorBoard tag. TensorBoard sorts the sections, and the curves of a section, by name; the
+# numbers put what a reader looks at first to the top.
 TENSORBOARD_TAGS: dict[str, str] = {
-    "loss": "train/loss",
-    "perplexity": "train/perplexity",
-    "learning_rate": "train/learning_rate",
-    "grad_norm": "train/grad_norm",
-    "tokens": "train/tokens",
-    "skipped_steps": "train/skipped_steps",
-    "skipped_data_steps": "train/skipped_data_steps",
-    "skipped_documents": "data/skipped_documents",
-    "data_wait_seconds": "data/wait_seconds",
-    "step_time_seconds": "speed/step_time_seconds",
-    "tokens_per_second": "speed/tokens_per_second",
-    "tflops_per_device": "speed/tflops_per_device",
-    "mfu": "speed/mfu",
-    "memory_bytes": "speed/memory_bytes",
-    "alpha": "guided/alpha",
-    "guide_share": "guided/share",
-    "validation_loss_guided": "validation/loss_guided",
-    "validation_loss": "validation/loss",
-    "validation_perplexity": "validation/perplexity",
+    "loss": "1_loss/train",
+    "perplexity": "1_loss/train_perplexity",
+    "validation_loss": "1_loss/validation",
+    "validation_loss_guided": "1_loss/validation_guided",
+    "validation_perplexity": "1_loss/validation_perplexity",
+    "learning_rate": "2_optimizer/learning_rate",
+    "grad_norm": "2_optimizer/grad_norm",
+    "skipped_steps": "2_optimizer/skipped_steps",
+    "skipped_data_steps": "2_optimizer/skipped_data_steps",
+    "step_time_seconds": "3_speed/step_time_seconds",
+    "tokens_per_second": "3_speed/tokens_per_second",
+    "tflops_per_device": "3_speed/tflops_per_device",
+    "mfu": "3_speed/mfu",
+    "memory_bytes": "3_speed/memory_bytes",
+    "data_wait_seconds": "3_speed/data_wait_seconds",
+    "tokens": "4_spent/tokens",
+    "training_flops": "4_spent/training_flops",
+    "wall_time_seconds": "4_spent/wall_time_seconds",
+    "device_hours": "4_spent/device_hours",
+    "skipped_documents": "5_data/skipped_documents",
+    "alpha": "6_guided/alpha",
+    "guide_share": "6_guided/share",
 }
 
-# Metrics of every linear: prefix of the key -> prefix of the tag; the linear's name follows both.
-TENSORBOARD_PREFIXES: dict[str, str] = {"guide_distance/": "guided/distance/", "validation_loss/": "validation/loss/"}
+# Metrics of every source of the data: prefix of the key -> prefix of the tag; the source's name follows both.
+TENSORBOARD_PREFIXES: dict[str, str] = {"validation_loss/": "1_loss/validation_of_"}
+
+# Metrics of every linear, of which TensorBoard shows the mean and the maximum: prefix of the key -> prefix of the tag.
+TENSORBOARD_SUMMARIES: dict[str, str] = {"guide_distance/": "6_guided/distance_"}
 
 Metrics = dict[str, float | None]
 
@@ -52,7 +59,7 @@ class MetricWriter:
             self._board.add_text(title, "```\n" + text + "\n```", resume_step)
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Write the values of one step, by key of `TENSORBOARD_TAGS` or with a prefix of `TENSORBOARD_PREFIXES`.
+        """Write the values of one step, by key of `TENSORBOARD_TAGS` or with one of the prefixes above.
 
         None means unknown. A value that is not finite is written as None, because JSON cannot express it. TensorBoard
         gets no value for either.
@@ -60,9 +67,8 @@ class MetricWriter:
         metrics = {key: None if value is None or not math.isfinite(value) else value for key, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
-        for key, value in metrics.items():
-            if value is not None:
-                self._board.add_scalar(_tag(key), value, step)
+        for tag, shown in _shown({key: value for key, value in metrics.items() if value is not None}).items():
+            self._board.add_scalar(tag, shown, step)
         self._board.flush()
 
     def go_back(self, step: int) -> None:
@@ -73,7 +79,10 @@ class MetricWriter:
     def _open(self, step: int) -> None:
         _truncate(self.path, step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
+        # In the run's own folder, so that TensorBoard shows the run by its name. A run that was begun with a folder for
+        # the events goes on there.
+        former = self._folder / "tensorboard"
+        self._board = SummaryWriter(str(former if former.is_dir() else self._folder), purge_step=step + 1)
 
     def close(self) -> None:
         """Close both files."""
@@ -113,6 +122,16 @@ class Progress:
     def close(self) -> None:
         """End the bar."""
         self._bar.close()
+
+
+def _shown(metrics: dict[str, float]) -> dict[str, float]:
+    """What TensorBoard shows, by tag."""
+    single = {key: value for key, value in metrics.items() if not key.startswith(tuple(TENSORBOARD_SUMMARIES))}
+    shown = {_tag(key): value for key, value in single.items()}
+    for prefix, tag in TENSORBOARD_SUMMARIES.items():
+        if values := [value for key, value in metrics.items() if key.startswith(prefix)]:
+            shown |= {f"{tag}mean": sum(values) / len(values), f"{tag}max": max(values)}
+    return shown
 
 
 def _tag(key: str) -> str:

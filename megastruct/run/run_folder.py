@@ -1,6 +1,7 @@
 """The folder of a run: resolved config, environment, metrics, TensorBoard, checkpoints.
 
-runs/NAME/  config.yaml  environment.json  data.json  tokenizer.model  metrics.jsonl  tensorboard/  checkpoints/
+runs/NAME/  config.yaml  environment.json  data.json  tokenizer.model  metrics.jsonl  checkpoints/
+            events.out.tfevents.* (TensorBoard)
 """
 
 from __future__ import annotations

@@ -76,12 +76,13 @@ def _check_metrics(run: Path) -> None:
     distances = {key: value for key, value in records[5].items() if key.startswith("guide_distance/")}
     assert set(distances) == {"guide_distance/blocks.1.fc1", "guide_distance/blocks.1.fc2"}
     assert all(0.0 < value < 10.0 for value in distances.values())
-    board = EventAccumulator(str(run / "tensorboard"))
+    board = EventAccumulator(str(run))
     board.Reload()
-    guided = {"guided/alpha", "guided/share", "validation/loss_guided"}
-    guided |= {f"guided/distance/{key.removeprefix('guide_distance/')}" for key in distances}
+    guided = {"6_guided/alpha", "6_guided/share", "1_loss/validation_guided"}
+    guided |= {"6_guided/distance_mean", "6_guided/distance_max"}
     assert guided <= set(board.Tags()["scalars"])
-    assert [event.step for event in board.Scalars("guided/alpha")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in board.Scalars("6_guided/alpha")] == [1, 2, 3, 4, 5, 6]
+    assert board.Scalars("6_guided/distance_max")[0].value == pytest.approx(max(distances.values()))
 
 
 def test_a_run_that_could_not_be_guided_says_so(config: Path) -> None:

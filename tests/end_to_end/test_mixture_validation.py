@@ -45,8 +45,8 @@ def test_each_source_has_its_loss(config: Path, tmp_path: Path, mixture: str) ->
         assert first["validation_loss"] == pytest.approx((8 * tokens + 4 * books) / 12, rel=1e-6)
         assert abs(tokens - books) > 1e-4
     assert one[0] != one[1]
-    board = EventAccumulator(str(runs / "one" / "tensorboard")).Reload()
-    shown = [event.value for event in board.Scalars("validation/loss/books")]
+    board = EventAccumulator(str(runs / "one")).Reload()
+    shown = [event.value for event in board.Scalars("1_loss/validation_of_books")]
     assert shown == pytest.approx([record["validation_loss/books"] for record in one])
 
 

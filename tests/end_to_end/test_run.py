@@ -78,11 +78,11 @@ def test_a_run_with_two_stages_and_what_it_leaves(config: Path, tmp_path: Path, 
 def _check_tensorboard(run: Path, records: list[dict]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(run / "tensorboard"))
+    board = EventAccumulator(str(run))
     board.Reload()
     unguided = [tag for key, tag in TENSORBOARD_TAGS.items() if key not in GUIDED]
-    assert set(board.Tags()["scalars"]) == set(unguided) - {"speed/mfu"}
-    events = {event.step: event.value for event in board.Scalars("train/loss")}
+    assert set(board.Tags()["scalars"]) == set(unguided) - {"3_speed/mfu"}
+    events = {event.step: event.value for event in board.Scalars("1_loss/train")}
     assert events == {record["step"]: pytest.approx(record["loss"], rel=1e-6) for record in records}
     assert any("config.yaml" in tag for tag in board.Tags()["tensors"])
 

@@ -59,8 +59,7 @@ def complete_steps(run: Path) -> list[int]:
 
 
 def _event_files(run: Path) -> int:
-    folder = run / "tensorboard"
-    return len(list(folder.iterdir())) if folder.exists() else 0
+    return len(list(run.glob("events.out.tfevents.*")))
 
 
 def _validation(run: Path) -> list[tuple[int, float]]:

@@ -1,0 +1,40 @@
+"""A table of runs, as in Table 1 of arXiv 2406.16450: what each costs and what it reaches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from megastruct.metrics.records import FLOPS, VALIDATION, Run
+from megastruct.planning.cost import ffn_parameters, total_parameters
+
+UNKNOWN = "–"
+COLUMNS = ("run", "parameters", "FFN parameters", "tokens", "training FLOPs", "GPU hours", "loss", "perplexity")
+
+
+def run_table(runs: Sequence[Run]) -> str:
+    """The runs as a Markdown table. The loss is the last one on held-out text; what is unknown is a dash."""
+    rows = [COLUMNS, tuple("---" for _ in COLUMNS), *(_row(run) for run in runs)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _row(run: Run) -> tuple[str, ...]:
+    config, loss = run.config, run.last(VALIDATION)
+    return (
+        run.name,
+        _millions(None if config is None else total_parameters(config)),
+        _millions(None if config is None else ffn_parameters(config)),
+        _millions(run.last("tokens")),
+        _number(run.last(FLOPS), "{:.3g}"),
+        _number(run.last("device_hours"), "{:.3g}"),
+        _number(loss, "{:.4f}"),
+        _number(None if loss is None else math.exp(loss), "{:.2f}"),
+    )
+
+
+def _millions(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value / 1e9:.2f} B" if value >= 1e9 else f"{value / 1e6:.2f} M"
+
+
+def _number(value: float | None, form: str) -> str:
+    return UNKNOWN if value is None else form.format(value)

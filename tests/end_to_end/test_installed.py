@@ -14,7 +14,20 @@ import pytest
 
 from processes import ROOT, Corpus, copy_of_the_project, environment, losses
 
-COMMANDS = ("train", "prepare", "plan", "inspect", "generate", "benchmark", "plot", "submit", "tokenizer")
+COMMANDS = (
+    "train",
+    "prepare",
+    "plan",
+    "inspect",
+    "generate",
+    "evaluate",
+    "export",
+    "import",
+    "benchmark",
+    "plot",
+    "submit",
+    "tokenizer",
+)
 COMMANDS += ("sample-corpus",)
 COMMON_NAMES = ("tokenize", "inspect", "random", "queue", "profile", "token", "pickle", "numpy", "torch", "yaml")
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")

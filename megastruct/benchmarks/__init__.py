@@ -1,1 +1,1 @@
-"""Benchmarks that compare this project with common alternatives, both measured in one run on one machine."""
+"""Sixth floor: benchmarks that compare this project with common alternatives, measured in one run on one machine."""

@@ -11,11 +11,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from megastruct.config.schema import Config
+from megastruct.errors import Problem, UserError
 from megastruct.inference.decoder import SLOTS_STEP, Decoder
 from megastruct.inference.forms import Form, use_form
 from megastruct.models.gpt import GPT
@@ -117,6 +119,35 @@ def measure_prefill(
         cache = decoder.new_cache(batch, length)
         prompts = [[index % config.model.vocab_size for index in range(length)]] * batch
         yield Prefill(batch, length, best_seconds(partial(decoder.read_prompts, prompts, cache), device))
+
+
+def measure_transformers(
+    folder: Path, batches: Sequence[int], prompt: int, new_tokens: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[Decoding]:
+    """Decode with transformers' own `generate` (greedy, with its default cache) on an exported folder.
+
+    The time of a step is that of a whole call without reading the prompt, divided by the new tokens. Raises UserError
+    if the folder cannot be loaded.
+    """
+    try:
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        model = model.to(device).eval()
+    except ModuleNotFoundError:
+        raise UserError(Problem("transformers", "not installed", "pip install 'megastruct[huggingface]'")) from None
+    except (OSError, ValueError) as error:
+        found = f"{folder}: {str(error).splitlines()[0]}"
+        raise UserError(Problem("--transformers", found, "a folder of tools/export.py, in its merged form")) from None
+    for batch in batches:
+        ids = torch.ones(batch, prompt, dtype=torch.int64, device=device)
+
+        def run(count: int, ids: torch.Tensor = ids) -> None:
+            model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+
+        with torch.inference_mode():
+            first, whole = (best_seconds(partial(run, count), device) for count in (1, new_tokens + 1))
+        yield Decoding(batch, (whole - first) / new_tokens)
 
 
 def best_seconds(function: Callable[[], object], device: torch.device) -> float:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import torch
 
-from megastruct.benchmarks.inference import measure_decoding, measure_prefill
+from megastruct.benchmarks.inference import Decoding, measure_decoding, measure_prefill, measure_transformers
 from megastruct.config import Config, load_config
 from megastruct.errors import Problem, UserError
 from megastruct.inference.forms import Form
@@ -26,6 +26,9 @@ def add_parsers(what: Any) -> None:
     """Add the two benchmarks to the subparsers `what`."""
     decode = what.add_parser("decode", help="generating tokens with a cache, by batch size")
     decode.add_argument("--new-tokens", type=int, default=256, help="tokens of a continuation (default: %(default)s)")
+    decode.add_argument(
+        "--transformers", type=Path, metavar="FOLDER", help="also measure transformers' generate on an exported folder"
+    )
     decode.set_defaults(run=benchmark_decode)
     prefill = what.add_parser("prefill", help="reading prompts")
     prefill.set_defaults(run=benchmark_prefill)
@@ -49,15 +52,25 @@ def benchmark_decode(arguments: argparse.Namespace) -> None:
     print(f"{new} new tokens after prompts of {prompt}; the likeliest token is taken; the cache is filled beforehand")
     first: dict[str, float] = {}
     for name, config, form in _models(arguments):
-        print(f"\n{name}, {form}\n  batch     ms per step     tokens/s   speed of the first")
-        for found in measure_decoding(config, form, batches, prompt, new, device, dtype):
-            asked = LARGEST if found.batch not in batches else str(found.batch)
-            base = first.setdefault(asked, found.tokens_per_second)
-            print(
-                f"{found.batch:7,}{1e3 * found.step_seconds:16.3f}{found.tokens_per_second:13,.0f}"
-                f"{found.tokens_per_second / base:21.2f}{'  (largest)' if asked == LARGEST else ''}",
-                flush=True,
-            )
+        found = measure_decoding(config, form, batches, prompt, new, device, dtype)
+        _print_decoding(f"{name}, {form}", found, batches, first)
+    if arguments.transformers:
+        sizes = [batch for batch in batches if batch]
+        found = measure_transformers(arguments.transformers, sizes, prompt, new, device, dtype)
+        _print_decoding(f"{arguments.transformers}, transformers", found, batches, first)
+
+
+def _print_decoding(title: str, rows: Iterator[Decoding], batches: list[int], first: dict[str, float]) -> None:
+    """`first`: the tokens/s of the first model by batch size, to which its rows are added."""
+    print(f"\n{title}\n  batch     ms per step     tokens/s   speed of the first")
+    for found in rows:
+        asked = LARGEST if found.batch not in batches else str(found.batch)
+        base = first.setdefault(asked, found.tokens_per_second)
+        print(
+            f"{found.batch:7,}{1e3 * found.step_seconds:16.3f}{found.tokens_per_second:13,.0f}"
+            f"{found.tokens_per_second / base:21.2f}{'  (largest)' if asked == LARGEST else ''}",
+            flush=True,
+        )
 
 
 def benchmark_prefill(arguments: argparse.Namespace) -> None:

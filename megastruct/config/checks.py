@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Mapping
+from math import lcm
 
 from megastruct.config.schema import Config, FFNConfig
 from megastruct.errors import Problem
 from megastruct.optimizers import ADAMW, OPTIMIZERS, nearest_optimizer
-from megastruct.parallel.sizes import multiple_problems, nearest_divisor, vocabulary_problems
+from megastruct.parallel.sizes import multiple_problems, nearest_divisor, nearest_multiple, vocabulary_problems
 from megastruct.structures import STRUCTURES, known_sizes, nearest_name
 from megastruct.structures.numbers import Widths
 
@@ -23,7 +25,7 @@ def check_attention(config: Config) -> Iterator[Problem]:
         yield Problem(
             "model.num_attention_heads",
             f"{heads} does not divide model.hidden_size = {d}",
-            f"model.num_attention_heads={nearest_divisor(d, heads)}, or set model.head_dim",
+            f"model.num_attention_heads={fitting_heads(config) or nearest_divisor(d, heads)}, or set model.head_dim",
         )
     elif model.attention_head_dim % 2:
         yield Problem(
@@ -37,6 +39,21 @@ def check_attention(config: Config) -> Iterator[Problem]:
             f"{model.kv_heads} does not divide model.num_attention_heads = {heads}",
             f"model.num_key_value_heads={nearest_divisor(heads, model.kv_heads)}",
         )
+
+
+def fitting_heads(config: Config) -> int | None:
+    """The number of heads nearest to the config's that fits the width, key/value heads and ranks, if any does."""
+    model, tp = config.model, config.parallel.tp
+    step = lcm(tp, model.num_key_value_heads or 1)
+    if model.head_dim:
+        return nearest_multiple(model.num_attention_heads, step)
+    fitting = [heads for heads in range(step, model.hidden_size // 2 + 1, step) if model.hidden_size % (2 * heads) == 0]
+    return min(fitting, key=lambda heads: abs(heads - model.num_attention_heads), default=None)
+
+
+def nearest_tp(config: Config) -> int:
+    """The number of tensor-parallel ranks nearest to the config's that divides the attention heads."""
+    return nearest_divisor(config.model.num_attention_heads, config.parallel.tp)
 
 
 def check_ffn(config: Config) -> Iterator[Problem]:
@@ -55,8 +72,10 @@ def check_ffn(config: Config) -> Iterator[Problem]:
     problems = list(numbers.size_problems(widths, given))
     yield from problems
     # Checked with the suggested sizes, so that what does not divide over the ranks is reported at the same time.
-    suggested = dict(problem.suggestion.removeprefix("ffn.").split("=") for problem in problems)
-    given |= {key: int(value) for key, value in suggested.items()}
+    suggested = [re.fullmatch(r"ffn\.(\w+)=(\d+)", problem.suggestion) for problem in problems]
+    if not all(suggested):  # a structure may know of no size that fits
+        return
+    given |= {match[1]: int(match[2]) for match in suggested if match}
     faulty = {problem.where for problem in problems}
     yield from (problem for problem in numbers.shard_problems(widths, given) if problem.where not in faulty)
 
@@ -117,7 +136,11 @@ def check_tensor_parallel(config: Config) -> Iterator[Problem]:
     tp, model = config.parallel.tp, config.model
     by_tp = f"parallel.tp = {tp}"
     yield from multiple_problems("training.seq_length", config.training.seq_length, tp, by_tp)
-    yield from multiple_problems("model.num_attention_heads", model.num_attention_heads, tp, by_tp)
+    if model.num_attention_heads % tp:
+        heads = fitting_heads(config)
+        suggestion = f"model.num_attention_heads={heads}" if heads else f"parallel.tp={nearest_tp(config)}"
+        found = f"{model.num_attention_heads} is not divisible by {by_tp}"
+        yield Problem("model.num_attention_heads", found, suggestion)
     yield from vocabulary_problems("model.vocab_size", model.vocab_size, tp)
 
 

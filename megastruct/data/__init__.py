@@ -1,4 +1,4 @@
-"""Training data: reads text or token shards and yields micro-batches in an order that depends on the seed alone.
+"""First floor: reads text or token shards and yields micro-batches in an order that depends on the seed alone.
 
 `protocols.py` defines the interfaces for additions: storages, formats, tokenizers and kinds of data.
 """

@@ -1,1 +1,1 @@
-"""Fourth floor: the model in DeepSpeed, its optimizer, and the optimizer's state."""
+"""Third floor: the model in DeepSpeed, its optimizer, and the optimizer's state."""

@@ -21,7 +21,7 @@ def deepspeed_config(config: Config, dp_size: int, num_parameters: int) -> dict[
         "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * dp_size),
         "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": bucket_values(num_parameters)},
         "zero_allow_untested_optimizer": True,
-        # In fp32 without ZeRO, DeepSpeed's norm leaves out later stages: engine/optimizer.py clips there.
+        # In fp32 without ZeRO, DeepSpeed's norm leaves out later stages: engine/norms.py clips there.
         "gradient_clipping": config.optimizer.gradient_clipping if zero_stage else 0.0,
         "steps_per_print": 2**62,
         # Between stages every tensor-parallel rank sends its own part of the sequence, whole.

@@ -68,7 +68,7 @@ class GradientClipper:
         self.norm = float(total.sqrt())
         if not math.isfinite(self.norm):
             for p in self.parameters:
-                p.grad = None  # AdamW passes over the parameter: weight, moments and their step stay as they are
+                p.grad = None  # the optimizer passes over the parameter: weight and state stay as they are
         elif self.max_norm and self.norm > self.max_norm:
             for p in self.parameters:
                 if p.grad is not None:

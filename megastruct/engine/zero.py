@@ -94,11 +94,6 @@ def whole_shape(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def num_values(parameter: Any) -> int:
-    """Entries of this tensor-parallel rank's parameter, also where ZeRO 3 has cut it."""
-    return getattr(parameter, "ds_numel", parameter.numel())
-
-
 def is_tied_copy(parameter: Any) -> bool:
     """Whether it is the copy of a tied weight on another stage."""
     return getattr(parameter, "ds_pipe_replicated", False)

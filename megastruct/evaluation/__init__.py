@@ -1,1 +1,1 @@
-"""Fifth floor: measures finished models on text, on token shards, and with the tasks of lm-evaluation-harness."""
+"""Sixth floor: measures finished models on text, on token shards, and with the tasks of lm-evaluation-harness."""

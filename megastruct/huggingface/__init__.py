@@ -1,4 +1,4 @@
-"""Fifth floor: folders for the library transformers, and first weights from such folders.
+"""Sixth floor: folders for the library transformers, and first weights from such folders.
 
 stock.py           which class of transformers holds a model exactly
 merged.py          the tensors of that class, from a model whose structured linears are multiplied out

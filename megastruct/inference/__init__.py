@@ -1,1 +1,1 @@
-"""Fourth floor: loading a trained model and generating text with it."""
+"""Fifth floor: loading a trained model and generating text with it."""

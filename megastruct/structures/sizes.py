@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from math import gcd, lcm
 
 from megastruct.errors import Problem
-from megastruct.parallel.sizes import multiple_problems, nearest_divisor, nearest_multiple
+from megastruct.parallel.sizes import multiple_problems, nearest_multiple
 from megastruct.structures.numbers import Sizes, Widths
 
 TILE = 128  # features; the width of a tile of a GPU's matrix product
@@ -47,7 +47,7 @@ def block_problems(widths: Widths, structure: str, given: Sizes) -> Iterator[Pro
 
 
 def fitting_blocks(widths: Widths, given: Sizes) -> int:
-    """The given number of blocks if it divides the widths, else the nearest number that does.
+    """The given number of blocks if it divides the widths, else the nearest number that does, also over the ranks.
 
     That number divides the given rank too, if the rank is a valid one.
     """
@@ -55,7 +55,7 @@ def fitting_blocks(widths: Widths, given: Sizes) -> int:
     if nblocks and nblocks > 0 and common % nblocks == 0:
         return nblocks
     divided = gcd(common, rank) if rank and 0 < rank <= widths.full_rank else common
-    return nearest_divisor(divided, nblocks or USUAL_BLOCKS)
+    return nearest_nblocks(nblocks or USUAL_BLOCKS, widths.tp, [divided])
 
 
 def inner_width_problems(widths: Widths, divisor: int, divisor_name: str) -> Iterator[Problem]:

@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import megastruct
 from configs import tiny_config
 from megastruct.benchmarks import inference
 from megastruct.commands import benchmark as command
 from megastruct.config.load import dump_config
+from megastruct.data.preparation.tokenizer import TRAINING_OPTIONS
+from megastruct.huggingface.export import Trained, export
+from tiny_data import train_model
+from trained import model_config, saved_run
 
 
 @pytest.fixture
@@ -41,6 +46,22 @@ def test_rows(configs: list[str], what: str, capsys: pytest.CaptureFixture[str])
         tokens = int(batch) * (6 if what == "prefill" else 1)
         assert abs(tokens / (float(milliseconds) / 1e3) / float(speed.replace(",", "")) - 1) < 0.05
     assert rows[0][3] == rows[1][3] == "1.00"
+
+
+def test_beside_transformers(tmp_path: Path, configs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    config = model_config(tmp_path, "dense")
+    tokenizer = train_model(tmp_path / "tokenizer.model", vocab_size=330, **TRAINING_OPTIONS)
+    loaded = megastruct.load(saved_run(config, tokenizer=tokenizer), "cpu")
+    export(Trained(tmp_path, 20, loaded.model, loaded.tokenizer, config), tmp_path / "exported")
+    arguments = ["decode", configs[0], "--new-tokens", "3", "--batches", "2", "--prompt-tokens", "6"]
+    command.main([*arguments, "--dtype", "float32", "--transformers", str(tmp_path / "exported")])
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^ +2 +[\d.]+ +[\d,]+ +[\d.]+$", printed, re.MULTILINE)) == 2
+    assert "exported, transformers" in printed
+    with pytest.raises(SystemExit) as stopped:
+        command.main([*arguments, "--transformers", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "--transformers" in capsys.readouterr().err
 
 
 def test_a_step_is_averaged_over_the_continuation(monkeypatch: pytest.MonkeyPatch) -> None:

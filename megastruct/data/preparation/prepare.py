@@ -181,7 +181,10 @@ def _begin(output: Path, tokenizer: Tokenizer, settings: Settings) -> None:
     """Write the settings, or compare them with those of the run that is being continued."""
     path = output / PROGRESS_NAME / "settings.json"
     if path.is_file():
-        _refuse_other_settings(output, Settings.model_validate_json(path.read_bytes()), settings)
+        begun = Settings.model_validate_json(path.read_bytes())
+        if [source.name for source in begun.sources] == [source.name for source in settings.sources]:
+            begun = begun.model_copy(update={"sources": settings.sources})  # a replaced shard is made again
+        _refuse_other_settings(output, begun, settings)
     for folder in (PROGRESS_NAME, *SPLITS):
         (output / folder).mkdir(exist_ok=True)
     write_atomically(path, settings.model_dump_json(indent=1).encode())

@@ -40,7 +40,7 @@ class KroneckerNumbers(Numbers):
         if order is None:
             found = f"missing, but {widths.prefix}structure is {self.name}"
             yield widths.problem("order", found, nearest_divisor(common, 4))
-        elif common % order:
+        elif order < 1 or common % order:
             found = f"{order} does not divide {widths.outer_name} = {widths.outer} and {widths.inner_name}"
             yield widths.problem("order", f"{found} = {widths.inner}", nearest_divisor(common, order))
 

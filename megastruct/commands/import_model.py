@@ -6,6 +6,7 @@ The run folder of the config must be new. Afterwards the usual command trains: .
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from megastruct.data.tokens.manifest import load_manifest
 from megastruct.errors import user_errors_exit
 from megastruct.huggingface.first_checkpoint import check_new, write_first_checkpoint
 from megastruct.huggingface.first_weights import check_source, first_weights
-from megastruct.huggingface.source import open_source
+from megastruct.huggingface.source import open_source, read_pieces
 from megastruct.run.run_folder import RunFolder
 
 
@@ -36,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_new(run)
         source, tokenizer = open_source(args.folder), _tokenizer(config)
         check_source(source, config, None if args.ignore_tokenizer else tokenizer)
+        if not args.ignore_tokenizer and read_pieces(source.folder) is None:
+            print(
+                f"{args.folder} has no tokenizer.json: whether its ids are those of the run is not known",
+                file=sys.stderr,
+            )
         weights = first_weights(source, config)
         write_first_checkpoint(run, weights, tokenizer, str(args.folder.absolute()))
     for projection in [*weights.projections, weights.overall()] if weights.projections else []:

@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -26,6 +27,7 @@ from megastruct.launch.signals import STOP_SIGNALS, blocked
 ENCODED = "base64:"
 RANK_MODULE = "megastruct.train"
 REPEAT_SECONDS = 1.0  # signals within this time count as one request
+ASK_SECONDS = 0.2  # between two looks for ranks that have not been asked to stop yet
 
 
 @dataclass(frozen=True)
@@ -128,24 +130,25 @@ def run_launcher(command: Sequence[str], environment: dict[str, str], stop_file:
     launchers do not receive it. `stop_file` is made for ranks on machines that the launcher reached by ssh. A later
     SIGTERM or SIGINT kills all processes of this run on this machine immediately.
     """
-    with blocked():
-        process = subprocess.Popen(command, env=environment)
     asked = 0.0
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if asked and time.monotonic() - asked > REPEAT_SECONDS and number in (signal.SIGTERM, signal.SIGINT):
-            _signal_children(signal.SIGKILL, ranks_only=False)
+            _kill_children()
         elif not asked:
             asked = time.monotonic()
             name = signal.Signals(number).name
             request = "the ranks finish their step, save and exit; send it again to kill the run immediately"
             print(f"{name} received: {request}", file=sys.stderr, flush=True)
-            _signal_children(number, ranks_only=True)
+            # A thread: the launcher may still start ranks, while the main thread waits for it.
+            threading.Thread(target=_ask_ranks, args=(number, process), name="stop", daemon=True).start()
             if stop_file is not None:
                 stop_file.touch()
 
-    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    with blocked():  # a signal that comes while the launcher is started waits for its handler
+        before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+        process = subprocess.Popen(command, env=environment)
     try:
         status = process.wait()
     finally:
@@ -154,11 +157,22 @@ def run_launcher(command: Sequence[str], environment: dict[str, str], stop_file:
     return status if status >= 0 else 128 - status
 
 
-def _signal_children(number: int, ranks_only: bool) -> None:
+def _ask_ranks(number: int, launcher: subprocess.Popen[bytes]) -> None:
+    """Send the signal once to every rank on this machine, also to those that are started later."""
+    asked: set[psutil.Process] = set()
+    while launcher.returncode is None:
+        for child in set(psutil.Process().children(recursive=True)) - asked:
+            with suppress(psutil.Error):
+                if child.cmdline()[1:4] == ["-u", "-m", RANK_MODULE]:
+                    asked.add(child)
+                    child.send_signal(number)
+        time.sleep(ASK_SECONDS)
+
+
+def _kill_children() -> None:
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if not ranks_only or child.cmdline()[1:4] == ["-u", "-m", RANK_MODULE]:
-                child.send_signal(number)
+            child.kill()
 
 
 def _local_devices(processes: int) -> list[str]:

@@ -125,6 +125,8 @@ class StructuredLinear(SeededLayer):
 
 def check_sizes(numbers: Numbers, widths: Widths, sizes: Mapping[str, int]) -> None:
     """Raise SizeError with everything that does not fit, and the nearest sizes that do."""
+    if foreign := [name for name in sizes if name not in numbers.sizes]:
+        raise SizeError(f"{numbers.name} has no {', '.join(foreign)}; its sizes: {', '.join(numbers.sizes) or 'none'}")
     problems = list(numbers.size_problems(widths, sizes)) or list(numbers.shard_problems(widths, sizes))
     if problems:
         raise SizeError("; ".join(f"{numbers.name}: {problem!s}" for problem in problems))

@@ -61,10 +61,17 @@ def register(structure: Structure) -> None:
     numbers = structure.numbers
     if missing := [name for name in _ATTRIBUTES if not hasattr(numbers, name)]:
         raise TypeError(f"{type(numbers).__name__} lacks {', '.join(missing)}")
-    if find_spec(structure.layers_module) is None:
+    if not _exists(structure.layers_module):
         raise TypeError(f"structure {numbers.name!r}: there is no module {structure.layers_module}")
     if _structures.setdefault(numbers.name, structure) != structure:
         raise ValueError(f"structure {numbers.name!r} is registered already, by {_structures[numbers.name]}")
+
+
+def _exists(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that should contain it
+        return False
 
 
 def known_sizes() -> dict[str, str]:

@@ -14,7 +14,7 @@ from megastruct.config import load_config
 from megastruct.config.checks import cross_field_problems
 from megastruct.config.compare import changes_of_the_run
 from megastruct.config.load import dump_config
-from megastruct.errors import UserError
+from megastruct.errors import Problem, UserError
 from megastruct.structures import STRUCTURES
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -220,3 +220,28 @@ def test_a_value_out_of_range_has_a_suggestion_that_works(override: str, suggest
     [problem] = raised.value.problems
     assert problem.suggestion == suggestion
     load_config(run, [suggestion])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.num_attention_heads=6", "parallel.tp=4", "parallel.pp=1"],
+        ["model.num_attention_heads=5", "parallel.tp=2", "parallel.pp=1"],
+        ["ffn.structure=blockdense", "ffn.rank=32", "ffn.nblocks=3", "parallel.tp=4", "parallel.pp=1"],
+        ["ffn.structure=blockshuffle", "ffn.rank=null", "ffn.nblocks=5", "parallel.tp=4", "parallel.pp=1"],
+    ],
+)
+def test_suggestions_fit_the_ranks_too(overrides: list[str]) -> None:
+    """What is suggested for heads and blocks is not refused a second time."""
+    found = problems_of(overrides)
+    assert found
+    followed = [*overrides, *(problem.suggestion.split(",")[0] for problem in found)]
+    assert problems_of(followed) == []
+
+
+def problems_of(overrides: list[str]) -> list[Problem]:
+    try:
+        load_config(QUICKSTART, overrides)
+    except UserError as error:
+        return list(error.problems)
+    return []

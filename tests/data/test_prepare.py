@@ -186,8 +186,16 @@ def test_bad_shards_are_all_named_and_the_others_kept(text_folder, tokenizer_pat
     assert "b.jsonl.gz" in error and "c.jsonl.gz" in error and "a.jsonl" not in error
     for name in "bc":
         (lines / f"{name}.jsonl.gz").write_bytes(content)
+    (lines / "b.jsonl.gz").rename(lines / "d.jsonl.gz")
     error = refused(arguments_for(lines, tmp_path / "out2", tokenizer_path), capsys)
     assert "--input" in error  # the shards are not those that the run was started with
+    (lines / "d.jsonl.gz").rename(lines / "b.jsonl.gz")
+    before = (lines / "a.jsonl").stat()
+    (lines / "a.jsonl").write_text('{"content": "another size, the same time"}\n' * 5)
+    os.utime(lines / "a.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))
+    prepare_data.main(arguments_for(lines, tmp_path / "out2", tokenizer_path))  # they are, now that they are whole
+    prepare_data.main(arguments_for(lines, tmp_path / "undisturbed", tokenizer_path))
+    assert contents(tmp_path / "out2") == contents(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("option", [("--workers", "0"), ("--max-shard-tokens", "0"), ("--validation-fraction", "1")])

@@ -144,6 +144,7 @@ def test_what_an_entry_lacks_is_named_at_import(tmp_path: Path) -> None:
         (f"{half}class Half(Numbers):\n  name = 'half'\nHalf()\n", "inner_width"),
         (f"{numbers}class C(K):\n  name = 'c'\ndel K.formula\nregister(Structure(C(), 'kronecker.layers'))", "formula"),
         (f"{numbers}register(Structure(K(), 'kronecker.absent'))", "there is no module kronecker.absent"),
+        (f"{numbers}register(Structure(K(), 'absent.layers'))", "there is no module absent.layers"),
         (f"{numbers}register(Structure(K(), 'kronecker.numbers')); STRUCTURES['kronecker'].layers", "has no LAYERS"),
         (f"{layers}Layers(k.maths, k.KroneckerLinear, k.KroneckerColumnLinear)", "'row'"),
         (f"{layers}del k.maths.to_dense\nLayers(k.maths, *3 * [k.KroneckerLinear])", "lacks to_dense"),

@@ -12,8 +12,10 @@ from torch import nn
 
 import megastruct
 from configs import tiny_config
+from megastruct.parallel.groups import ALONE
 from megastruct.structures import STRUCTURES
 from megastruct.structures.linear import StructuredLinear, empty_weights
+from megastruct.structures.lowrank.layers import LowRankColumnLinear
 
 LAYERS: dict[str, tuple[type[StructuredLinear], dict[str, int]]] = {
     "dense": (megastruct.Linear, {}),
@@ -89,6 +91,11 @@ def test_impossible_sizes(layer_class: Any, sizes: dict[str, int], wanted: str) 
     with pytest.raises(megastruct.SizeError, match=wanted) as caught:
         layer_class(32, 64, **sizes)
     assert isinstance(caught.value, megastruct.MegastructError) and isinstance(caught.value, ValueError)
+
+
+def test_a_size_of_another_structure_is_refused() -> None:
+    with pytest.raises(megastruct.SizeError, match="lowrank has no nblocks; its sizes: rank"):
+        LowRankColumnLinear(32, 64, tp=ALONE, rank=8, nblocks=2)
 
 
 def test_a_layer_is_made_on_the_device_that_is_asked_for() -> None:

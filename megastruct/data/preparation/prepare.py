@@ -182,13 +182,22 @@ def _begin(output: Path, tokenizer: Tokenizer, settings: Settings) -> None:
     path = output / PROGRESS_NAME / "settings.json"
     if path.is_file():
         begun = Settings.model_validate_json(path.read_bytes())
+        replaced: list[int] = []
         if [source.name for source in begun.sources] == [source.name for source in settings.sources]:
-            begun = begun.model_copy(update={"sources": settings.sources})  # a replaced shard is made again
+            pairs = enumerate(zip(begun.sources, settings.sources, strict=True))
+            replaced = [index for index, (before, now) in pairs if before != now]
+            begun = begun.model_copy(update={"sources": settings.sources})
         _refuse_other_settings(output, begun, settings)
+        for index in replaced:  # made again, even if its modification time is that of the old one
+            _record_path(output, index).unlink(missing_ok=True)
     for folder in (PROGRESS_NAME, *SPLITS):
         (output / folder).mkdir(exist_ok=True)
     write_atomically(path, settings.model_dump_json(indent=1).encode())
     write_atomically(output / tokenizer.file_name, tokenizer.content)
+
+
+def _record_path(output: Path, index: int) -> Path:
+    return output / PROGRESS_NAME / f"{index:05d}.json"
 
 
 def _jobs(
@@ -199,7 +208,7 @@ def _jobs(
             index=index,
             shard=shard,
             output=output,
-            record_path=output / PROGRESS_NAME / f"{index:05d}.json",
+            record_path=_record_path(output, index),
             tokenizer=tokenizer,
             text_column=settings.text_column,
             validation_fraction=settings.validation_fraction,

@@ -274,6 +274,7 @@ def test_a_server_that_is_asked_too_often_is_left_alone_for_as_long_as_it_says(h
     assert "trying again in 2.0 s" in result.stderr
 
 
+@pytest.mark.soak
 def test_without_its_cache_a_run_goes_on_with_the_commit_that_it_is_known_by(hub, few, tokenizer_path, tmp_path):
     """The folder of the cache is made with those above it, so that whoever starts first is the only one to list."""
     old = hub.commit(NAME, few)

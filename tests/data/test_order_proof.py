@@ -12,6 +12,7 @@ import itertools
 import numpy as np
 import pytest
 
+from marks import soak
 from megastruct.data import open_tokenizer
 from megastruct.data.mixture import Mixture
 from megastruct.data.order import deal, epoch_permutation, locate_rows
@@ -77,7 +78,7 @@ def rows_of_steps(data, dp_size, micro_batch_size, first_step, num_steps, reader
     return rows.reshape(-1)
 
 
-@pytest.mark.parametrize("dp_size, micro_batch_size", LAYOUTS[1:4])
+@pytest.mark.parametrize("dp_size, micro_batch_size", [soak(*LAYOUTS[1]), LAYOUTS[2], soak(*LAYOUTS[3])])
 def test_every_row_once_an_epoch_for_any_number_of_ranks(numbered, dp_size, micro_batch_size):
     """Two epochs; they end inside of a step."""
     num_steps = 2 * NUM_ROWS // GLOBAL_BATCH_SIZE + 1

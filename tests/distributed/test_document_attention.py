@@ -100,7 +100,7 @@ def losses_with_blocks(config: Config, topology: Topology) -> list[float]:
 
 @pytest.mark.skipif(ON_GPUS, reason="test_kernel has the kernel itself")
 @pytest.mark.parametrize(
-    ("topology", "zero"), [(Topology(2, 1, 2), 1), soak(Topology(1, 2), 3), soak(Topology(1, 2), 2)], ids=str
+    ("topology", "zero"), [soak(Topology(2, 1, 2), 1), soak(Topology(1, 2), 3), soak(Topology(1, 2), 2)], ids=str
 )
 @pytest.mark.parametrize("recompute", [False, soak(True)])
 def test_mask_in_blocks(alone: list[float], topology: Topology, zero: int, recompute: bool) -> None:

@@ -24,10 +24,10 @@ LAYOUTS = [  # precision, pp, dp, tp, zero
     ("fp32", 1, 2, 1, 0),
     ("fp32", 2, 2, 1, 1),
     pytest.param("fp32", 1, 1, 2, 1, marks=pytest.mark.soak),
-    ("fp32", 1, 2, 1, 2),
-    ("fp32", 1, 2, 1, 3),
+    pytest.param("fp32", 1, 2, 1, 2, marks=pytest.mark.soak),
+    pytest.param("fp32", 1, 2, 1, 3, marks=pytest.mark.soak),
     ("bf16", 2, 1, 2, 1),
-    ("bf16", 1, 2, 1, 2),
+    pytest.param("bf16", 1, 2, 1, 2, marks=pytest.mark.soak),
     ("bf16", 1, 2, 1, 3),
 ]
 

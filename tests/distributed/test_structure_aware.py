@@ -42,7 +42,7 @@ def losses_and_groups(config: Config, topology: Topology) -> tuple[list[tuple[fl
         soak(Topology(4, 1), 1, "fp32"),
         (Topology(4, 1), 0, "fp32"),
         soak(Topology(1, 2, 2), 2, "fp32"),
-        (Topology(1, 2, 2), 3, "fp32"),
+        soak(Topology(1, 2, 2), 3, "fp32"),
         (Topology(2, 1, 2), 1, "bf16"),
         soak(Topology(1, 2), 3, "bf16"),
     ],

@@ -53,6 +53,7 @@ def test_a_guided_run_killed_on_both_sides_of_the_border(config: Path, tmp_path:
     assert generate(run).returncode == 0
 
 
+@pytest.mark.soak
 def test_a_checkpoint_with_guides_is_served_when_asked_for_only(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "test"
     arguments = ["training.num_steps=1000", "guided.schedule=fixedstep", "guided.fraction=1.0", "guided.levels=4"]

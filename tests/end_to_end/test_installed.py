@@ -131,6 +131,7 @@ def test_help_of_train_names_the_command(installed: Installed, tmp_path: Path) -
     assert result.stdout.startswith("usage: megastruct-train [-h]")
 
 
+@pytest.mark.soak
 def test_names_in_the_working_folder_shadow_no_module(
     installed: Installed, user_folder: Path, tmp_path: Path, config: Path, corpus: Corpus
 ) -> None:

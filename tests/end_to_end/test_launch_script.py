@@ -34,8 +34,10 @@ def test_quick_start(tmp_path: Path, num_steps: int) -> None:
     records = [json.loads(line) for line in (folder / "runs/quickstart/metrics.jsonl").read_text().splitlines()]
     validation = [record["validation_loss"] for record in records if "validation_loss" in record]
     assert validation[-1] < 7.0  # a uniform guess over 2,048 tokens is 7.6
-    assert num_steps < 300 or validation[-1] < min(5.0, validation[0] - 0.5)
 
+    if num_steps < 300:
+        return
+    assert validation[-1] < min(5.0, validation[0] - 0.5)
     start = time.monotonic()
     again = launch(folder)
     assert again.returncode == 0 and f"is finished: {num_steps} steps are done" in again.stdout

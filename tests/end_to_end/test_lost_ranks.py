@@ -63,6 +63,7 @@ def test_a_stopped_rank_is_named_in_time(config: Path, tmp_path: Path, lost: int
         assert f"rank {lost}" in found and "has been silent for 3 s: it is stopped" in found
 
 
+@pytest.mark.soak
 def test_a_run_that_was_stopped_as_a_whole_goes_on(config: Path, tmp_path: Path) -> None:
     """A suspended job, a closed laptop: nobody is silent because everybody was."""
     arguments = (*RUN, *LIMITS, "training.num_steps=20")
@@ -117,6 +118,7 @@ def test_killed_below_the_launcher(config: Path, tmp_path: Path) -> None:
     assert stderr.count("error: rank 1 (process ") == 1 and "is lost" in stderr, stderr
 
 
+@pytest.mark.soak
 def test_strangers_are_sent_away(config: Path, tmp_path: Path) -> None:
     """Whoever connects without the run's word can say nothing: not that a rank ends, nor in whose name."""
     arguments = ("parallel.pp=2", "training.num_steps=150", "evaluation.num_samples=0", "checkpoint.interval_steps=0")

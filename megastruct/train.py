@@ -111,8 +111,9 @@ class Run:
             metrics = self._metrics(loss, now) if _due(self.step, self.config.logging.interval_steps, last) else {}
             if _due(self.step, self.config.evaluation.interval_steps, last):
                 metrics |= self._validate()
-            if self.writer and metrics:
-                self.writer.write(self.step, metrics)
+            if self.writer and metrics:  # every record has the values that curves are drawn over
+                tokens = self.step * self.config.training.tokens_per_step
+                self.writer.write(self.step, metrics | {"tokens": tokens, **self.spent.read()})
             if _due(self.step, self.config.checkpoint.interval_steps, last or stopping):
                 self.checkpoints.start_save(self.engine, self.step, *self._place())
         self.checkpoints.finish_save()
@@ -139,7 +140,7 @@ class Run:
     def _went_back(self, loss: float) -> bool:
         """After a spike, go back to the newest checkpoint and continue with later data; False if that is impossible."""
         spike, cursor = self.step, self._cursor()
-        returned = go_back(self.engine, self.checkpoints, self.divergence, spike, loss, cursor)
+        returned = go_back(self.engine, self.checkpoints, self.divergence, spike, loss, cursor, self.spent.state())
         if returned is None:
             return False
         self.step, self.divergence = returned
@@ -162,13 +163,11 @@ class Run:
             **guided,
             "learning_rate": now.learning_rate,
             "grad_norm": self.engine.gradient_norm(),
-            "tokens": self.step * self.config.training.tokens_per_step,
             "skipped_steps": self.divergence.skipped_steps,
             "skipped_data_steps": self.divergence.skipped_data_steps,
             "memory_bytes": int(memory),
             "skipped_documents": self.data.skipped_documents(self._cursor()),
             **self.throughput.read(training_flops_per_token(self.config, share)),
-            **self.spent.read(),
         }
 
     def _validate(self) -> Metrics:

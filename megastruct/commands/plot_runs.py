@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.metrics.curves import check_keys, plot, plot_fits
-from megastruct.metrics.records import AXES, FLOPS, VALIDATION, Run, read_runs
+from megastruct.metrics.records import AXES, FLOPS, PARAMETERS, TOKENS, VALIDATION, Run, read_runs
 from megastruct.metrics.run_table import run_table
 from megastruct.metrics.scaling import fit_scaling, fit_table
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "runs",
         nargs="+",
         help="run folders; NAME_1, NAME_2 ... share a color. GROUP=FOLDER says which runs --fit fits together "
-        "(otherwise those of the same structure)",
+        "(otherwise those of one structure with similar shares of the dense weights)",
     )
     parser.add_argument(
         "--metric",
@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--x",
-        help=f"the horizontal axis: tokens, {', '.join(AXES)}, {FLOPS} or another key of metrics.jsonl "
-        f"(default: tokens; {FLOPS} with --fit)",
+        help=f"the horizontal axis: {TOKENS}, {', '.join(AXES)}, {FLOPS} or another key of metrics.jsonl, and with "
+        f"--fit {PARAMETERS} too (default: {TOKENS}; {FLOPS} with --fit)",
     )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--fit", action="store_true", help="fit a power law to the final losses of each structure")
@@ -46,11 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = read_runs(args.runs)
         metrics = args.metric or [VALIDATION]
         if args.table:
+            if args.metric or args.x:
+                raise UserError(Problem("--table", "has fixed columns", "leave out --metric and --x"))
             print(run_table(runs))
         elif args.fit:
             _fit(runs, metrics, args.x or FLOPS, args.output)
         else:
-            plot(runs, metrics, args.x or "tokens", args.output)
+            plot(runs, metrics, args.x or TOKENS, args.output)
             print(args.output)
 
 

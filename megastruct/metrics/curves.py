@@ -48,6 +48,8 @@ def plot_fits(fits: Sequence[Fit], x: str, y: str, output: Path) -> None:
             label = f"{fit.group}: slope {fit.slope:.4f} ± {fit.slope_error:.4f}"
             axis.plot(xs, [fit.loss(value) for value in xs], color=f"C{index}", linewidth=1.2, label=label)
         axis.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")  # losses lie within one power of ten, where no major tick is
 
 
 def check_keys(runs: Sequence[Run], keys: dict[str, Sequence[str]]) -> None:

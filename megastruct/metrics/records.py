@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from megastruct.config.load import load_config
 from megastruct.config.schema import Config
 from megastruct.errors import Problem, Problems, UserError
-from megastruct.planning.cost import training_flops_per_token
+from megastruct.planning.cost import total_parameters, training_flops_per_token
 from megastruct.planning.plan import ffn_share
 from megastruct.structures import DENSE
 
@@ -21,11 +22,16 @@ from megastruct.structures import DENSE
 AXES = {"steps": "step", "wall_time": "wall_time_seconds", "gpu_hours": "device_hours"}
 VALIDATION = "validation_loss"
 FLOPS = "training_flops"
+TOKENS = "tokens"
+PARAMETERS = "parameters"
+# Sizes must divide the widths, so one structure has a slightly different share of the dense weights in each model: the
+# paper's BlockDense at 32 % has 31.3 % (s, l) or 29.3 % (m, xl). Shares within this factor count as the same.
+SIMILAR = 1.1
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, its records, and the group in which it is compared (None: that of its structure)."""
+    """A run folder, its records, and the group that the user gave it, if any."""
 
     folder: Path
     records: list[dict[str, Any]]
@@ -34,7 +40,7 @@ class Run:
     @property
     def name(self) -> str:
         """The name of the folder."""
-        return self.folder.name
+        return self.folder.absolute().name
 
     @cached_property
     def config(self) -> Config | None:
@@ -44,23 +50,21 @@ class Run:
         except UserError:
             return None
 
-    @property
-    def group(self) -> str:
-        """The given group, else the structure and its share of the dense weights, else the name."""
-        if self.group_name is not None or self.config is None:
-            return self.group_name or self.name
-        ffn = self.config.ffn
-        return DENSE if ffn.structure == DENSE else f"{ffn.structure} {round(100 * ffn_share(self.config, ffn))} %"
-
     def value(self, record: dict[str, Any], key: str) -> float | None:
         """A number of one record by its key; None if it is unknown.
 
-        Runs of before training FLOPs were recorded have them from the config, unless guides made a step's vary.
+        The config gives the parameters. It also gives the tokens and, unless guides made them vary, the training FLOPs
+        of records from before these were written.
         """
         found = record.get(key)
-        if found is None and key == FLOPS and self.config is not None and self.config.guided.schedule == "off":
-            tokens = record.get("tokens")
-            found = None if tokens is None else tokens * training_flops_per_token(self.config)
+        if found is None and self.config is not None and "step" in record:
+            tokens = record["step"] * self.config.training.tokens_per_step
+            if key == TOKENS:
+                found = tokens
+            elif key == FLOPS and self.config.guided.schedule == "off":
+                found = tokens * training_flops_per_token(self.config)
+            elif key == PARAMETERS:
+                found = total_parameters(self.config)
         return found if _is_number(found) else None
 
     def points(self, x: str, y: str) -> list[tuple[float, float]]:
@@ -68,10 +72,10 @@ class Run:
         pairs = ((self.value(record, x), self.value(record, y)) for record in self.records)
         return [(a, b) for a, b in pairs if a is not None and b is not None]
 
-    def last(self, key: str) -> float | None:
-        """The last known value; None without one."""
-        values = [value for record in self.records if (value := self.value(record, key)) is not None]
-        return values[-1] if values else None
+    def last_record(self, key: str) -> dict[str, Any]:
+        """The last record that has `key`; without one the last record of all, or {}."""
+        having = [record for record in self.records if self.value(record, key) is not None]
+        return (having or self.records or [{}])[-1]
 
 
 def read_runs(arguments: Sequence[str]) -> list[Run]:
@@ -85,9 +89,42 @@ def read_runs(arguments: Sequence[str]) -> list[Run]:
 
 
 def known_keys(runs: Sequence[Run]) -> set[str]:
-    """The keys of all numbers in the records."""
+    """The keys of all numbers in the records, and of those that the configs give."""
     keys = {key for run in runs for record in run.records for key, value in record.items() if _is_number(value)}
-    return keys | ({FLOPS} if any(run.last(FLOPS) is not None for run in runs) else set())
+    derived = (TOKENS, FLOPS, PARAMETERS)
+    return keys | {key for run in runs for key in derived if run.value(run.last_record(key), key) is not None}
+
+
+def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs by the group that the user gave, else by structure, share of the dense weights and guides.
+
+    A run without a config is a group of its own.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.group_name or _structure(run, runs), []).append(run)
+    return groups
+
+
+def _structure(run: Run, runs: Sequence[Run]) -> str:
+    if run.config is None:
+        return run.name
+    structure, guided = kind = _kind(run.config)
+    if structure == DENSE:
+        return DENSE
+    configs = [other.config for other in runs if other.group_name is None and other.config is not None]
+    alike: list[float] = []
+    for share in sorted(ffn_share(config, config.ffn) for config in configs if _kind(config) == kind):
+        if alike and share > SIMILAR * alike[-1]:
+            if alike[-1] >= ffn_share(run.config, run.config.ffn):
+                break
+            alike = []
+        alike.append(share)
+    return f"{structure} {round(100 * fmean(alike))} %{', guided' if guided else ''}"
+
+
+def _kind(config: Config) -> tuple[str, bool]:
+    return config.ffn.structure, config.guided.schedule != "off"
 
 
 def _read(argument: str) -> Run:
@@ -98,7 +135,7 @@ def _read(argument: str) -> Run:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         # The last line may be incomplete.
         records = [json.loads(line) for line in lines if line.endswith("\n")]
-        return Run(folder.absolute(), records, group if named else None)
+        return Run(folder, records, group if named else None)
     except (OSError, ValueError) as error:
         found = f"metrics.jsonl cannot be read ({getattr(error, 'strerror', None) or error})"
         raise UserError(Problem(str(folder), found, "give a run folder, for example runs/quickstart")) from None

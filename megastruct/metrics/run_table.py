@@ -5,28 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from megastruct.metrics.records import FLOPS, VALIDATION, Run
-from megastruct.planning.cost import ffn_parameters, total_parameters
+from megastruct.metrics.records import FLOPS, PARAMETERS, TOKENS, VALIDATION, Run
+from megastruct.planning.cost import ffn_parameters
 
 UNKNOWN = "–"
 COLUMNS = ("run", "parameters", "FFN parameters", "tokens", "training FLOPs", "GPU hours", "loss", "perplexity")
 
 
 def run_table(runs: Sequence[Run]) -> str:
-    """The runs as a Markdown table. The loss is the last one on held-out text; what is unknown is a dash."""
+    """The runs as a Markdown table; what is unknown is a dash.
+
+    The loss is the last one on held-out text, and the tokens, FLOPs and hours are those up to it.
+    """
     rows = [COLUMNS, tuple("---" for _ in COLUMNS), *(_row(run) for run in runs)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _row(run: Run) -> tuple[str, ...]:
-    config, loss = run.config, run.last(VALIDATION)
+    record = run.last_record(VALIDATION)
+    loss = run.value(record, VALIDATION)
     return (
         run.name,
-        _millions(None if config is None else total_parameters(config)),
-        _millions(None if config is None else ffn_parameters(config)),
-        _millions(run.last("tokens")),
-        _number(run.last(FLOPS), "{:.3g}"),
-        _number(run.last("device_hours"), "{:.3g}"),
+        _millions(run.value(record, PARAMETERS)),
+        _millions(None if run.config is None else ffn_parameters(run.config)),
+        _millions(run.value(record, TOKENS)),
+        _number(run.value(record, FLOPS), "{:.3g}"),
+        _number(run.value(record, "device_hours"), "{:.3g}"),
         _number(loss, "{:.4f}"),
         _number(None if loss is None else math.exp(loss), "{:.2f}"),
     )

@@ -8,13 +8,14 @@ axes are logarithmic; a steeper line gains more from compute. Source: arXiv 2406
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megastruct.errors import Problem, UserError
-from megastruct.metrics.records import Run
+from megastruct.errors import Problem, Problems
+from megastruct.metrics.records import Run, grouped
+from megastruct.planning.steps import total_steps
 
 MIN_SIZES = 3
 
@@ -43,25 +44,31 @@ class Fit:
 
 
 def fit_scaling(runs: Sequence[Run], x: str, y: str) -> list[Fit]:
-    """A fit for every group of runs over the last values of `x` and `y`. Raises UserError for fewer than 3 sizes."""
-    groups: dict[str, list[tuple[float, float]]] = {run.group: [] for run in runs}
-    for run in runs:
-        last_x, last_y = run.last(x), run.last(y)
-        if last_x is not None and last_y is not None and min(last_x, last_y) > 0:
-            groups[run.group].append((last_x, last_y))
-    sizes = {group: len({point[0] for point in points}) for group, points in groups.items()}
-    problems = [
-        Problem(
-            "--fit",
-            f"{group} has {found} sizes with {x} and {y}, which is too few to tell a slope and its error",
-            f"at least {MIN_SIZES} sizes of each structure, or GROUP=RUN to say what belongs together",
-        )
-        for group, found in sizes.items()
-        if found < MIN_SIZES
-    ]
-    if problems:
-        raise UserError(problems)
+    """A fit for every group of runs, over the values of `x` and `y` in the last record that has `y`.
+
+    Raises UserError for a run that is not finished or lacks one of the two, and for a group of fewer than 3 sizes.
+    """
+    problems = Problems(problem for run in runs for problem in _check(run, x, y))
+    problems.raise_if_any()
+    groups = {group: [run.points(x, y)[-1] for run in members] for group, members in grouped(runs).items()}
+    for group, points in groups.items():
+        found = len({point[0] for point in points})
+        if found < MIN_SIZES:
+            message = f"{group} has {found} of the {MIN_SIZES} sizes that a slope and its error need at least"
+            problems.append(
+                Problem("--fit", message, "more sizes of each structure, or GROUP=RUN to say what belongs together")
+            )
+    problems.raise_if_any()
     return [_fit(group, sorted(points)) for group, points in groups.items()]
+
+
+def _check(run: Run, x: str, y: str) -> Iterator[Problem]:
+    record, where = run.last_record(y), str(run.folder)
+    missing = [key for key in (x, y) if (run.value(record, key) or 0.0) <= 0.0]
+    if missing:
+        yield Problem(where, f"no positive {' and '.join(missing)} in its last record", "leave this run out")
+    elif run.config is not None and record["step"] < (total := total_steps(run.config)):
+        yield Problem(where, f"its last {y} is that of step {record['step']} of {total}", "finish this run first")
 
 
 def _fit(group: str, points: Sequence[tuple[float, float]]) -> Fit:

@@ -11,8 +11,9 @@ _KINDS = ("wall_time_seconds", "device_hours", "training_flops")
 
 
 class Spent:
-    """Sums over all steps that were made, those that were repeated after a spike or a restart included.
+    """Sums over the steps up to the present one, and over those that were repeated after a spike.
 
+    Steps that a crash lost are not in the checkpoint that the run resumes from, so they count once.
     The time is that of the loop: steps, validation and waiting for saves, but not the start. A run that began before
     this was counted has unknown sums.
     """

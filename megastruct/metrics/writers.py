@@ -67,9 +67,7 @@ class MetricWriter:
         metrics = {key: None if value is None or not math.isfinite(value) else value for key, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
-        for tag, shown in _shown({key: value for key, value in metrics.items() if value is not None}).items():
-            self._board.add_scalar(tag, shown, step)
-        self._board.flush()
+        self._show(step, metrics)
 
     def go_back(self, step: int) -> None:
         """Drop the records after `step`, because those steps are trained again."""
@@ -79,10 +77,18 @@ class MetricWriter:
     def _open(self, step: int) -> None:
         _truncate(self.path, step)
         self._file = self.path.open("a", encoding="utf-8")
-        # In the run's own folder, so that TensorBoard shows the run by its name. A run that was begun with a folder for
-        # the events goes on there.
-        former = self._folder / "tensorboard"
-        self._board = SummaryWriter(str(former if former.is_dir() else self._folder), purge_step=step + 1)
+        begun = any(self._folder.glob("events.out.tfevents.*"))
+        # In the run's own folder, so that TensorBoard shows the run by its name.
+        self._board = SummaryWriter(str(self._folder), purge_step=step + 1)
+        if not begun:  # a run from before has its events in a subfolder and under other tags: its curves begin anew
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                record = json.loads(line)
+                self._show(record.pop("step"), record)
+
+    def _show(self, step: int, metrics: Metrics) -> None:
+        for tag, shown in _shown({key: value for key, value in metrics.items() if value is not None}).items():
+            self._board.add_scalar(tag, shown, step)
+        self._board.flush()
 
     def close(self) -> None:
         """Close both files."""

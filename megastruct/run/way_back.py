@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,10 +32,17 @@ def is_way_back(config: Config, spike: int, to: int, guides_left: bool) -> bool:
 
 
 def go_back(
-    engine: Engine, checkpoints: Checkpoints, divergence: Divergence, spike: int, loss: float, cursor: np.ndarray
+    engine: Engine,
+    checkpoints: Checkpoints,
+    divergence: Divergence,
+    spike: int,
+    loss: float,
+    cursor: np.ndarray,
+    spent: dict[str, Any],
 ) -> Returned | None:
     """After a spike at step `spike`, load the newest checkpoint and save it again with the data position `cursor`.
 
+    The checkpoint also takes over `spent` (`Spent.state`), because the steps up to the spike have been paid for.
     Returns None if the run cannot go back; the loss then counts as a normal one. Collective.
     """
     config, guides_left = engine.config, not engine.guidance
@@ -49,5 +56,5 @@ def go_back(
     loaded = load_checkpoint(engine, checkpoint)
     divergence = divergence.went_back(spike, loaded.step, loaded.state)
     # A restart must not read the skipped data, either.
-    checkpoints.save(engine, loaded.step, cursor, divergence.state_at(loaded.step))
+    checkpoints.save(engine, loaded.step, cursor, divergence.state_at(loaded.step) | spent)
     return Returned(loaded.step, divergence)

@@ -73,6 +73,10 @@ def test_a_run_of_one_source_records_no_rows(config: Path, tmp_path: Path, monke
         raise AssertionError("the sources of a single source were asked for")
 
     monkeypatch.setattr(train.Run, "_source_losses", refuse)
-    train_forked(tmp_path, tmp_path / "runs" / "test", 1, config, *ARGUMENTS)
-    keys = {key for record in read_metrics(tmp_path / "runs" / "test") for key in record}
+    train_forked(tmp_path, tmp_path / "runs" / "test", 1, config, *ARGUMENTS, "logging.interval_steps=2")
+    records = read_metrics(tmp_path / "runs" / "test")
+    keys = {key for record in records for key in record}
+    assert "loss" not in records[0] and 2 * records[0]["tokens"] == records[1]["tokens"]
+    assert 2 * records[0]["training_flops"] == records[1]["training_flops"]
+    assert 0 < records[0]["wall_time_seconds"] < records[1]["wall_time_seconds"]
     assert not any(key.startswith("validation_loss/") for key in keys) and "validation_loss" in keys

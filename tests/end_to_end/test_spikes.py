@@ -66,12 +66,16 @@ def test_a_spike_is_gone_back_from_and_its_data_skipped(
     assert [record["skipped_data_steps"] for record in records] == [0] * SAVED + [BAD_BATCH - SAVED] * SAVED
     state = json.loads((run / "checkpoints" / "step_00000006" / "state.json").read_text())
     assert (state["spikes"], state["skipped_data_steps"]) == (1, 2)
+    per_step = records[0]["training_flops"]
+    assert state["spent"]["training_flops"] == BAD_BATCH * per_step  # the steps up to the spike have been paid for
+    assert records[-1]["training_flops"] == (BAD_BATCH + 12 - SAVED) * per_step
     first = losses(run)
 
     for step in (9, 12):  # a restart before the next checkpoint
         shutil.rmtree(run / "checkpoints" / f"step_{step:08}")
     train_forked(tmp_path, run, 2, *arguments)
     assert losses(run) == first
+    assert read_metrics(run)[-1]["training_flops"] == records[-1]["training_flops"]
 
     bad_batches.clear()
     original = train.Run._train_step

@@ -140,7 +140,8 @@ class MegastructLM(TemplateLM):
             groups[_generation(requests[index].args[1], self.max_length)].append(index)
         own: dict[int, str] = {}
         for how, indices in groups.items():
-            room = self.max_length - how.max_new_tokens
+            # At least half of the model's context is for the prompt: most tasks ask for more tokens than they need.
+            room = max(self.max_length - how.max_new_tokens, self.max_length // 2)
             contexts = [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in indices]
             made = self.generator.continue_ids(
                 [context[-room:] for context in contexts],

@@ -138,9 +138,9 @@ def test_a_rolling_task(model: MegastructLM, task_folder: Path) -> None:
 def slow_greedy(model: MegastructLM, prompt: str, limit: int, stops: list[str]) -> str:
     tokenizer = model.loaded.tokenizer
     start = tokenizer.encode([prompt])[0].tolist() or [tokenizer.eod_id]
-    ids = start[-(SEQ_LENGTH - limit) :]
+    ids = start[-max(SEQ_LENGTH - limit, SEQ_LENGTH // 2) :]
     before = len(tokenizer.decode(ids))
-    for _ in range(limit):
+    for _ in range(min(limit, SEQ_LENGTH - len(ids))):
         scores = model.loaded.model(torch.tensor([ids]))[-1, 0, : tokenizer.vocab_size].tolist()
         token = scores.index(max(scores))
         if token == tokenizer.eod_id:
@@ -170,6 +170,7 @@ def test_a_generation_task(model: MegastructLM, task_folder: Path, material: Mat
         ("river", {"until": "e"}),
         ("", {"until": ["a", "o"], "max_new_tokens": 9}),
         ("river stone light garden winter letter market silver engine", {"until": [], "max_gen_toks": 6}),
+        ("river stone light garden winter letter market silver engine", {}),  # asks for more than the context has
     ],
 )
 @torch.no_grad()

@@ -210,10 +210,13 @@ class MegastructForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         cache: Any = None,
         past_key_values: Any = None,  # the name of `cache` in older versions of transformers
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [b, s, vocab_size] of input_ids [b, s], of which only the last `logits_to_keep` if that is not 0.
+        """Logits [b, s, vocab_size] of input_ids [b, s], of which only the last `logits_to_keep` if that is not 0,
+        or those at its positions. The loss is the mean over labels, or their sum divided by `num_items_in_batch`:
+        transformers' Trainer passes it the labels of all accumulated batches, and expects it to be used.
 
         `attention_mask` [b, t]: 0 for padding, including the tokens in the cache. `position_ids` [b, s]: where they
         start again, so does a document, and attention does not cross its border (without cache and padding only).
@@ -229,12 +232,18 @@ class MegastructForCausalLM(PreTrainedModel, GenerationMixin):
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
         for block in self.blocks:
             x = block(x, rotary, mask, cache)
-        x = self.final_norm(x[:, -logits_to_keep:] if logits_to_keep else x)
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+            x = x[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else x[:, -logits_to_keep:]
+        x = self.final_norm(x)
         x = x if self.config.logit_scale == 1.0 else x * self.config.logit_scale
         logits = F.linear(x, self.embedding.weight if self.head is None else self.head.weight)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            predicted, wanted = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            if num_items_in_batch is None:
+                loss = F.cross_entropy(predicted, wanted)
+            else:
+                loss = F.cross_entropy(predicted, wanted, reduction="sum") / num_items_in_batch
         return CausalLMOutputWithPast(loss, logits, cache)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -248,6 +257,10 @@ class MegastructForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module | None:
         """The head, if it is not the embedding."""
         return self.head
+
+    def set_output_embeddings(self, value: Any) -> None:
+        """Replace the head."""
+        self.head = value
 
     def _init_weights(self, module: nn.Module) -> None:
         for parameter in module.parameters(recurse=False):

@@ -193,3 +193,25 @@ def test_large_models_are_written_in_several_files(transformers: Any, tokenizer:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         assert error(theirs(ids).logits, trained.model(ids).transpose(0, 1)) < BOUND
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_modelling_file_trains_as_a_class_of_transformers_does(tied, transformers, tokenizer, ids, tmp_path):
+    """Loss (also over accumulated batches), chosen positions, and a larger vocabulary, beside the merged class."""
+    trained = drawn(tmp_path, tokenizer, exported_config("lowrank", {"tie_embeddings": tied}))
+    models = []
+    for form in ("merged", "structured"):
+        export(trained, tmp_path / form, form)
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        models.append(load(tmp_path / form, trust_remote_code=form == "structured", dtype=torch.float32).eval())
+    labels = ids.clone()
+    labels[0, :7] = -100
+    for keys in ({}, {"num_items_in_batch": torch.tensor(500)}):
+        merged, structured = (float(model(ids, labels=labels, **keys).loss.detach()) for model in models)
+        assert structured == pytest.approx(merged, rel=1e-5)
+    with torch.no_grad():
+        merged, structured = (model(ids, logits_to_keep=torch.tensor([3, 5])).logits for model in models)
+    assert error(structured, merged) < BOUND
+    for model in models:
+        model.resize_token_embeddings(340)
+        assert model(ids).logits.shape[-1] == 340

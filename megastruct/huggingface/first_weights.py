@@ -107,8 +107,8 @@ def first_weights(source: Source, config: Config) -> FirstWeights:
         if tensor is not None:
             tensors[f"final_norm.{kind}"] = tensor / model.logit_scale
     if not model.tie_embeddings:
-        head = tensors["embedding.weight"].clone() if source.tied else source.tensor(f"{HEAD}.weight")
-        tensors["head.weight"] = head
+        words = tensors["embedding.weight"]
+        tensors["head.weight"] = words.clone() if source.tied else _read(source, f"{HEAD}.weight", tuple(words.shape))
     return weights
 
 

@@ -16,6 +16,7 @@ from megastruct.huggingface.stock import ARCEE, GRANITE, LLAMA, MISTRAL, STABLEL
 
 CLASSES = {stock.model_type: stock for stock in (LLAMA, MISTRAL, STARCODER2, ARCEE, STABLELM, GRANITE)}
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # others are quantised, with scales elsewhere
 _SAME_ACTIVATION = {"gelu_pytorch_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "silu": ("silu", "swish")}
 
 
@@ -29,16 +30,25 @@ class Source:
     files: Mapping[str, Path]
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of this name in float32. Raises UserError if it is missing or cannot be read."""
+        """The tensor of this name in float32.
+
+        Raises UserError if it is missing, cannot be read, is quantised, or has values that are not finite.
+        """
         from safetensors import SafetensorError, safe_open
 
         if name not in self.files:
             raise UserError(Problem(str(self.folder), f"has no tensor {name}", "download the folder again"))
         try:
             with safe_open(self.files[name], framework="pt") as file:
-                return file.get_tensor(name).float()
+                tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise UserError(Problem(str(self.files[name]), f"cannot be read: {error}", "download it again")) from None
+        if tensor.dtype not in _DTYPES:
+            found = f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}"
+            raise UserError(Problem(str(self.files[name]), found, "a folder that is not quantised"))
+        if not torch.isfinite(tensor).all():
+            raise UserError(Problem(str(self.files[name]), f"{name} has values that are not finite", "other weights"))
+        return tensor.float()
 
     @property
     def rope(self) -> Mapping[str, Any]:
@@ -78,7 +88,7 @@ def open_source(folder: Path) -> Source:
     except (OSError, ValueError) as error:
         found = f"has no readable config.json ({getattr(error, 'strerror', None) or error})"
         raise UserError(Problem(str(folder), found, "give a folder in the format of transformers")) from None
-    model_type = values.get("model_type")
+    model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type not in CLASSES:
         found = f"model_type is {model_type!r}, but only {', '.join(CLASSES)} can be imported"
         raise UserError(Problem(f"{folder}/config.json", found))
@@ -86,7 +96,12 @@ def open_source(folder: Path) -> Source:
         from transformers import AutoConfig
     except ModuleNotFoundError:
         raise UserError(Problem("transformers", "not installed", "pip install 'megastruct[huggingface]'")) from None
-    with_defaults = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    try:
+        with_defaults = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    except Exception as error:  # of any kind: every class checks its keys in its own way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+        found = f"is refused by transformers: {reason}"
+        raise UserError(Problem(f"{folder}/config.json", found, "download the folder again")) from None
     source = Source(folder, CLASSES[model_type], with_defaults, _find_tensors(folder))
     if problems := [Problem(f"{folder}/config.json", found) for found in _without_counterpart(source)]:
         raise UserError(problems, headline=f"{folder} cannot be imported exactly")

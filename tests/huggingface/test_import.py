@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from exports import BOUND, STRUCTURES, drawn, error, exported_config, llama_tokenizer
 from megastruct.checkpoint.store import load_state, load_tensors
@@ -197,6 +198,30 @@ def test_a_damaged_folder_is_refused(tokenizer: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"no readable model\.safetensors"):
         open_source(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("lm_head.weight", torch.ones(5, 5), r"lm_head\.weight has shape \[5, 5\]"),
+        ("model.layers.0.mlp.c_fc.weight", torch.ones(48, 16, dtype=torch.int8), "stored as int8"),
+        ("model.layers.0.mlp.c_fc.weight", torch.full((48, 16), torch.nan), "not finite"),
+    ],
+)
+def test_weights_that_cannot_be_taken_are_refused(name, value, message, tokenizer: Path, tmp_path: Path) -> None:
+    config = exported_config("lowrank", UNTIED)
+    export(drawn(tmp_path, tokenizer, exported_config("dense", UNTIED)), tmp_path / "out")
+    path = tmp_path / "out/model.safetensors"
+    save_file(load_file(path) | {name: value}, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=message):
+        first_weights(open_source(tmp_path / "out"), config)
+
+
+@pytest.mark.parametrize("config", ["[]", '{"model_type": "llama", "num_attention_heads": "four"}'])
+def test_a_config_that_transformers_refuses(config: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=r"config\.json"):
+        open_source(tmp_path)
 
 
 def written_config(folder: Path, config: Config, tokenizer: Path) -> Path:

@@ -17,7 +17,9 @@ MAX_SHARD_SIZE = "5GB"  # of one weight file, as transformers writes them
 
 
 def check_output(output: Path) -> None:
-    """Raises UserError if something is at `output` already; an empty folder may be."""
+    """Raises UserError if something is at `output` already; an empty folder may be, but not the current one."""
+    if output.resolve() == Path.cwd():
+        raise UserError(Problem(str(output), "is the current folder, which cannot be replaced", "exported"))
     if not output.exists():
         return
     if not output.is_dir() or any(output.iterdir()):
@@ -31,6 +33,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
     All files get the permissions that the umask gives to new files. Raises UserError if the disk refuses anything.
     """
+    output = output.resolve()  # what a link points to, and not the link, is replaced
     aside = output.with_name(f".{output.name}.writing")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

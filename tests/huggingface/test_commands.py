@@ -114,6 +114,16 @@ def test_an_output_that_is_not_empty_is_refused(run: Path, tmp_path: Path, capsy
     assert (tmp_path / "out/file").read_text() == "mine"
 
 
+def test_the_current_folder_is_refused_and_a_link_is_followed(run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "is the current folder" in refused(capsys, run, ".")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    export_command.main([str(run), "../link"])
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there/model.safetensors").exists()
+
+
 def test_a_run_without_a_checkpoint_and_one_in_its_guided_phase_are_refused(tokenizer, tmp_path, capsys) -> None:
     config = exported_config(run={"folder": str(tmp_path / "runs")}, guided={"schedule": "fixedstep"})
     run = saved_run(config, 5, tokenizer)

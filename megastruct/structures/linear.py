@@ -127,6 +127,16 @@ def check_sizes(numbers: Numbers, widths: Widths, sizes: Mapping[str, int]) -> N
     """Raise SizeError with everything that does not fit, and the nearest sizes that do."""
     if foreign := [name for name in sizes if name not in numbers.sizes]:
         raise SizeError(f"{numbers.name} has no {', '.join(foreign)}; its sizes: {', '.join(numbers.sizes) or 'none'}")
+    outer_and_inner = {widths.outer_name: widths.outer, widths.inner_name: widths.inner}
+    wrong = {name: value for name, value in outer_and_inner.items() if not _is_whole(value) or value < 1}
+    wrong |= {name: value for name, value in sizes.items() if value is not None and not _is_whole(value)}
+    if wrong:
+        found = ", ".join(f"{name}={value!r}" for name, value in wrong.items())
+        raise SizeError(f"{numbers.name}: {found}: widths and sizes are whole numbers of at least 1")
     problems = list(numbers.size_problems(widths, sizes)) or list(numbers.shard_problems(widths, sizes))
     if problems:
         raise SizeError("; ".join(f"{numbers.name}: {problem!s}" for problem in problems))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -93,6 +93,28 @@ def test_impossible_sizes(layer_class: Any, sizes: dict[str, int], wanted: str) 
     assert isinstance(caught.value, megastruct.MegastructError) and isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize("wrong", [8.0, "8", True])
+def test_a_size_that_is_no_whole_number(wrong: Any) -> None:
+    for make in (
+        lambda: megastruct.LowRankLinear(32, 64, rank=wrong),
+        lambda: megastruct.BlockDenseLinear(32, 64, nblocks=wrong, rank=8),
+    ):
+        with pytest.raises(megastruct.SizeError, match="whole numbers"):
+            make()
+
+
+@pytest.mark.parametrize("wrong", [0, -8, 8.0, "8", None])
+def test_impossible_widths(wrong: Any) -> None:
+    for make in (
+        lambda: megastruct.Linear(wrong, 64),
+        lambda: megastruct.Linear(32, wrong),
+        lambda: megastruct.LowRankLinear(wrong, 64, rank=8),
+        lambda: megastruct.BlockShuffleLinear(32, wrong, nblocks=2),
+    ):
+        with pytest.raises(megastruct.SizeError, match="of at least 1"):
+            make()
+
+
 def test_a_size_of_another_structure_is_refused() -> None:
     with pytest.raises(megastruct.SizeError, match="lowrank has no nblocks; its sizes: rank"):
         LowRankColumnLinear(32, 64, tp=ALONE, rank=8, nblocks=2)

@@ -106,7 +106,7 @@ def _interact(generator: TextGenerator, args: argparse.Namespace, sampling: Samp
         try:
             prompt = input("> " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
-            print()
+            print(file=sys.stderr)  # ends the line of the question
             return
         show = _Printer([prompt], args.json)
         try:
@@ -126,14 +126,15 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 def _read_prompts(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of a prompt
     except (OSError, UnicodeDecodeError) as error:
         found = f"{path}: {getattr(error, 'strerror', None) or error}"
         raise UserError(Problem("--prompt-file", found, "a UTF-8 text file with one prompt per line")) from None
+    if not text.strip():
+        raise UserError(Problem("--prompt-file", f"{path} has no prompt", "one prompt per line"))
+    lines = text.removesuffix("\n").split("\n")  # not splitlines: U+2028 and others may stand in a prompt
     if path.suffix == ".jsonl":
         lines = [_prompt_of(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
-    if not lines:
-        raise UserError(Problem("--prompt-file", f"{path} has no prompt", "one prompt per line"))
     return lines
 
 

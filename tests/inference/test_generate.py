@@ -275,3 +275,12 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments:
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert all(text in error for text in found) and "Traceback" not in error
+
+
+def test_only_line_ends_separate_prompts(tmp_path: Path) -> None:
+    prompts = ["one\u2028still one", "two\x0cstill two", ""]
+    (tmp_path / "prompts.txt").write_bytes("\ufeff".encode() + "\r\n".join([*prompts, ""]).encode())
+    assert command._read_prompts(tmp_path / "prompts.txt") == prompts
+    rows = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts)
+    (tmp_path / "prompts.jsonl").write_text(rows, encoding="utf-8")
+    assert command._read_prompts(tmp_path / "prompts.jsonl") == prompts

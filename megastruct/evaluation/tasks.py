@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Tasks:
         `limit`: documents of each task.
 
         Raises:
-            UserError: the data of a task cannot be read.
+            UserError: the data of a task cannot be read, or its file has a mistake.
         """
         import lm_eval
 
@@ -73,7 +74,18 @@ class Tasks:
             found = f"the data of {', '.join(self.names)} cannot be read: {str(error).splitlines()[0]}"
             suggestion = "check the connection and the dataset_path of the task"
             raise UserError(Problem("--tasks", found, suggestion)) from None
+        except Exception as error:  # of any kind: the harness does not check the files of tasks
+            if isinstance(error, UserError) or _passed(error, MegastructLM.__module__):
+                raise
+            found = f"{', '.join(self.names)} cannot be run: {type(error).__name__}: {error}"
+            suggestion = "check the task's file and the columns and splits of its data"
+            raise UserError(Problem("--tasks", found, suggestion)) from error
         return dict(results or {})
+
+
+def _passed(error: Exception, module: str) -> bool:
+    """Whether the error came out of a function of `module`."""
+    return any(frame.f_globals.get("__name__") == module for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def task_table(results: dict[str, Any]) -> str:

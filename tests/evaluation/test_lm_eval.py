@@ -280,6 +280,28 @@ def test_data_of_a_task_that_is_gone(model: MegastructLM, tmp_path: Path) -> Non
         run_tasks(model, tmp_path, "gone")
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("doc_to_text:", "doc_to_text: '{{gone}}' #"),
+        ("metric: acc", "metric: none"),
+        ("test_split:", "test_split: a #"),
+    ],
+)
+def test_a_mistake_in_the_file_of_a_task(model: MegastructLM, task_folder: Path, tmp_path: Path, before, after) -> None:
+    text = (task_folder / "tiny_choice.yaml").read_text()
+    assert before in text
+    (tmp_path / "task.yaml").write_text(text.replace(before, after))
+    with pytest.raises(UserError, match="tiny_choice cannot be run"):
+        run_tasks(model, tmp_path, "tiny_choice")
+
+
+def test_an_error_of_the_model_keeps_its_traceback(model: MegastructLM, task_folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(MegastructLM, "_score_batch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_tasks(model, task_folder, "tiny_choice")
+
+
 def test_a_task_may_sample(model: MegastructLM) -> None:
     options = {"do_sample": True, "temperature": 0.7, "max_gen_toks": 8}
     ask = requests("generate_until", ("river", options), ("river", {"max_gen_toks": 8}), ("river", options))

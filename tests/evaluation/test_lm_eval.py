@@ -21,7 +21,7 @@ from lm_eval.tasks import TaskManager
 from megastruct.errors import UserError
 from megastruct.evaluation.lm_eval import MegastructLM
 from megastruct.evaluation.model import open_model
-from megastruct.evaluation.tasks import Tasks
+from megastruct.evaluation.tasks import Tasks, task_table
 from ranks import run_ranks
 from saved_runs import SEQ_LENGTH, Material
 
@@ -113,6 +113,11 @@ def test_a_multiple_choice_task(model: MegastructLM, task_folder: Path) -> None:
     assert results["results"]["tiny_choice"]["acc,none"] == right / len(QUESTIONS)
     assert results["n-samples"]["tiny_choice"] == {"original": 4, "effective": 4}
     assert run_tasks(model, task_folder, "tiny_choice", limit=2)["n-samples"]["tiny_choice"]["effective"] == 2
+
+
+def test_the_table_has_the_names_of_its_columns(model: MegastructLM, task_folder: Path) -> None:
+    head = task_table(run_tasks(model, task_folder, "tiny_choice")).splitlines()[0]
+    assert [name.strip() for name in head.split("|")[1:6]] == ["Tasks", "Version", "Filter", "n-shot", "Metric"]
 
 
 def slow_rolling(model: MegastructLM, text: str) -> float:

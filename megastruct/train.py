@@ -12,7 +12,6 @@ if __name__ == "__main__":
     leave_out_working_folder()
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +33,7 @@ from megastruct.launch.environment import current_process, take_share_of_cores
 from megastruct.launch.signals import STOP_FILE, StopRequest
 from megastruct.launch.watchdog import Watch
 from megastruct.metrics.devices import peak_tflops, read_peak_memory_bytes
+from megastruct.metrics.perplexity import perplexity
 from megastruct.metrics.spent import Spent
 from megastruct.metrics.throughput import Throughput
 from megastruct.metrics.writers import Metrics, MetricWriter, Progress
@@ -159,7 +159,7 @@ class Run:
         guided = {"alpha": now.alpha, "guide_share": share} if self.engine.guidance else {}
         return {
             "loss": loss,
-            "perplexity": _perplexity(loss),
+            "perplexity": perplexity(loss),
             **guided,
             "learning_rate": now.learning_rate,
             "grad_norm": self.engine.gradient_norm(),
@@ -182,8 +182,8 @@ class Run:
         with self.engine.loss.recording(of_each_source) as rows:
             loss = self.engine.evaluate(self.validation, count)
         if self.writer:
-            self.progress.say(f"step {self.step}: validation loss {loss:.4f}, perplexity {_perplexity(loss):.2f}")
-        metrics |= {"validation_loss": loss, "validation_perplexity": _perplexity(loss)}
+            self.progress.say(f"step {self.step}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
+        metrics |= {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
         if of_each_source:
             metrics |= self._source_losses(rows)
         if self.engine.guidance:
@@ -248,10 +248,6 @@ class Run:
 
 def _due(step: int, interval_steps: int, last: bool) -> bool:
     return last or (interval_steps > 0 and step % interval_steps == 0)
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))  # a larger exponent overflows a float
 
 
 def main(argv: Sequence[str] | None = None) -> None:

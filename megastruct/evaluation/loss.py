@@ -30,9 +30,9 @@ from megastruct.data import Tokenizer
 from megastruct.errors import Problem, UserError
 from megastruct.evaluation.sources import Source
 from megastruct.inference.load import Loaded
+from megastruct.metrics.perplexity import perplexity
 
 NO_LABEL = -100
-_MAX_EXPONENT = 700.0  # a larger one overflows a float
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -63,7 +63,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """The exponential of the loss."""
-        return math.exp(min(self.loss, _MAX_EXPONENT))
+        return perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float | None:

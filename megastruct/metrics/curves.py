@@ -75,6 +75,8 @@ def _figure(num_panels: int, output: Path) -> Iterator[Sequence[Any]]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    if not output.suffix:  # matplotlib would add one, and write to another file than the one that is named
+        raise UserError(Problem("--output", f"{output} has no suffix, which says the format", f"--output {output}.png"))
     figure, axes = pyplot.subplots(num_panels, 1, squeeze=False, figsize=(WIDTH, HEIGHT * num_panels))
     yield list(axes[:, 0])
     for axis in axes[:, 0]:

@@ -135,6 +135,8 @@ def _read(argument: str) -> Run:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         # The last line may be incomplete.
         records = [json.loads(line) for line in lines if line.endswith("\n")]
+        if any(not isinstance(record, dict) for record in records):
+            raise ValueError("a line is not a JSON object")
         return Run(folder, records, group if named else None)
     except (OSError, ValueError) as error:
         found = f"metrics.jsonl cannot be read ({getattr(error, 'strerror', None) or error})"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+from megastruct.metrics.perplexity import perplexity
 from megastruct.metrics.records import FLOPS, PARAMETERS, TOKENS, VALIDATION, Run
 from megastruct.planning.cost import ffn_parameters
 
@@ -32,7 +32,7 @@ def _row(run: Run) -> tuple[str, ...]:
         _number(run.value(record, FLOPS), "{:.3g}"),
         _number(run.value(record, "device_hours"), "{:.3g}"),
         _number(loss, "{:.4f}"),
-        _number(None if loss is None else math.exp(loss), "{:.2f}"),
+        _number(None if loss is None else perplexity(loss), "{:.2f}"),
     )
 
 

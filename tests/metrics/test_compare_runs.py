@@ -259,3 +259,18 @@ def test_the_curves_of_an_earlier_run_begin_anew(tmp_path: Path) -> None:
     shown = EventAccumulator(str(tmp_path)).Reload().Scalars("1_loss/train")
     assert [(event.step, event.value) for event in shown] == [(1, 8.0), (2, 7.0), (3, 0.5), (4, 0.25)]
     assert former.read_bytes() == b"earlier events"
+
+
+def test_what_cannot_be_drawn_or_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A picture without a suffix would get another name; a loss of a run that diverged has a perplexity, too."""
+    run = write_run(tmp_path, "diverged", DENSE, [4.0, 800.0])
+    plot_runs.main([str(run), "--table"])
+    assert "800.0000" in capsys.readouterr().out
+    for output in ("curves", ""):
+        with pytest.raises(SystemExit) as stopped:
+            plot_runs.main([str(run), "--output", str(tmp_path / output)])
+        assert stopped.value.code == 2 and "has no suffix" in capsys.readouterr().err
+    (run / "metrics.jsonl").write_text("[1]\n")
+    with pytest.raises(SystemExit) as stopped:
+        plot_runs.main([str(run), "--table"])
+    assert stopped.value.code == 2 and "not a JSON object" in capsys.readouterr().err

@@ -15,10 +15,9 @@ from megastruct.benchmarks.inference import Decoding, measure_decoding, measure_
 from megastruct.config import Config, load_config
 from megastruct.errors import Problem, UserError
 from megastruct.inference.forms import Form
-from megastruct.inference.load import available_device
+from megastruct.inference.load import DTYPES, available_device
 from megastruct.structures import DENSE
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 LARGEST = "largest"
 
 

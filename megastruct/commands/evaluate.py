@@ -19,11 +19,11 @@ import torch
 from megastruct.checkpoint.agreement import together
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.evaluation.loss import evaluate
-from megastruct.evaluation.model import DTYPES, open_model
+from megastruct.evaluation.model import open_model
 from megastruct.evaluation.report import as_json, table
 from megastruct.evaluation.sources import Selection, Sources, Split
 from megastruct.evaluation.tasks import Tasks, task_table, tasks_as_json
-from megastruct.inference.load import Loaded, available_device, run_of
+from megastruct.inference.load import DTYPES, Loaded, available_device, run_of
 from megastruct.launch.environment import Process, current_process, take_share_of_cores
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megastruct.errors import user_errors_exit
-from megastruct.huggingface.export import DTYPES, FORMS, Trained, export
+from megastruct.huggingface.export import FORMS, Trained, export
 from megastruct.huggingface.folder import check_output
-from megastruct.inference.load import load, run_of
+from megastruct.inference.load import DTYPES, load, run_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:

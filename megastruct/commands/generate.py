@@ -10,15 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-import torch
-
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.inference.forms import Form
-from megastruct.inference.load import load
+from megastruct.inference.load import DTYPES, load
 from megastruct.inference.sampling import SAMPLING_FIELDS, Sampling, option
 from megastruct.inference.text import Text, TextGenerator
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_PROMPT = "The "
 
 

@@ -25,8 +25,8 @@ from typing_extensions import override
 
 from megastruct.checkpoint.agreement import gather, rank_in, size_of
 from megastruct.errors import Problem, UserError
-from megastruct.evaluation.model import DTYPES, open_model
-from megastruct.inference.load import Loaded
+from megastruct.evaluation.model import open_model
+from megastruct.inference.load import DTYPES, Loaded
 from megastruct.inference.sampling import Sampling
 from megastruct.inference.text import TextGenerator
 

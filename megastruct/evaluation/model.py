@@ -8,8 +8,6 @@ import torch
 
 from megastruct.inference.load import Loaded, load
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def open_model(
     path: str | Path,

@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from megastruct.config.schema import Config
@@ -21,11 +20,11 @@ from megastruct.huggingface.merged import merged_tensors
 from megastruct.huggingface.stock import stock_config, variant_of
 from megastruct.huggingface.structured import check_structured, modeling_file, structured_config
 from megastruct.huggingface.tokenizer import write_tokenizer
+from megastruct.inference.load import DTYPES
 from megastruct.models.gpt import GPT
 
 Form = Literal["merged", "structured"]
 FORMS: tuple[Form, ...] = ("merged", "structured")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from megastruct.models.gpt import GPT
 from megastruct.planning.steps import guided_steps
 from megastruct.run.run_folder import CHECKPOINTS, CONFIG_FILE, DATA_FILE, TOKENIZER_FILE
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of weights, by the names that programs take
+
 
 class Loaded(NamedTuple):
     """A trained model.

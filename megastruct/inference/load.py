@@ -161,7 +161,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> tuple[Path, Path]:
         return run, path
     if not (path / CONFIG_FILE).exists():
         found = "is not a run folder (it has no config.yaml)" if path.exists() else "does not exist"
-        raise UserError(Problem(str(path), found, "give the folder that train.py printed"))
+        raise UserError(Problem(str(path), found, "the folder of a run, for example runs/quickstart"))
     root = path / CHECKPOINTS
     folder, _ = newest_intact(root)
     if folder is None:

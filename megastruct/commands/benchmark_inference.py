@@ -46,6 +46,10 @@ def add_parsers(what: Any) -> None:
 
 def benchmark_decode(arguments: argparse.Namespace) -> None:
     """Print milliseconds of a step and tokens/s of every model and form by batch size, and the ratio to the first."""
+    folder = arguments.transformers
+    if folder and not (folder / "config.json").is_file():  # it is measured last, after many minutes
+        suggestion = "a folder of tools/export.py, in its merged form"
+        raise UserError(Problem("--transformers", f"{folder} has no config.json", suggestion))
     device, dtype, batches = _where(arguments)
     prompt, new = arguments.prompt_tokens, arguments.new_tokens
     print(f"{new} new tokens after prompts of {prompt}; the likeliest token is taken; the cache is filled beforehand")
@@ -53,10 +57,10 @@ def benchmark_decode(arguments: argparse.Namespace) -> None:
     for name, config, form in _models(arguments):
         found = measure_decoding(config, form, batches, prompt, new, device, dtype)
         _print_decoding(f"{name}, {form}", found, batches, first)
-    if arguments.transformers:
+    if folder:
         sizes = [batch for batch in batches if batch]
-        found = measure_transformers(arguments.transformers, sizes, prompt, new, device, dtype)
-        _print_decoding(f"{arguments.transformers}, transformers", found, batches, first)
+        found = measure_transformers(folder, sizes, prompt, new, device, dtype)
+        _print_decoding(f"{folder}, transformers", found, batches, first)
 
 
 def _print_decoding(title: str, rows: Iterator[Decoding], batches: list[int], first: dict[str, float]) -> None:

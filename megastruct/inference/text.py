@@ -10,7 +10,7 @@ from megastruct.errors import Problem, UserError
 from megastruct.inference.decoder import Decoder
 from megastruct.inference.generate import Continuation, Limits, Reason, generate
 from megastruct.inference.load import Loaded
-from megastruct.inference.sampling import Sampling
+from megastruct.inference.sampling import Sampling, option
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what the decoder makes of an incomplete character
 
@@ -43,8 +43,12 @@ class TextGenerator:
     ) -> list[Text]:
         """Continue each of `prompts`. `on_text(prompt's index, new text)` is called as soon as text is certain.
 
-        An empty prompt starts a new document. Raises UserError for prompts that do not fit the context.
+        An empty prompt starts a new document. Raises UserError for prompts that do not fit the context, and for numbers
+        below 1.
         """
+        _refuse_numbers(max_new_tokens=max_new_tokens, batch_size=batch_size)
+        if isinstance(prompts, str):  # which is a sequence of strings, too: its characters
+            prompts = [prompts]
         ids = [
             found.tolist() or [self.loaded.tokenizer.eod_id] for found in self.loaded.tokenizer.encode(list(prompts))
         ]
@@ -130,6 +134,16 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` that is a beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+
+
+def _refuse_numbers(**numbers: int) -> None:
+    problems = [
+        Problem(option(name), f"{value} is less than 1", f"{option(name)} 16")
+        for name, value in numbers.items()
+        if value < 1
+    ]
+    if problems:
+        raise UserError(problems)
 
 
 def _refuse_long(prompts: Sequence[str], ids: Sequence[Sequence[int]], context: int) -> None:

@@ -226,6 +226,14 @@ def test_speed_does_not_fall_with_the_context(least: float) -> None:
     assert best[8] / best[900] >= least
 
 
+def test_python_use_is_checked(tmp_path: Path) -> None:
+    generator = TextGenerator(megastruct.load(saved_run(model_config(tmp_path)), "cpu"))
+    greedy = Sampling(temperature=0)
+    assert generator("river", 3, greedy) == generator(["river"], 3, greedy)
+    with pytest.raises(megastruct.UserError, match=r"max-new-tokens: 0 is less than 1[^$]*batch-size: -1"):
+        generator(["river"], max_new_tokens=0, batch_size=-1)
+
+
 def lines(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
     command.main([str(argument) for argument in arguments])
     return capsys.readouterr().out.splitlines()

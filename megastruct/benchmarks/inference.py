@@ -1,8 +1,7 @@
 """Speed of inference on random weights: decoding at many batch sizes, and reading prompts.
 
-Decoding is measured step by step on a cache that is filled already: all steps that read the same number of slots do the
-same work, so a few of each kind are timed, and the time of a whole continuation is their sum. Choosing the likeliest
-token is part of a step.
+Decoding is measured step by step on a cache that is filled already, at a few lengths of the rows. Choosing the
+likeliest token is part of a step.
 """
 
 from __future__ import annotations
@@ -18,13 +17,14 @@ import torch
 
 from megastruct.config.schema import Config
 from megastruct.errors import Problem, UserError
-from megastruct.inference.decoder import SLOTS_STEP, Decoder
+from megastruct.inference.decoder import Decoder
 from megastruct.inference.forms import Form, use_form
 from megastruct.models.gpt import GPT
 
 SPARE_BYTES = 3 << 30  # for what a step makes besides the cache
 TIMED_SECONDS = 0.15
 ROUNDS = 3
+LENGTHS = 4
 
 
 class Decoding(NamedTuple):
@@ -82,19 +82,19 @@ def largest_batch(decoder: Decoder, num_slots: int) -> int:
 
 
 def step_seconds(decoder: Decoder, batch: int, prompt: int, new_tokens: int) -> float:
-    """Seconds of a step, averaged over a continuation of `new_tokens` of `batch` rows."""
+    """Seconds of a step, averaged over a continuation of `new_tokens` of `batch` rows.
+
+    A step's time grows with the length of the rows; it is measured in the middle of `LENGTHS` equal parts.
+    """
+    torch.compiler.reset()  # as in a process that decodes this batch alone
     cache = decoder.new_cache(batch, prompt + new_tokens)
     ids = torch.zeros(batch, dtype=torch.int64, device=decoder.device)
-    counts: dict[int, int] = {}  # a step's length -> how many steps do the same work
-    for length in range(prompt, prompt + new_tokens):
-        last = min(-(-(length + 1) // SLOTS_STEP) * SLOTS_STEP, prompt + new_tokens) - 1
-        counts[last] = counts.get(last, 0) + 1
 
     def step(length: int) -> None:
         ids.copy_(decoder.step(ids, [length] * batch, cache).argmax(-1))
 
-    seconds = {length: best_seconds(partial(step, length), decoder.device) for length in counts}
-    return sum(counts[length] * seconds[length] for length in counts) / new_tokens
+    lengths = [prompt + int(new_tokens * (part + 0.5) / LENGTHS) for part in range(LENGTHS)]
+    return sum(best_seconds(partial(step, length), decoder.device) for length in lengths) / LENGTHS
 
 
 class Prefill(NamedTuple):

@@ -74,53 +74,65 @@ def measured_crossover(linear: ShardedLinear, dtype: torch.dtype) -> Crossover:
 
 @torch.no_grad()
 def measure(linear: ShardedLinear, dtype: torch.dtype) -> Crossover:
-    """Time both forms with the weights' shapes in `dtype`, for every number of tokens."""
-    factors = [factor.detach().to(dtype) for factor in linear.factors()]
+    """Time both forms with the weights' shapes in `dtype`, for every number of tokens.
+
+    On a GPU, the calls take several copies of the weights in turn: in a model, other layers have pushed a layer's
+    weights out of the L2 cache since its last call, and a form that reads fewer weights gains by it.
+    """
     weight, maths = linear.to_dense().to(dtype), linear.linear.maths
+    copies = 1
+    if weight.is_cuda:
+        copies += 2 * torch.cuda.get_device_properties(weight.device).L2_cache_size // weight.nbytes
+    weights = [weight.clone() for _ in range(copies)]
+    factors = [[factor.detach().to(dtype, copy=True) for factor in linear.factors()] for _ in range(copies)]
     faster = []
     for tokens in TOKENS if weight.is_cuda else [tokens for tokens in TOKENS if tokens <= CPU_TOKENS]:
         x = torch.ones(tokens, 1, linear.in_features, dtype=dtype, device=weight.device)  # decoding: [b, 1, N]
-        times = _seconds(partial(F.linear, x, weight), partial(maths.apply, x, *factors, bias=None))
-        faster.append(times[0] < times[1])
+        merged, structured = _seconds(
+            [partial(F.linear, x, weight) for weight in weights],
+            [partial(maths.apply, x, *own, bias=None) for own in factors],
+        )
+        faster.append(merged < structured)
     return Crossover(tuple(faster))
 
 
-def _seconds(*functions: Callable[[], Tensor]) -> list[float]:
-    """The fastest of several timings of each function, in turn, so that a disturbance meets all of them."""
-    calls = [_calls(function) for function in functions]
-    best = [math.inf] * len(functions)
+def _seconds(*variants: list[Callable[[], Tensor]]) -> list[float]:
+    """The fastest of several timings of each variant, in turn, so that a disturbance meets all of them.
+
+    A variant is a list of functions of equal cost, which are called one after the other.
+    """
+    calls = [_calls(functions) for functions in variants]
+    best = [math.inf] * len(variants)
     for _ in range(REPETITIONS):
         for index, (count, call) in enumerate(calls):
             best[index] = min(best[index], call() / count)
     return best
 
 
-def _calls(function: Callable[[], Tensor]) -> tuple[int, Callable[[], float]]:
-    """(number of calls in a timing, the timing) of a function that has been warmed up.
+def _calls(functions: list[Callable[[], Tensor]]) -> tuple[int, Callable[[], float]]:
+    """(number of calls in a timing, the timing) of functions that have been warmed up.
 
     On a GPU the calls are replayed as a CUDA graph, as in decoding, so that the host's speed does not matter.
     """
-    device = function().device
+    device = functions[0]().device
     if device.type != "cuda":
-        start = time.perf_counter()
-        function()
-        count = max(1, int(BUDGET_SECONDS / (time.perf_counter() - start)))
-        return count, lambda: _on_cpu(function, count)
-    count = 20
+        count = max(1, int(BUDGET_SECONDS / _on_cpu(functions, 1)))
+        return count, lambda: _on_cpu(functions, count)
+    count = max(20, len(functions))
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
-        function()
+        functions[0]()
     torch.cuda.synchronize(device)
     with torch.cuda.graph(graph, stream=stream):
-        for _ in range(count):
-            function()
+        for call in range(count):
+            functions[call % len(functions)]()
     return count, lambda: _on_gpu(graph)
 
 
-def _on_cpu(function: Callable[[], Tensor], count: int) -> float:
+def _on_cpu(functions: list[Callable[[], Tensor]], count: int) -> float:
     start = time.perf_counter()
-    for _ in range(count):
-        function()
+    for call in range(count):
+        functions[call % len(functions)]()
     return time.perf_counter() - start
 
 

@@ -4,14 +4,14 @@ It runs the modules of a GPT on one process, in whatever form its linears have; 
 own. On a GPU a step is compiled and replayed as a CUDA graph: a step of few tokens starts hundreds of small kernels,
 and the host would be slower at that than the GPU at computing them.
 
-Letters: b rows, s tokens of the longest prompt, n slots that a step reads, h hidden size, dh head width, v vocabulary.
+Letters: b rows, s tokens of the longest prompt, h hidden size, dh head width, v vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,11 @@ from torch import Tensor
 from megastruct.config.schema import Config
 from megastruct.inference.cache import KeyValueCache
 from megastruct.layers.vocabulary import VocabParallelEmbedding
-from megastruct.models.attention import Attention
 from megastruct.models.block import COMPILED_VARIANTS, Block
 from megastruct.models.gpt import EMBEDDING, GPT, HEAD
 
-SLOTS_STEP = 128  # a graph reads a multiple of this many slots, so that a few graphs serve all lengths
+if torch.cuda.is_available():
+    from megastruct.inference import decode_kernel  # Triton is installed with a PyTorch for GPUs only
 
 
 class Decoder:
@@ -39,17 +39,17 @@ class Decoder:
         self._step_block: Callable[..., Tensor] = step_block
         if self.compiled:
             torch._dynamo.config.recompile_limit = COMPILED_VARIANTS
-            self._step_block = torch.compile(step_block, fullgraph=True, dynamic=True)  # once for all b above 1 and n
-        self._graphs: dict[int, _Graph] = {}
+            # The first number of rows is compiled as a constant: with a variable one, the GPU's loads are narrower, and
+            # a large step is up to a fifth slower. A second number is compiled as a variable.
+            self._step_block = torch.compile(step_block, fullgraph=True)
+        self._graph: _Graph | None = None
 
     def new_cache(self, batch: int, num_slots: int) -> KeyValueCache:
         """An empty cache for `batch` rows of up to `num_slots` tokens, on the model's device.
 
         With compiled steps a decoder works on its newest cache only: a graph holds the addresses of one cache.
         """
-        self._graphs = {}
-        if self.compiled:  # a graph's last slots exist for every length
-            num_slots = -(-num_slots // SLOTS_STEP) * SLOTS_STEP
+        self._graph = None
         return KeyValueCache(self.config.model, batch, num_slots, self.dtype, self.device)
 
     @torch.inference_mode()
@@ -78,19 +78,26 @@ class Decoder:
         `lengths`: tokens that each row has in the cache already; they are at least 1 and below `cache.num_slots`. The
         result is overwritten by the next step if steps are compiled.
         """
-        longest = max(lengths) + 1
         positions = torch.tensor(lengths).to(self.device, non_blocking=True)
-        if not self.compiled:
-            mask = None if min(lengths) + 1 == longest else _mask(positions, longest)
-            return self._run(ids, positions, cache, longest, mask)
-        return self._replay(ids, positions, cache, min(-(-longest // SLOTS_STEP) * SLOTS_STEP, cache.num_slots))
+        if self.compiled:
+            if self._graph is None:
+                self._graph = _Graph(partial(self._run, cache=cache), (ids, positions))
+            return self._graph(ids, positions)
+        longest = max(lengths) + 1
+        mask = None if min(lengths) + 1 == longest else _mask(positions, longest)
+        return self._run(ids, positions, cache, longest, mask)
 
-    def _run(self, ids: Tensor, positions: Tensor, cache: KeyValueCache, slots: int, mask: Tensor | None) -> Tensor:
+    def _run(
+        self, ids: Tensor, positions: Tensor, cache: KeyValueCache, slots: int = 0, mask: Tensor | None = None
+    ) -> Tensor:
         x: Tensor = self.model.get_submodule(EMBEDDING)(ids[:, None])  # [1, b, h]
         cos, sin = self.blocks[0].attention.rotary.tables(cache.num_slots, self.device)
         cos, sin = (table[positions].view(1, len(ids), 1, -1) for table in (cos, sin))
         rows = torch.arange(len(ids), device=self.device)
         for block, keys, values in zip(self.blocks, cache.keys.unbind(), cache.values.unbind(), strict=True):
+            if self.compiled:
+                for cached in (keys, values):
+                    torch._dynamo.maybe_mark_dynamic(cached, 2)
             x = self._step_block(block, x, cos, sin, keys, values, rows, positions, slots, mask)
         return self._logits(x)
 
@@ -101,21 +108,11 @@ class Decoder:
             return cast(VocabParallelEmbedding, self.model.get_submodule(EMBEDDING)).project(x)[0]
         return self.model.get_submodule(HEAD)(x)[0]
 
-    def _replay(self, ids: Tensor, positions: Tensor, cache: KeyValueCache, slots: int) -> Tensor:
-        if slots not in self._graphs:
-            pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-            self._graphs[slots] = _Graph(
-                lambda ids, positions: self._run(ids, positions, cache, slots, _mask(positions, slots)),
-                (ids, positions),
-                pool,
-            )
-        return self._graphs[slots](ids, positions)
-
 
 class _Graph:
     """A function of tensors of fixed shapes, captured as a CUDA graph; its result is overwritten by the next call."""
 
-    def __init__(self, function: Callable[..., Tensor], arguments: tuple[Tensor, ...], pool: Any) -> None:
+    def __init__(self, function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> None:
         self.inputs = [argument.clone() for argument in arguments]
         self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(self.inputs[0].device)
@@ -124,7 +121,7 @@ class _Graph:
             for _ in range(2):  # compiles, and makes what is made once; it writes to the cache what the replay writes
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream):
+        with torch.cuda.graph(self.graph, stream=stream):
             self.output = function(*self.inputs)
 
     def __call__(self, *arguments: Tensor) -> Tensor:
@@ -149,32 +146,31 @@ def step_block(
     """One token of each row through a block: x [1, b, h] -> [1, b, h].
 
     keys, values: the block's part of the cache [b, kv_heads, num_slots, dh], to which the tokens are added at
-    `positions` int64 [b]. `rows`: 0 ... b - 1. The first `slots` slots are read, those of them that `mask` bool
-    [b, 1, 1, slots] allows; None: all. cos and sin: [1, b, 1, dh / 2].
+    `positions` int64 [b]. `rows`: 0 ... b - 1. cos and sin: [1, b, 1, dh / 2]. `slots`, `mask`: as
+    in `attend_to_cache`.
     """
     attention = block.attention
     q, k, v = attention.project(block.attention_norm(x), cos, sin)
     keys[rows, :, positions] = k[0]
     values[rows, :, positions] = v[0]
-    x = x + attend_to_cache(attention, q[0], keys[:, :, :slots], values[:, :, :slots], mask)
+    y = attend_to_cache(q[0], keys, values, positions, slots, mask)
+    x = x + attention.out(y.reshape(1, len(rows), -1))
     return x + block.mlp(block.mlp_norm(x))
 
 
-def attend_to_cache(attention: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The output [1, b, h] of q [b, heads, dh] over k and v [b, kv_heads, n, dh]; `mask` bool [b, 1, 1, n].
+def attend_to_cache(
+    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, slots: int, mask: Tensor | None
+) -> Tensor:
+    """Attention of q [b, heads, dh] to the slots 0 ... `positions` int64 [b] of each row; b x heads x dh values.
 
-    The query heads of a key/value head stand side by side, as if they were positions: nothing is copied for them.
+    keys, values: [b, kv_heads, num_slots, dh]. A CPU reads the first `slots` slots, of which `mask` bool
+    [b, 1, 1, slots] says what each row sees; None: all of them. A GPU's kernel needs neither.
     """
-    b, kv_heads = k.shape[:2]
-    grouped = q.view(b, kv_heads, -1, attention.head_dim)
-    if q.is_cuda and mask is not None and grouped.shape[2] > 1:
-        # Up to 1.9 times as fast on an H200 as PyTorch's kernel for a mask, which is made for many more queries. Scores
-        # are rounded to the dtype before the softmax, as in transformers' "eager" attention.
-        scores = (grouped * attention.head_dim**-0.5) @ k.transpose(-1, -2)  # [b, kv_heads, heads / kv_heads, n]
-        y = scores.float().masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype) @ v
-    else:
-        y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)  # [b, kv_heads, heads / kv_heads, dh]
-    return attention.out(y.reshape(1, b, -1))
+    if q.is_cuda:
+        return decode_kernel.attend(q, keys, values, positions)
+    # The query heads of a key/value head stand side by side, as if they were positions: nothing is copied for them.
+    grouped = q.view(*keys.shape[:2], -1, q.shape[-1])
+    return F.scaled_dot_product_attention(grouped, keys[:, :, :slots], values[:, :, :slots], attn_mask=mask)
 
 
 def _mask(positions: Tensor, slots: int) -> Tensor:

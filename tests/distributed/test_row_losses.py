@@ -43,6 +43,7 @@ def whole_model(config: Config) -> list[list[float]]:
     """The loss of each row of the first global batch, [micro-batches, b], from the logits of the engine's model."""
     engine = build_engine(config, Topology(1, 1), own_device())
     ids, labels = (torch.cat(part) for part in zip(*list(batches(config, Topology(1, 1)))[:8], strict=True))
+    ids, labels = ids.to(own_device()), labels.to(own_device())
     x = engine.module(ids).double()  # [s, b, v]
     losses = F.cross_entropy(x.permute(1, 2, 0), labels, reduction="none").mean(1)
     return losses.view(-1, config.training.micro_batch_size).tolist()

@@ -53,7 +53,7 @@ setup(
         "huggingface": ["transformers>=4.57", "safetensors>=0.5", "tokenizers>=0.20"],
         "lm-eval": ["megastruct[huggingface]", "lm_eval>=0.4.9", "pytablewriter>=1.0", "accelerate>=1.0"],
         "s3": ["s3fs>=2024.6"],
-        "gs": ["gcsfs>=2024.6"],
+        "gs": ["gcsfs"],  # each release asks for the fsspec of the same day
         "test": [
             "megastruct[plot,benchmark,huggingface,lm-eval,s3]",
             "pytest",

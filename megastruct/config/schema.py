@@ -84,7 +84,7 @@ class DataConfig(Section):
     )
     num_workers: Count = Field(1, description="text: processes per rank that tokenise ahead; 0: a thread instead")
     patience_seconds: Annotated[float, Field(ge=0)] = Field(
-        300.0, description="text: how long reading a shard that cannot be reached is retried"
+        300.0, description="how long reading a shard of text, or the mirror of a run, that fails is retried"
     )
 
     @property
@@ -185,6 +185,14 @@ class CheckpointConfig(Section):
 
     interval_steps: Count = Field(0, description="0 = only after the last step")
     keep: Size = Field(2, description="number of complete checkpoints to keep")
+    mirror: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://.")] | None = Field(
+        None,
+        description="address, such as s3://BUCKET/runs: every checkpoint is copied to its folder run.name, and a run "
+        "whose own folder has no newer one resumes from there",
+    )
+    mirror_wait_seconds: Annotated[float, Field(ge=0)] = Field(
+        1800.0, description="how long the end of a run waits for the copy of its last checkpoint"
+    )
 
 
 class ReliabilityConfig(Section):

@@ -109,13 +109,15 @@ def version_of(info: dict[str, Any]) -> str:
 
 
 def _options(scheme: str, retries: bool) -> dict[str, Any]:
+    if scheme in ("file", "local"):
+        return {"auto_mkdir": True}
     if scheme not in ("s3", "s3a"):
         return {}
+    if retries:
+        return {"max_concurrency": 4}  # parts of 50 MiB in memory
     from fsspec.config import conf
 
     given = conf.get(scheme, {}).get("config_kwargs") or {}
-    if retries:
-        return {"max_concurrency": 4}  # parts of 50 MiB in memory
     return {"config_kwargs": {"retries": {"total_max_attempts": 1}, **given}}
 
 

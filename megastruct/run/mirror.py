@@ -9,7 +9,6 @@ before them, so an interrupted copy never counts.
 
 from __future__ import annotations
 
-import hashlib
 import posixpath
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,22 +19,12 @@ from megastruct.checkpoint.checksums import MANIFEST_FILE, Checksum, parse_manif
 from megastruct.checkpoint.store import checkpoint_folder, step_in, step_of
 from megastruct.config.schema import Config
 from megastruct.data.cache import FOLDER_NAME as DATA_CACHE
-from megastruct.data.sources.fsspec_address import (
-    OutOfReachError,
-    StoreError,
-    StoreRefusedError,
-    open_address,
-    refusal_of,
-    store_errors,
-)
-from megastruct.data.sources.patience import patiently
-from megastruct.errors import Problem, UserError
-from megastruct.files import NewFile
+from megastruct.data.sources.download import download, write
+from megastruct.data.sources.fsspec_address import open_address, retried, store_errors
 from megastruct.launch.signals import STOP_FILE
 from megastruct.run.run_folder import CHECKPOINTS
 
 WHERE = "checkpoint.mirror"
-_RANGE_BYTES = 32 << 20  # of one request while a checkpoint is downloaded
 _FILES_AT_ONCE = 4
 _DAMAGED = ".damaged"
 _OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory")  # without folders
@@ -202,7 +191,7 @@ class Mirror:
         with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
             for result in [pool.submit(get, name) for name in manifest]:
                 result.result()
-        _write(folder / MANIFEST_FILE, [content or b""])
+        write(folder / MANIFEST_FILE, [content or b""])
 
     def _steps(self) -> dict[int, list[str]]:
         """The paths of the files of each checkpoint, by step, complete or not."""
@@ -230,20 +219,11 @@ class Mirror:
             return None
 
     def _get(self, source: str, path: Path, num_bytes: int | None = None) -> Checksum:
-        """Write a file of this machine from one of the mirror, in ranges; each is retried. Returns its checksum."""
+        """Write a file of this machine from one of the mirror; returns its checksum."""
         size: int = self._retried(lambda: self._size(source), "read")
         if num_bytes is not None and size != num_bytes:
             raise DamagedError(f"{path.name} has {size} bytes instead of {num_bytes}")
-        sha256 = hashlib.sha256()
-
-        def parts() -> Iterable[bytes]:
-            for start in range(0, size, _RANGE_BYTES):
-                part = self._retried(lambda start=start: self._range(source, start, size), "read")  # type: ignore[misc]
-                sha256.update(part)
-                yield part
-
-        _write(path, parts())
-        return Checksum(size, sha256.hexdigest())
+        return Checksum(size, download(self._system, source, size, path, lambda get: self._retried(get, "read")))
 
     def _size(self, path: str) -> int:
         try:
@@ -252,29 +232,8 @@ class Mirror:
         except FileNotFoundError:
             raise DamagedError(f"{posixpath.basename(path)} is missing") from None
 
-    def _range(self, path: str, start: int, size: int) -> bytes:
-        end = min(start + _RANGE_BYTES, size)
-        with store_errors():
-            content = self._system.cat_file(path, start=start, end=end)
-        if len(content) != end - start:
-            raise StoreError(f"the store sent {len(content):,} of {end - start:,} requested bytes")
-        return content
-
     def _retried(self, action: Callable[[], T], done: str, at_start: bool = False) -> T:
-        """What `action` returns. A failing store is retried, but one that is out of reach not `at_start` of a run."""
-
-        def may_pass(error: Exception) -> bool:
-            return isinstance(error, StoreError) and not (at_start and isinstance(error, OutOfReachError))
-
-        try:
-            return patiently(action, self.address, self._patience_seconds, may_pass, done)
-        except StoreRefusedError as error:
-            problem = refusal_of(self.address, error, done)
-        except FileNotFoundError as error:
-            problem = Problem(self.address, f"does not exist ({error})", "an address in a bucket that exists")
-        except OutOfReachError as error:
-            problem = Problem(self.address, f"cannot be reached ({error})", "check the address and the network")
-        raise UserError(Problem(WHERE, f"{problem.where} {problem.found}", problem.suggestion))
+        return retried(action, self.address, WHERE, self._patience_seconds, done, at_start=at_start)
 
 
 def _is_complete(paths: list[str]) -> bool:
@@ -284,16 +243,3 @@ def _is_complete(paths: list[str]) -> bool:
 def _identity(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_ino, status.st_mtime_ns
-
-
-def _write(path: Path, parts: Iterable[bytes]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with NewFile(path) as file:
-            for part in parts:
-                file.write(part)
-    except (StoreError, StoreRefusedError):
-        raise
-    except OSError as error:
-        found = f"cannot be written ({error.strerror or error})"
-        raise UserError(Problem(str(path), found, "free some space, then run the same command again")) from None

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from local_s3 import LocalS3, set_environment
+from megastruct.commands.prepare import main
 from megastruct.data.preparation.prepare import prepare
 from megastruct.data.sources.find import find_shards
 from megastruct.data.sources.fsspec_address import StoreError, StoreRefusedError, open_address, store_errors
 from megastruct.data.sources.reading import read_patiently
+from megastruct.data.tokens.fetch import fetch_folder
 from megastruct.errors import UserError
 from test_prepare import ROOT, arguments_for, contents
 from tiny_data import SEED, SEQ_LENGTH, VALIDATION_FRACTION, open_kind
@@ -249,3 +251,51 @@ def test_the_local_path_of_an_address_is_not_made(tmp_path, monkeypatch):
     with pytest.raises(UserError):
         find_shards("s3://no-such-bucket/x", "data.path")
     assert not list(Path.cwd().iterdir())
+
+
+# Token shards -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tokens(server, token_folder) -> str:
+    """The address of a copy of the token shards."""
+    names = [path.relative_to(token_folder).as_posix() for path in token_folder.rglob("*") if path.is_file()]
+    return f"s3://{server.bucket({f't/{name}': (token_folder / name).read_bytes() for name in names})}/t"
+
+
+def test_token_shards_are_copied_once_and_checked(server, tokens, token_folder, tmp_path, capsys):
+    sizes = {"seq_length": SEQ_LENGTH, "vocab_size": 330, "seed": SEED}
+    server.fail("GET .*bin", 503, 2)
+    opened = [
+        open_kind("tokens", tokens, None, token_cache=str(tmp_path), patience_seconds=20, **sizes) for _ in range(2)
+    ]
+    local = open_kind("tokens", str(token_folder), None, **sizes)
+    assert opened[0].describe() == opened[1].describe() == local.describe()
+    assert "copying" in capsys.readouterr().err
+    read = {request.path for request in server.requests if request.method == "GET" and request.path.endswith(".bin")}
+    assert len(read) == len(list(token_folder.rglob("*.bin")))
+    assert sum(request.path in read and request.method == "GET" for request in server.requests) == len(read) + 2
+    [copy] = tmp_path.iterdir()
+    assert contents(copy) == contents(token_folder)
+    batch, expected = (next(data.train_reader(4, 4, 0, 1)).ids for data in (opened[1], local))
+    assert np.array_equal(batch, expected)
+
+
+def test_a_damaged_token_file_is_named_and_an_interrupted_copy_continues(server, tokens, token_folder, tmp_path):
+    bucket = tokens.split("/")[2]
+    content = (token_folder / "train" / "00000-000.bin").read_bytes()
+    server.put(bucket, "t/train/00000-000.bin", content[::-1])
+    assert "SHA-256" in problem_of(lambda: fetch_folder(tokens, "data.path", str(tmp_path)))
+    server.put(bucket, "t/train/00000-000.bin", content)
+    server.requests.clear()
+    assert contents(fetch_folder(tokens, "data.path", str(tmp_path))) == contents(token_folder)
+    assert sum(".bin" in request.path and request.method == "GET" for request in server.requests) == 1
+    assert "has no manifest.json" in problem_of(lambda: fetch_folder(f"{tokens}/train", "data.path", str(tmp_path)))
+
+
+def test_an_output_cannot_be_an_address(bucket, tokenizer_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(list(map(str, arguments_for(f"s3://{bucket}/corpus", "s3://bucket/out", tokenizer_path))))
+    assert "--output: s3:/bucket/out is an address" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -8,11 +8,11 @@ becomes one of the classes of this file, so that one place decides which errors 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-from megastruct.data.sources.patience import reason
+from megastruct.data.sources.patience import patiently, reason
 from megastruct.errors import Problem, UserError
 
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*)://.*", re.DOTALL)
@@ -23,6 +23,8 @@ _BAD_SETTINGS = re.compile(
     r"(No|Partial|Default)Credentials(Error)?|ProfileNotFound|ParamValidationError|NoRegionError|InvalidRegionError"
     r"|\w*SSO\w*|ConfigParseError|\w*InvalidURL\w*|InvalidProxiesConfigError"
 )
+
+T = TypeVar("T")
 
 
 class StoreError(OSError):
@@ -82,6 +84,36 @@ _SETTINGS = "check the address and the settings and credentials in the environme
 def refusal_of(uri: str, error: StoreRefusedError, done: str = "read") -> Problem:
     """The problem of an address that the store refuses; `done` is a participle for what could not be done."""
     return Problem(uri, f"cannot be {done} because the store rejects the request ({error})", _SETTINGS)
+
+
+def retried(
+    action: Callable[[], T], address: str, where: str, patience_seconds: float, done: str, *, at_start: bool = False
+) -> T:
+    """What `action` returns. It is retried for `patience_seconds` while the store fails.
+
+    `where`: config key or option of the address, for messages. `done`: a participle that says what is tried.
+    `at_start`: a store that is out of reach is not retried, because the address may be wrong.
+
+    Raises:
+        UserError: the store failed for that long, cannot be reached, denies the request, or has no such object.
+    """
+
+    def may_pass(error: Exception) -> bool:
+        return isinstance(error, StoreError) and not (at_start and isinstance(error, OutOfReachError))
+
+    try:
+        return patiently(action, address, patience_seconds, may_pass, done)
+    except StoreRefusedError as error:
+        problem = refusal_of(address, error, done)
+    except FileNotFoundError as error:
+        problem = Problem(address, f"does not exist ({error})", "an address in a bucket that exists")
+    except OutOfReachError as error:
+        problem = Problem(address, f"cannot be reached ({error})", "check the address, the endpoint and the network")
+    except UserError as error:
+        raise UserError(
+            [Problem(where, f"{found.where} {found.found}", found.suggestion) for found in error.problems]
+        ) from None
+    raise UserError(Problem(where, f"{problem.where} {problem.found}", problem.suggestion))
 
 
 @contextmanager

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import posixpath
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from megastruct.data.protocols import FileState
 from megastruct.data.sources.changes import refuse_changed
 from megastruct.data.sources.fsspec_address import (
-    OutOfReachError,
     StoreError,
     StoreRefusedError,
     is_address,
     open_address,
     refusal_of,
+    retried,
     store_errors,
     version_of,
 )
-from megastruct.data.sources.patience import patiently
 from megastruct.data.sources.ranges import RangedBytes
 from megastruct.data.sources.shards import MANIFEST_NAME, TextShard
 from megastruct.errors import Problem, UserError
@@ -39,20 +39,8 @@ class ObjectFiles:
         if not is_address(search.path):
             return None
         system, path = open_address(search.path, search.where)
-        may_pass = lambda error: isinstance(error, StoreError) and not isinstance(error, OutOfReachError)  # noqa: E731
-        try:
-            root, infos = patiently(
-                partial(_listed, system, path), search.path, search.patience_seconds, may_pass, "listed"
-            )
-        except FileNotFoundError:  # the bucket, or for some stores the folder
-            root, infos = path, {}
-        except StoreRefusedError as error:
-            raise UserError(_at(search.where, refusal_of(search.path, error, "listed"))) from None
-        except OutOfReachError as error:
-            found = f"{search.path} cannot be reached ({error})"
-            raise UserError(Problem(search.where, found, "check the address, the endpoint and the network")) from None
-        except UserError as error:
-            raise UserError([_at(search.where, problem) for problem in error.problems]) from None
+        list_it = partial(_listed, system, path.rstrip("/"))
+        root, infos = retried(list_it, search.path, search.where, search.patience_seconds, "listed", at_start=True)
         if not infos:
             suggestion = "correct the address: a folder, a pattern or an object of a bucket that exists"
             raise UserError(Problem(search.where, f"{search.path}: nothing is there", suggestion))
@@ -119,7 +107,8 @@ def _state(system: Any, path: str) -> FileState:
 
 def _listed(system: Any, path: str) -> tuple[str, _Infos]:
     """(folder of the names, what the store says of each object, by path) of a folder, an object or a pattern."""
-    with store_errors():
+    infos: _Infos = {}
+    with suppress(FileNotFoundError), store_errors():  # no such bucket, or for some stores no such folder
         system.invalidate_cache()
         infos = _objects(system.find(path, detail=True))
         if set(infos) - {path}:
@@ -144,7 +133,3 @@ def _shards(search: Search, system: Any, root: str, infos: _Infos) -> list[TextS
         TextShard(system.unstrip_protocol(path), name, infos[path]["size"], version_of(infos[path]))
         for name, path in chosen.items()
     ]
-
-
-def _at(where: str, problem: Problem) -> Problem:
-    return Problem(where, f"{problem.where}: {problem.found}", problem.suggestion)

@@ -37,8 +37,8 @@ class Mirroring:
         self._changed = threading.Condition()
         self._waiting: Path | None = None  # the checkpoint to copy next
         self._copying: Path | None = None
-        self._thread: threading.Thread | None = None
         shutil.rmtree(folder / _LINKS, ignore_errors=True)  # of a killed run
+        threading.Thread(target=self._run, name="mirror", daemon=True).start()
 
     @classmethod
     def of(cls, config: Config) -> Mirroring | None:
@@ -55,9 +55,6 @@ class Mirroring:
         with self._changed:
             self._remove_links(self._waiting)
             self._waiting = self._linked(checkpoint)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
-                self._thread.start()
             self._changed.notify_all()
 
     def finish(self, seconds: float) -> None:

@@ -92,14 +92,18 @@ def retried(
     """What `action` returns. It is retried for `patience_seconds` while the store fails.
 
     `where`: config key or option of the address, for messages. `done`: a participle that says what is tried.
-    `at_start`: a store that is out of reach is not retried, because the address may be wrong.
+    `at_start`: a store that is out of reach is tried twice only, because the address may be wrong.
 
     Raises:
         UserError: the store failed for that long, cannot be reached, denies the request, or has no such object.
     """
 
+    num_unreached = 0
+
     def may_pass(error: Exception) -> bool:
-        return isinstance(error, StoreError) and not (at_start and isinstance(error, OutOfReachError))
+        nonlocal num_unreached
+        num_unreached += isinstance(error, OutOfReachError)
+        return isinstance(error, StoreError) and not (at_start and num_unreached > 1)
 
     try:
         return patiently(action, address, patience_seconds, may_pass, done)

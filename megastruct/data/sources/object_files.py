@@ -35,7 +35,7 @@ class ObjectFiles:
     request_bytes = 4 << 20  # a request takes a few hundredths of a second
 
     def find(self, search: Search) -> list[TextShard] | None:
-        """As in `Storage`. A failing store is retried; an unreachable one is not: the address may be wrong."""
+        """As in `Storage`. A failing store is retried; an unreachable one once only: the address may be wrong."""
         if not is_address(search.path):
             return None
         system, path = open_address(search.path, search.where)

@@ -25,6 +25,7 @@ from megastruct.launch.deepspeed import LaunchOptions, deepspeed_command, hostfi
 from megastruct.launch.environment import free_port
 from megastruct.launch.signals import STOP_FILE
 from megastruct.planning.steps import total_steps
+from megastruct.run.mirroring import complete_mirror
 from megastruct.run.preflight import preflight
 from megastruct.run.run_folder import RunFolder
 
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = RunFolder(config).path
     finished = RunFolder(config).finished_steps()
     if finished >= total_steps(config):
+        if not args.node_rank:
+            complete_mirror(config)
         print(f"{folder} is finished: {total_steps(config)} steps are done.")
     else:
         if finished:

@@ -116,7 +116,7 @@ class Run:
                 self.writer.write(self.step, metrics | {"tokens": tokens, **self.spent.read()})
             if _due(self.step, self.config.checkpoint.interval_steps, last or stopping):
                 self.checkpoints.start_save(self.engine, self.step, *self._place())
-        self.checkpoints.finish_save()
+        self.checkpoints.finish()
         self.progress.close()
         if self.writer:
             self.writer.close()

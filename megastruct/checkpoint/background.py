@@ -72,6 +72,10 @@ class BackgroundSaver:
         if error is not None:
             raise error
 
+    def meet(self) -> None:
+        """Wait for all ranks, for as long as a save may take. Collective; after `connect`."""
+        dist.barrier(self._group)
+
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:
         old = self._buffers.get(name)
         if old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype:

@@ -99,7 +99,12 @@ def manifest_text(checksums: dict[str, Checksum]) -> str:
 
 def read_manifest(folder: Path) -> dict[str, Checksum]:
     """The checksums of a checkpoint's files, by name. Raises OSError or ValueError if they cannot be read."""
-    values = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    return parse_manifest((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+
+
+def parse_manifest(text: str) -> dict[str, Checksum]:
+    """The checksums in the text of a `checksums.json`, by name of the file. Raises ValueError for anything else."""
+    values = json.loads(text)
     try:
         return {name: Checksum(int(value["num_bytes"]), str(value["sha256"])) for name, value in values.items()}
     except (AttributeError, KeyError, TypeError) as error:

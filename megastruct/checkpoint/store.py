@@ -16,7 +16,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+def step_in(name: str) -> int | None:
+    """The step, if `name` is that of a complete checkpoint's folder."""
+    match = _NAME.match(name)
+    return int(match[1]) if match else None
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether it is the folder of a complete checkpoint, by its name."""
     return folder.is_dir() and _NAME.match(folder.name) is not None
@@ -58,6 +64,11 @@ def complete_checkpoints(root: Path) -> list[tuple[int, Path]]:
     if not root.is_dir():
         return []
     return sorted((step_of(path), path) for path in root.iterdir() if is_checkpoint(path))
+
+
+def superseded(steps: Iterable[int], keep: int) -> list[int]:
+    """The steps of those complete checkpoints that are removed after a save: all but the newest `keep`."""
+    return sorted(steps)[:-keep]
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -174,8 +185,9 @@ def _publish(aside: Path, final: Path, state: dict[str, Any], checksums: dict[st
     sync_folder(final.parent)
     if hidden:
         shutil.rmtree(hidden)
-    for _, old in complete_checkpoints(final.parent)[:-keep]:
-        shutil.rmtree(_hide(old))
+    complete = dict(complete_checkpoints(final.parent))
+    for step in superseded(complete, keep):
+        shutil.rmtree(_hide(complete[step]))
 
 
 def _hide(folder: Path) -> Path:

@@ -14,6 +14,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megastruct.data.preparation.inspect import Lengths, lengths, sample_documents, verify
+from megastruct.data.sources.fsspec_address import is_address
+from megastruct.data.tokens.fetch import fetch_folder
 from megastruct.data.tokens.manifest import SPLITS, Manifest, TokenFile, check_files, load_manifest
 from megastruct.errors import Problem, UserError, user_errors_exit
 
@@ -23,7 +25,7 @@ BAR_WIDTH = 40
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse `argv`, or `sys.argv` if it is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder made by megastruct-prepare")
+    parser.add_argument("folder", help="folder made by megastruct-prepare, or its address (s3://...)")
     parser.add_argument("--verify", action="store_true", help="read every file and compare it with the manifest")
     parser.add_argument(
         "--samples", type=int, default=3, help="number of documents to show as text (default: %(default)s)"
@@ -46,14 +48,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     with user_errors_exit():
         check_arguments(arguments)
-        manifest = load_manifest(arguments.folder)
-        print_counts(arguments.folder, manifest)
+        address = is_address(arguments.folder)
+        folder = fetch_folder(arguments.folder, "FOLDER") if address else Path(arguments.folder)
+        manifest = load_manifest(folder)
+        print_counts(folder, manifest)
         if arguments.verify:
-            print_verified(arguments.folder, manifest, arguments.workers)
+            print_verified(folder, manifest, arguments.workers)
         else:
-            check_files(arguments.folder, manifest)
-        print_lengths(lengths(arguments.folder, manifest, arguments.split, arguments.max_tokens), arguments.split)
-        documents = sample_documents(arguments.folder, manifest, arguments.split, arguments.samples, arguments.seed)
+            check_files(folder, manifest)
+        print_lengths(lengths(folder, manifest, arguments.split, arguments.max_tokens), arguments.split)
+        documents = sample_documents(folder, manifest, arguments.split, arguments.samples, arguments.seed)
         for file, start, text in documents:
             print(f"\n--- {file}, token {start}\n{text}")
 

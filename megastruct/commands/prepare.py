@@ -19,7 +19,9 @@ from megastruct.errors import Problem, UserError, user_errors_exit
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse `argv`, or `sys.argv` if it is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help="folder, glob, file or Hugging Face name of text shards")
+    parser.add_argument(
+        "--input", required=True, help="folder, glob, file, Hugging Face name or address (s3://...) of text shards"
+    )
     parser.add_argument("--output", required=True, type=Path, help="folder for the token shards")
     parser.add_argument("--tokenizer", required=True, help="SentencePiece model file")
     parser.add_argument("--text-column", default="content", help="column that holds the text (default: %(default)s)")
@@ -53,6 +55,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.validation_fraction < 1:
         found = f"{arguments.validation_fraction} is not in [0, 1)"
         problems.append(Problem("--validation-fraction", found, "--validation-fraction 0.005"))
+    if str(arguments.output).partition("/")[0].endswith(":"):  # a Path has one slash less
+        found = f"{arguments.output} is an address, but token shards are written to a folder of this machine"
+        problems.append(Problem("--output", found, "--output FOLDER, then copy the folder to the address"))
     for option in ("workers", "max_shard_tokens"):
         if getattr(arguments, option) < 1:
             name = "--" + option.replace("_", "-")

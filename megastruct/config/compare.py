@@ -18,6 +18,7 @@ FREE_KEYS = (
     "data.num_streams",
     "data.num_workers",
     "data.patience_seconds",
+    "data.token_cache",
 )
 
 

@@ -24,6 +24,13 @@ class RunConfig(Section):
     folder: str = "runs"
     seed: Count = 1234
 
+    @field_validator("folder")
+    @classmethod
+    def _is_no_address(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError("an address cannot be a run folder; give a folder, and the address as checkpoint.mirror")
+        return value
+
 
 class GuidedConfig(Section):
     """Self-guided training: a dense guide W beside every structured linear S, o = alpha W x + (1 - alpha) S x.
@@ -71,8 +78,9 @@ class DataConfig(Section):
         Annotated[str, Tag("-path")] | Annotated[list[DataSource], Field(min_length=1), Tag("-list")],
         Discriminator(_path_kind),
     ] = Field(
-        description="tokens: folder of shards; text: folder, glob, file or dataset name on the hub; or a list of "
-        "{path, weight}: samples are drawn from each in proportion to its weight"
+        description="tokens: folder of shards; text: folder, glob, file or dataset name on the hub; for both, an "
+        "address such as s3://BUCKET/FOLDER; or a list of {path, weight}: samples are drawn from each in proportion to "
+        "its weight"
     )
     tokenizer: str | None = Field(
         None, description="SentencePiece model; required for text, compared with the data for tokens"
@@ -84,7 +92,12 @@ class DataConfig(Section):
     )
     num_workers: Count = Field(1, description="text: processes per rank that tokenise ahead; 0: a thread instead")
     patience_seconds: Annotated[float, Field(ge=0)] = Field(
-        300.0, description="text: how long reading a shard that cannot be reached is retried"
+        300.0, description="how long reading a shard of text, or the mirror of a run, that fails is retried"
+    )
+    token_cache: str | None = Field(
+        None,
+        description="tokens at an address (s3://...): folder for the copy that is made before training; left out: "
+        "~/.cache/megastruct/tokens",
     )
 
     @property
@@ -185,6 +198,14 @@ class CheckpointConfig(Section):
 
     interval_steps: Count = Field(0, description="0 = only after the last step")
     keep: Size = Field(2, description="number of complete checkpoints to keep")
+    mirror: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://.")] | None = Field(
+        None,
+        description="address, such as s3://BUCKET/runs: every checkpoint is copied to its folder run.name, and a run "
+        "whose own folder has no newer one resumes from there",
+    )
+    mirror_wait_seconds: Annotated[float, Field(ge=0)] = Field(
+        1800.0, description="how long the end of a run waits for the copy of its last checkpoint"
+    )
 
 
 class ReliabilityConfig(Section):

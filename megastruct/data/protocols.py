@@ -1,6 +1,6 @@
 """The interfaces of the data package: what can have several implementations, and what each must do.
 
-    Storage         finds shards and opens their bytes: local files, the hub   registry: sources/storages.py
+    Storage         finds shards and opens their bytes: local, hub, fsspec     registry: sources/storages.py
     DocumentFormat  bytes of a shard -> documents: parquet, JSON lines         registry: sources/formats.py
     Tokenizer       documents -> token ids: SentencePiece                      registry: tokenizers/open.py
     TrainingData    micro-batches for a rank: token shards, text shards        registry: open.py

@@ -32,6 +32,11 @@ def current_process() -> Process:
     return Process(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
+def is_first_process() -> bool:
+    """Whether this process is rank 0, or was not started as a rank; reads RANK and sets nothing."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
 def take_share_of_cores() -> int:
     """The number of threads for this process: OMP_NUM_THREADS if it is set, else its share of the machine's cores.
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from megastruct.checkpoint.agreement import from_first_rank, gather, together
+from megastruct.checkpoint.agreement import from_first_rank, gather, rank_in, together
 from megastruct.checkpoint.background import BackgroundSaver
 from megastruct.checkpoint.intact import newest_intact, set_aside
 from megastruct.checkpoint.sharded import ShardedTensor
@@ -21,6 +21,7 @@ from megastruct.models.guidance import is_guide
 from megastruct.optimizers import ADAMW, OPTIMIZERS
 from megastruct.parallel.shards import Box
 from megastruct.planning.steps import guided_steps
+from megastruct.run.mirroring import Mirroring
 from megastruct.run.run_folder import RunFolder
 
 
@@ -42,6 +43,7 @@ class Checkpoints:
         self.root, self.keep = folder.checkpoints, folder.config.checkpoint.keep
         self.folder = folder
         self._saver = BackgroundSaver()
+        self._mirroring = Mirroring.of(folder.config) if rank_in() == 0 else None
 
     def start_save(self, engine: Engine, step: int, cursor: np.ndarray, state: dict[str, Any]) -> None:
         """Copy `step`'s state to host memory and write it while training continues. Collective over the world.
@@ -64,11 +66,23 @@ class Checkpoints:
         state = {"step": step, "cursor": cursor.tolist(), "layout": layout, **optimizer, **state}
         kinds = engine.saved_kinds()
         wanted = [f"{kind}.{name}" for name in names for kind in kinds[name]]
-        self._saver.start(lambda group: save_checkpoint(self.root, step, tensors, state, self.keep, group, wanted))
+
+        def write(group: Any) -> None:
+            self._mirror(save_checkpoint(self.root, step, tensors, state, self.keep, group, wanted))
+
+        self._saver.start(write)
 
     def finish_save(self) -> None:
         """Wait for the save that is on its way. Raises UserError on all ranks if it could not be written."""
         self._saver.wait()
+
+    def finish(self) -> None:
+        """Like `finish_save`, then wait for the mirror's copy, for a limited time. Collective."""
+        self.finish_save()
+        if self.folder.config.checkpoint.mirror:
+            if self._mirroring:
+                self._mirroring.finish(self.folder.config.checkpoint.mirror_wait_seconds)
+            self._saver.meet()
 
     def save(self, engine: Engine, step: int, cursor: np.ndarray, state: dict[str, Any]) -> Path:
         """`start_save` and `finish_save`: the checkpoint is complete when it returns."""
@@ -85,6 +99,8 @@ class Checkpoints:
         self._saver.connect()
         folder, damaged = newest_intact(self.root)
         set_aside(damaged)
+        if folder:
+            self._mirror(folder)  # its copy may have been interrupted
         return folder
 
     def agreed_finished_steps(self) -> int:
@@ -100,6 +116,10 @@ class Checkpoints:
             suggestion = "a folder on a file system that all nodes share"
             raise UserError(Problem("run.folder", message, suggestion), on_all_ranks=True)
         return steps
+
+    def _mirror(self, folder: Path) -> None:
+        if self._mirroring:
+            self._mirroring.offer(folder)
 
 
 def load_checkpoint(engine: Engine, folder: Path | None) -> Loaded:

@@ -10,6 +10,7 @@ from megastruct.data.options import DataOptions
 from megastruct.errors import Problems
 from megastruct.parallel.topology import Topology
 from megastruct.planning.steps import check_guided_steps
+from megastruct.run.restore import Restore
 from megastruct.run.run_folder import RunFolder
 
 
@@ -22,14 +23,23 @@ def preflight(config: Config, world_size: int) -> tuple[Topology, TrainingData]:
     topology = problems.collect(lambda: Topology.of_world(world_size, parallel.pp, parallel.dp, parallel.tp))
     if topology:
         problems += check_batch(config, topology.dp_size)
+    restore = problems.collect(lambda: _restored_files(config))
     data = problems.collect(lambda: _open(config))
     if data and topology and not problems:
         problems.collect(lambda: RunFolder(config).check(data.describe()))
         if not data.validation_is_costly or not problems:
             problems.collect(lambda: _check_held_out(config, data, topology))
     problems.raise_if_any()
-    assert topology and data
+    assert topology and data and restore
+    restore.checkpoint()
     return topology, data
+
+
+def _restored_files(config: Config) -> Restore:
+    """The rest of the restoration, after the files of the run that the other checks need."""
+    restore = Restore(config)
+    restore.files()
+    return restore
 
 
 def _open(config: Config) -> TrainingData:

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import numpy as np
 
 from megastruct.data.protocols import Tokenizer
+from megastruct.data.sources.changes import refuse_changed
 from megastruct.data.sources.documents import BROKEN_REASONS
 from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS
-from megastruct.data.sources.reading import check_unchanged, num_documents, read_patiently
+from megastruct.data.sources.reading import current_state, num_documents, read_patiently
 from megastruct.data.sources.shards import TextShard
-from megastruct.data.sources.storages import storage_of
 from megastruct.data.split import is_validation
 from megastruct.data.tokens.manifest import SPLITS, Count, Record, Splits, TokenFile
 from megastruct.errors import Problem, UserError
@@ -54,7 +54,7 @@ class ShardJob:
 
     def source_version(self) -> str:
         """The version of the shard, which changes whenever it is written; see `FileState`."""
-        return storage_of(self.shard).state(self.shard).version
+        return current_state(self.shard, self.patience_seconds).version
 
 
 class ShardRecord(Record):
@@ -116,8 +116,9 @@ def _make_files(job: ShardJob, version: str, on_progress: Callable[[int, int, in
 def _refuse_changed(job: ShardJob, version: str) -> None:
     """Raise UserError if the shard has been changed since `version`: what was read may be a mix of old and new."""
     try:
-        check_unchanged(job.shard)
-        if job.source_version() == version:
+        state = current_state(job.shard, job.patience_seconds)
+        refuse_changed(job.shard, state)
+        if state.version == version:
             return
     except FileNotFoundError:
         pass

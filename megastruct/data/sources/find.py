@@ -8,7 +8,7 @@ from pathlib import Path
 from megastruct.data.sources.formats import FORMATS, all_endings
 from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS
 from megastruct.data.sources.shards import TextShard
-from megastruct.data.sources.storages import STORAGES
+from megastruct.data.sources.storages import OTHER_ADDRESSES, STORAGES
 from megastruct.errors import Problem, UserError
 
 
@@ -44,7 +44,8 @@ def find_shards(
     cache_folder: Path | None = None,
     commit: str | None = None,
 ) -> list[TextShard]:
-    """All shards of `path`, sorted by name. `path` is a folder, a glob, a file or a Hugging Face dataset name.
+    """All shards of `path`, sorted by name. `path` is a folder, a glob, a file, a Hugging Face dataset name,
+    or an address such as s3://BUCKET/FOLDER.
 
     Relative paths are relative to the current directory. A local path takes precedence over a dataset of the same name.
     The commit and the files of a dataset are stored in `cache_folder`; if they are no longer there, `commit` gives the
@@ -58,7 +59,7 @@ def find_shards(
         UserError: nothing is found, no file has a known ending, or the hub cannot be reached.
     """
     search = Search(path, where, patience_seconds, cache_folder, commit)
-    for storage in STORAGES.values():
+    for storage in (*STORAGES.values(), OTHER_ADDRESSES):
         shards = storage.find(search)
         if shards is not None:
             return shards

@@ -8,9 +8,9 @@ the repository in every process, and the streams read a shard from its start to 
 
 from __future__ import annotations
 
-import io
 from typing import Any, NamedTuple
 
+from megastruct.data.sources.ranges import RangedBytes
 from megastruct.errors import Problem, UserError
 
 PREFIX = "hf://datasets/"
@@ -66,8 +66,8 @@ def commit_of(uri: str) -> str:
     return uri.partition("@")[2].partition("/")[0]
 
 
-class HubBytes(io.RawIOBase):
-    """The bytes of a file at a commit. Every read is one request for exactly the bytes that it returns.
+class HubBytes(RangedBytes):
+    """The bytes of a file at a commit; see `RangedBytes`.
 
     Raises:
         UserError: a read finds that the file has another size, or that the server ignores byte ranges.
@@ -77,36 +77,11 @@ class HubBytes(io.RawIOBase):
     def __init__(self, uri: str, num_bytes: int) -> None:
         from huggingface_hub import hf_hub_url
 
+        super().__init__(num_bytes)
         repository, _, rest = uri.removeprefix(PREFIX).partition("@")
         commit, _, path = rest.partition("/")
         self._url = hf_hub_url(repository, path, repo_type="dataset", revision=commit)
-        self._uri, self._num_bytes, self._position = uri, num_bytes, 0
-
-    def readable(self) -> bool:
-        """Always true."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always true."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move to a byte, without a request; returns the new position."""
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._num_bytes}[whence]
-        return self._position
-
-    def tell(self) -> int:
-        """The position of the next byte to read."""
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill `buffer`; returns the number of bytes read, which is 0 at the end of the file."""
-        num_bytes = min(len(buffer), self._num_bytes - self._position)
-        if num_bytes <= 0:
-            return 0
-        buffer[:num_bytes] = self._read_range(self._position, num_bytes)
-        self._position += num_bytes
-        return num_bytes
+        self._uri = uri
 
     def _read_range(self, start: int, num_bytes: int) -> bytes:
         # Without compression, because responses that are compressed on the fly do not support ranges.

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 
+from megastruct.data.protocols import FileState
+from megastruct.data.sources.changes import refuse_changed
 from megastruct.data.sources.documents import Document
 from megastruct.data.sources.errors import read_errors, unreadable
 from megastruct.data.sources.formats import format_of
-from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS, Patience, reason
+from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS, Patience, patiently, reason
 from megastruct.data.sources.shards import TextShard
 from megastruct.data.sources.storages import storage_of
-from megastruct.errors import Problem, UserError
+from megastruct.errors import UserError
 
 
 def read_patiently(
@@ -67,13 +69,27 @@ def num_documents(shard: TextShard) -> int | None:
 
 
 def check_unchanged(shard: TextShard) -> None:
-    """Check that the shard still has the size that it had when it was found.
+    """Check that the shard is still as it was found: its size and, where the storage knows it, its version.
 
     Raises:
-        UserError: the size differs.
+        UserError: it differs.
         OSError: the file is gone or cannot be reached.
     """
-    num_bytes = storage_of(shard).state(shard).num_bytes
-    if num_bytes != shard.num_bytes:
-        found = f"was changed: it has {num_bytes} bytes, but it had {shard.num_bytes} when this run began"
-        raise UserError(Problem(shard.uri, found, "wait until it is completely written, then start again"))
+    refuse_changed(shard, storage_of(shard).state(shard))
+
+
+def current_state(shard: TextShard, patience_seconds: float) -> FileState:
+    """The state of the shard's file now. A remote storage that fails is retried.
+
+    Raises:
+        UserError: the storage could not be reached for that long, or refuses access.
+        OSError: the file is gone, or is local and cannot be reached.
+    """
+    storage = storage_of(shard)
+    may_pass = lambda error: not shard.is_local and storage.may_pass(shard, error)  # noqa: E731
+    try:
+        return patiently(lambda: storage.state(shard), shard.uri, patience_seconds, may_pass)
+    except Exception as error:
+        if refusal := storage.refusal(shard, error):
+            raise UserError(refusal) from None
+        raise

@@ -151,14 +151,24 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return parse_manifest(path.read_bytes(), str(path))
     except OSError as error:
         raise UserError(Problem(str(path), f"cannot be read ({error.strerror})", _MAKE_AGAIN)) from None
+
+
+def parse_manifest(content: bytes, path: str) -> Manifest:
+    """The manifest in the bytes of a file; `path` is for messages.
+
+    Raises:
+        UserError: it is invalid; with every invalid field.
+    """
+    try:
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         problems = []
         for mistake in error.errors():
             place = ".".join(map(str, mistake["loc"]))
-            problems.append(Problem(f"{path}: {place}" if place else str(path), mistake["msg"], _MAKE_AGAIN))
+            problems.append(Problem(f"{path}: {place}" if place else path, mistake["msg"], _MAKE_AGAIN))
         raise UserError(problems) from None
 
 

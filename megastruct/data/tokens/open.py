@@ -8,8 +8,10 @@ from pathlib import Path
 from megastruct.data.opening import check_vocab_size
 from megastruct.data.options import DataOptions
 from megastruct.data.protocols import Tokenizer
+from megastruct.data.sources.fsspec_address import is_address
 from megastruct.data.tokenizers.open import open_tokenizer
 from megastruct.data.tokens.data import TokenData, TokenSource
+from megastruct.data.tokens.fetch import fetch_folder
 from megastruct.data.tokens.manifest import MANIFEST_NAME, Manifest, check_files, load_manifest
 from megastruct.errors import Problem, Problems, UserError
 
@@ -30,7 +32,10 @@ def open_tokens(options: DataOptions) -> TokenData:
 
 
 def _open_folder(options: DataOptions, where: str, path: str) -> tuple[TokenSource, Tokenizer]:
-    folder = Path(path).expanduser().absolute()
+    if is_address(path):
+        folder = fetch_folder(path, where, options.data.token_cache, options.data.patience_seconds)
+    else:
+        folder = Path(path).expanduser().absolute()
     if not (folder / MANIFEST_NAME).is_file():
         what = f"has no {MANIFEST_NAME}" if folder.is_dir() else "is not a folder"
         suggestion = "make token shards with tools/prepare_data.py, or read text directly with data.kind=text"

@@ -37,6 +37,7 @@ setup(
         "huggingface_hub>=1.0",
         "pyarrow>=16.0",
         "sentencepiece>=0.2",
+        "tokenizers>=0.20",
         "tensorboard>=2.16",
         "numpy>=1.26",
         "submitit>=1.5",
@@ -48,11 +49,10 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib>=3.8"],
-        "benchmark": ["tokenizers>=0.20"],
-        "huggingface": ["transformers>=4.57", "safetensors>=0.5", "tokenizers>=0.20"],
+        "huggingface": ["transformers>=4.57", "safetensors>=0.5"],
         "lm-eval": ["megastruct[huggingface]", "lm_eval>=0.4.9", "pytablewriter>=1.0", "accelerate>=1.0"],
         "test": [
-            "megastruct[plot,benchmark,huggingface,lm-eval]",
+            "megastruct[plot,huggingface,lm-eval]",
             "pytest",
             "pytest-timeout",
             "hypothesis",

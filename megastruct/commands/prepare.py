@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megastruct.data.preparation.prepare import prepare
+from megastruct.data.tokenizers.options import TokenizerOptions
 from megastruct.errors import Problem, UserError, user_errors_exit
 
 
@@ -21,7 +22,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, help="folder, glob, file or Hugging Face name of text shards")
     parser.add_argument("--output", required=True, type=Path, help="folder for the token shards")
-    parser.add_argument("--tokenizer", required=True, help="SentencePiece model file")
+    parser.add_argument(
+        "--tokenizer", required=True, help="SentencePiece model, tokenizer.json, or a folder that has one"
+    )
+    parser.add_argument(
+        "--eod-token", help="special token that ends a document (default: what the tokenizer's files say)"
+    )
+    parser.add_argument(
+        "--bos-token",
+        help="special token before every document; '' for none (default: what the tokenizer's files say, and none for "
+        "SentencePiece)",
+    )
+    parser.add_argument(
+        "--special-tokens-in-text",
+        action="store_true",
+        help="text that reads as a special token becomes that token; never the one that ends a document",
+    )
     parser.add_argument("--text-column", default="content", help="column that holds the text (default: %(default)s)")
     parser.add_argument(
         "--validation-fraction",
@@ -79,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 num_workers=arguments.workers,
                 max_shard_tokens=arguments.max_shard_tokens,
                 patience_seconds=arguments.patience_seconds,
+                tokenizer_options=TokenizerOptions(
+                    arguments.eod_token, arguments.bos_token, arguments.special_tokens_in_text or None
+                ),
                 report=lambda line: print(line, flush=True),
             )
         except KeyboardInterrupt:

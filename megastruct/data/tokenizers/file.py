@@ -64,6 +64,10 @@ class FileTokenizer(ABC):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """As in `Tokenizer`."""
 
+    @abstractmethod
+    def pieces(self) -> dict[str, int]:
+        """As in `Tokenizer`."""
+
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Like `encode`, with `bos_id` before every document, if there is one, and `eod_id` after it."""
         before, after = [] if self.bos_id is None else [self.bos_id], [self.eod_id]

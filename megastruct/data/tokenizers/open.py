@@ -18,12 +18,11 @@ TOKENIZERS: dict[str, Opener] = {
     "": SentencePieceTokenizer,
     ".json": HuggingFaceTokenizer,
 }
-IN_FOLDERS = (HuggingFaceTokenizer.file_name, SentencePieceTokenizer.file_name)
 _OF_SLOW_ONES = ("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "*.tiktoken")
 
 
 def open_tokenizer(path: str | Path, where: str = "", options: TokenizerOptions | None = None) -> Tokenizer:
-    """The tokenizer in the file at `path`, or in the tokenizer.json, else the tokenizer.model, of a folder.
+    """The tokenizer in the file at `path`. Of a folder, its tokenizer.json is taken, or else its tokenizer.model.
 
     `where` is the config key or option of the path, for messages. `options`: see `TokenizerOptions`.
 
@@ -38,10 +37,11 @@ def open_tokenizer(path: str | Path, where: str = "", options: TokenizerOptions 
 
 
 def _file_in(folder: Path, where: str) -> Path:
-    for name in IN_FOLDERS:
+    names = [HuggingFaceTokenizer.file_name, *(f"tokenizer{ending or '.model'}" for ending in TOKENIZERS)]
+    for name in names:
         if (folder / name).is_file():
             return folder / name
-    found = f"has no {' and no '.join(IN_FOLDERS)}"
+    found = f"has no {HuggingFaceTokenizer.file_name} and no {SentencePieceTokenizer.file_name}"
     suggestion = "give the file of a tokenizer, or a folder that has one"
     if slow := sorted(file.name for pattern in _OF_SLOW_ONES for file in folder.glob(pattern)):
         found += f", only {', '.join(slow)}"

@@ -43,7 +43,8 @@ class HuggingFaceTokenizer(FileTokenizer):
         try:
             self.json = TokenizerJson(self._content)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise self._error(f"is no tokenizer.json ({error!r})") from None
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise self._error(f"is no tokenizer.json ({reason})") from None
         return max(self.json.vocabulary.values(), default=-1) + 1
 
     def _ends(self, options: TokenizerOptions) -> Ends:

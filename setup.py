@@ -38,6 +38,7 @@ setup(
         "fsspec>=2024.6",
         "pyarrow>=16.0",
         "sentencepiece>=0.2",
+        "tokenizers>=0.20",
         "tensorboard>=2.16",
         "numpy>=1.26",
         "submitit>=1.5",
@@ -49,13 +50,12 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib>=3.8"],
-        "benchmark": ["tokenizers>=0.20"],
-        "huggingface": ["transformers>=4.57", "safetensors>=0.5", "tokenizers>=0.20"],
+        "huggingface": ["transformers>=4.57", "safetensors>=0.5"],
         "lm-eval": ["megastruct[huggingface]", "lm_eval>=0.4.9", "pytablewriter>=1.0", "accelerate>=1.0"],
         "s3": ["s3fs>=2024.6"],
         "gs": ["gcsfs"],  # each release asks for the fsspec of the same day
         "test": [
-            "megastruct[plot,benchmark,huggingface,lm-eval,s3]",
+            "megastruct[plot,huggingface,lm-eval,s3]",
             "pytest",
             "pytest-timeout",
             "hypothesis",

@@ -84,7 +84,7 @@ class Run:
             folder = checkpoints.folder
             self.lock = folder.lock()
             stop.watch(folder.path / STOP_FILE)
-            texts = folder.write(data.describe(), data.tokenizer.path)
+            texts = folder.write(data.describe(), data.tokenizer.files)
             self.writer = MetricWriter(folder.path, self.step, texts)
         self.progress = Progress(
             total_steps(config), self.step, enabled=dist.get_rank() == 0 and config.logging.progress_bar

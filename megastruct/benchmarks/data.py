@@ -7,7 +7,6 @@ variant's best round counts.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import tempfile
 import time
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megastruct.config.schema import DataConfig
-from megastruct.data import open_data
+from megastruct.data import Tokenizer, open_data, open_tokenizer
 from megastruct.data.options import DataOptions
 from megastruct.data.preparation.prepare import prepare
 from megastruct.data.sources.find import find_shards
@@ -31,15 +30,15 @@ SEQ_LENGTH = 2048
 GLOBAL_BATCH_SIZE = 32
 MICRO_BATCH_SIZE = 8
 READER_SECONDS = 4.0
+_TEXTS_AT_ONCE = 64
 
 
 class Row(NamedTuple):
-    """One variant: how many tokens it produced, and how fast; a `note` says why it was not measured."""
+    """One variant: how many tokens it produced, and how fast."""
 
     name: str
     num_tokens: int
     tokens_per_second: float
-    note: str = ""
 
 
 class Measured(NamedTuple):
@@ -57,7 +56,7 @@ def measure(input_path: str, tokenizer_path: str, text_column: str, max_characte
     Raises:
         UserError: the text or the tokenizer cannot be read.
     """
-    tokenizer = SentencePieceTokenizer(tokenizer_path, where="--tokenizer")
+    tokenizer = open_tokenizer(tokenizer_path, "--tokenizer")
     texts = _texts(input_path, text_column, max_characters)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -81,21 +80,17 @@ def _texts(input_path: str, text_column: str, max_characters: int) -> list[str]:
     return texts
 
 
-def _measure_preparing(folder: Path, tokenizer: SentencePieceTokenizer, texts: list[str], rounds: int) -> list[Row]:
+def _measure_preparing(folder: Path, tokenizer: Tokenizer, texts: list[str], rounds: int) -> list[Row]:
     outputs = iter(range(1000))
-
-    def bare() -> int:
-        return sum(map(len, tokenizer.processor.encode(texts, out_type="numpy", num_threads=1)))
 
     def prepared() -> int:
         output = folder / f"tokens-{next(outputs)}"
         manifest = prepare(str(folder / "text"), output, str(tokenizer.path), report=lambda _: None)
         return manifest.totals.train.num_tokens + manifest.totals.validation.num_tokens
 
-    ways: dict[str, Callable[[], int]] = {"SentencePiece, encode alone": bare, "tools/prepare_data.py": prepared}
-    fast = "datasets.map, Hugging Face fast tokenizer"
-    if all(importlib.util.find_spec(package) for package in ("datasets", "tokenizers")):
-        ways[fast] = _mapped(folder, tokenizer, texts)
+    name, bare = _bare(tokenizer, texts)
+    ways: dict[str, Callable[[], int]] = {name: bare, "tools/prepare_data.py": prepared}
+    ways["datasets.map, Hugging Face fast tokenizer"] = _mapped(folder, tokenizer, texts)
     best: dict[str, Row] = {}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -103,11 +98,23 @@ def _measure_preparing(folder: Path, tokenizer: SentencePieceTokenizer, texts: l
             num_tokens = way()
             row = Row(name, num_tokens, num_tokens / (time.process_time() - start))
             best[name] = max(best.get(name, row), row, key=lambda row: row.tokens_per_second)
-    rows = list(best.values())
-    return rows if fast in best else [*rows, Row(fast, 0, 0.0, "not measured: pip install 'megastruct[benchmark]'")]
+    return list(best.values())
 
 
-def _mapped(folder: Path, tokenizer: SentencePieceTokenizer, texts: list[str]) -> Callable[[], int]:
+def _bare(tokenizer: Tokenizer, texts: list[str]) -> tuple[str, Callable[[], int]]:
+    """The name of the library behind a tokenizer, and its own encoding of all texts with one thread."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        processor = tokenizer.processor
+        return "SentencePiece, encode alone", lambda: sum(
+            map(len, processor.encode(texts, out_type="numpy", num_threads=1))
+        )
+    fast, starts = fast_tokenizer(tokenizer), range(0, len(texts), _TEXTS_AT_ONCE)
+    return "tokenizers, encode_batch alone", lambda: sum(
+        len(encoding) for start in starts for encoding in fast.encode_batch(texts[start : start + _TEXTS_AT_ONCE])
+    )
+
+
+def _mapped(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> Callable[[], int]:
     """Tokenise with `datasets.map` into its cache file, with one process and one thread."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import datasets
@@ -128,8 +135,8 @@ def _mapped(folder: Path, tokenizer: SentencePieceTokenizer, texts: list[str]) -
     return run
 
 
-def fast_tokenizer(tokenizer: SentencePieceTokenizer) -> Any:
-    """A `tokenizers.Tokenizer` with the pieces and merges of a SentencePiece BPE model.
+def fast_tokenizer(tokenizer: Tokenizer) -> Any:
+    """A `tokenizers.Tokenizer`: of a tokenizer.json, or with the pieces and merges of a SentencePiece BPE model.
 
     Like most fast tokenizers it splits at spaces before it merges, so its ids differ from SentencePiece's where several
     spaces follow each other.
@@ -137,6 +144,8 @@ def fast_tokenizer(tokenizer: SentencePieceTokenizer) -> Any:
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers import models, pre_tokenizers
 
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return FastTokenizer.from_file(str(tokenizer.path))
     processor = tokenizer.processor
     pieces = [processor.id_to_piece(id_) for id_ in range(tokenizer.vocab_size)]
     vocabulary = {piece: id_ for id_, piece in enumerate(pieces)}
@@ -156,7 +165,7 @@ def fast_tokenizer(tokenizer: SentencePieceTokenizer) -> Any:
     return fast
 
 
-def _measure_reading(folder: Path, tokenizer: SentencePieceTokenizer) -> list[Row]:
+def _measure_reading(folder: Path, tokenizer: Tokenizer) -> list[Row]:
     def speed(name: str, kind: Literal["tokens", "text"], path: Path, num_workers: int = 0) -> Row:
         config = DataConfig(kind=kind, path=str(path), tokenizer=str(tokenizer.path), num_workers=num_workers)
         data = open_data(DataOptions(config, SEQ_LENGTH, tokenizer.vocab_size, seed=0))

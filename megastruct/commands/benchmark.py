@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     what = parser.add_subparsers(dest="what", required=True)
     data = what.add_parser("data", help="tokenising text, and reading batches")
     data.add_argument("--input", required=True, help="folder, glob, file or Hugging Face name of text shards")
-    data.add_argument("--tokenizer", required=True, help="SentencePiece model file (BPE)")
+    data.add_argument("--tokenizer", required=True, help="SentencePiece model file (BPE) or tokenizer.json")
     data.add_argument("--text-column", default="content", help="column that holds the text (default: %(default)s)")
     data.add_argument(
         "--max-characters",
@@ -107,6 +107,6 @@ def print_table(title: str, rows: list[data_benchmark.Row]) -> None:
     """Print each row's speed (million tokens/s), its percentage of the first row's, and its number of tokens."""
     print(f"\n{title}")
     for row in rows:
-        speed = row.note or f"{row.tokens_per_second / 1e6:8.2f} M tokens/s"
-        ratio = "" if row.note else f"  {row.tokens_per_second / rows[0].tokens_per_second:6.1%}  {row.num_tokens:,}"
-        print(f"  {row.name:<44}{speed}{ratio}")
+        speed = f"{row.tokens_per_second / 1e6:8.2f} M tokens/s"
+        ratio = f"{row.tokens_per_second / rows[0].tokens_per_second:6.1%}"
+        print(f"  {row.name:<44}{speed}  {ratio}  {row.num_tokens:,}")

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="default: %(default)s")
     parser.add_argument("--allow-guided", action="store_true", help="also export checkpoints from the guided phase")
-    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model file (default: the run's own)")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer file (default: the run's own)")
     args = parser.parse_args(argv)
     with user_errors_exit():
         check_output(args.output)

@@ -13,6 +13,7 @@ from pathlib import Path
 from megastruct.config.load import load_config
 from megastruct.config.schema import Config
 from megastruct.data import Tokenizer, open_tokenizer
+from megastruct.data.options import tokenizer_options_of
 from megastruct.data.tokens.manifest import load_manifest
 from megastruct.errors import user_errors_exit
 from megastruct.huggingface.first_checkpoint import check_new, write_first_checkpoint
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _tokenizer(config: Config) -> Tokenizer:
     """The tokenizer that the run will have: the config's, or that of its token shards."""
     if config.data.tokenizer:
-        return open_tokenizer(Path(config.data.tokenizer).expanduser(), "data.tokenizer")
+        return open_tokenizer(
+            Path(config.data.tokenizer).expanduser(), "data.tokenizer", tokenizer_options_of(config.data)
+        )
     folder = Path(config.data.sources[0][0]).expanduser()
     return open_tokenizer(folder / load_manifest(folder).settings.tokenizer.file)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megastruct.data.preparation.prepare import prepare
+from megastruct.data.tokenizers.options import TokenizerOptions
 from megastruct.errors import Problem, UserError, user_errors_exit
 
 
@@ -23,7 +24,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--input", required=True, help="folder, glob, file, Hugging Face name or address (s3://...) of text shards"
     )
     parser.add_argument("--output", required=True, type=Path, help="folder for the token shards")
-    parser.add_argument("--tokenizer", required=True, help="SentencePiece model file")
+    parser.add_argument(
+        "--tokenizer", required=True, help="SentencePiece model, tokenizer.json, or a folder that has one"
+    )
+    parser.add_argument(
+        "--eod-token", help="special token that ends a document (default: what the tokenizer's files say)"
+    )
+    parser.add_argument(
+        "--bos-token",
+        help="special token before every document; '' for none (default: what the tokenizer's files say, and none for "
+        "SentencePiece)",
+    )
+    parser.add_argument(
+        "--special-tokens-in-text",
+        action="store_true",
+        help="text that reads as a special token becomes that token; never the one that ends a document",
+    )
     parser.add_argument("--text-column", default="content", help="column that holds the text (default: %(default)s)")
     parser.add_argument(
         "--validation-fraction",
@@ -84,6 +100,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 num_workers=arguments.workers,
                 max_shard_tokens=arguments.max_shard_tokens,
                 patience_seconds=arguments.patience_seconds,
+                tokenizer_options=TokenizerOptions(
+                    arguments.eod_token, arguments.bos_token, arguments.special_tokens_in_text or None
+                ),
                 report=lambda line: print(line, flush=True),
             )
         except KeyboardInterrupt:

@@ -13,6 +13,9 @@ FREE_KEYS = (
     "run.folder",
     "data.path",  # from here on: data is compared by its description instead
     "data.tokenizer",
+    "data.eod_token",
+    "data.bos_token",
+    "data.special_tokens_in_text",
     "data.text_column",
     "data.validation_fraction",
     "data.num_streams",

@@ -83,7 +83,21 @@ class DataConfig(Section):
         "its weight"
     )
     tokenizer: str | None = Field(
-        None, description="SentencePiece model; required for text, compared with the data for tokens"
+        None,
+        description="SentencePiece model, tokenizer.json, or a folder that has one; required for text and for files of "
+        "Megatron, compared with the data for token shards",
+    )
+    eod_token: str | None = Field(
+        None, description="special token that ends a document; left out: what the tokenizer's files say"
+    )
+    bos_token: str | None = Field(
+        None,
+        description="special token before every document; an empty string: none; left out: what the tokenizer's files "
+        "say, and none for SentencePiece",
+    )
+    special_tokens_in_text: bool = Field(
+        False,
+        description="whether text that reads as a special token becomes that token; never the one that ends a document",
     )
     text_column: str = "content"
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.005

@@ -8,6 +8,12 @@ from pathlib import Path
 
 from megastruct.config.schema import Config, DataConfig
 from megastruct.data.mixture import Mixture
+from megastruct.data.tokenizers.options import TokenizerOptions
+
+
+def tokenizer_options_of(data: DataConfig) -> TokenizerOptions:
+    """What the config's section `data` chooses of the tokenizer."""
+    return TokenizerOptions(data.eod_token, data.bos_token, data.special_tokens_in_text or None)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,11 @@ class DataOptions:
     def mixture(self) -> Mixture:
         """The interleave of the sources, in the order of `paths`."""
         return Mixture([weight for _, weight in self.data.sources], [path for path, _ in self.data.sources])
+
+    @property
+    def tokenizer_options(self) -> TokenizerOptions:
+        """What the config chooses of the tokenizer."""
+        return tokenizer_options_of(self.data)
 
     @property
     def tokenizer_path(self) -> Path | None:

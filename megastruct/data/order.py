@@ -84,14 +84,14 @@ class Permutation:
         right: np.ndarray = values // self._left_size
         for round_index, key in enumerate(self._keys):
             if round_index % 2 == 0:
-                left = (left + _mix(right, key) % self._left_size) % self._left_size
+                left = (left + mix(right, key) % self._left_size) % self._left_size
             else:
-                right = (right + _mix(left, key) % self._right_size) % self._right_size
+                right = (right + mix(left, key) % self._right_size) % self._right_size
         return right * self._left_size + left
 
 
-def _mix(values: np.ndarray, key: np.uint64) -> np.ndarray:
-    """The finaliser of splitmix64 on `values` + key, uint64: every input bit affects every output bit."""
+def mix(values: np.ndarray, key: np.uint64) -> np.ndarray:
+    """The finaliser of splitmix64 on `values` + key, uint64 of any shape: every input bit affects every output bit."""
     mixed = values * _UINT(0x9E3779B97F4A7C15) + key  # array arithmetic wraps modulo 2^64, as intended
     mixed = (mixed ^ (mixed >> _UINT(30))) * _UINT(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> _UINT(27))) * _UINT(0x94D049BB133111EB)

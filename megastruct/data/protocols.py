@@ -2,7 +2,7 @@
 
     Storage         finds shards and opens their bytes: local, hub, fsspec     registry: sources/storages.py
     DocumentFormat  bytes of a shard -> documents: parquet, JSON lines         registry: sources/formats.py
-    Tokenizer       documents -> token ids: SentencePiece                      registry: tokenizers/open.py
+    Tokenizer       documents -> token ids: SentencePiece, tokenizer.json      registry: tokenizers/open.py
     TrainingData    micro-batches for a rank: token shards, text shards        registry: open.py
 
 A new implementation is a class with these methods, which need not inherit from anything, and one entry in the registry.
@@ -13,7 +13,7 @@ elsewhere works with data.num_workers=0. A mistake of the user's is a `UserError
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -136,11 +136,12 @@ class Tokenizer(Protocol):
 
     Attributes:
         path: absolute path of the tokenizer's file.
-        content: the bytes of that file.
         file_name: name for copies of the file, from which `open_tokenizer` recognises the kind of tokenizer.
-        fingerprint: sha256 of `content` in hex.
+        files: contents of all files of a copy, by name; `file_name` is one of them.
+        fingerprint: a hash in hex of everything that the ids of a document depend on.
         vocab_size: number of ids; all ids are in [0, vocab_size).
         eod_id: the end-of-document id. It follows every document, and no text is encoded as this id.
+        bos_id: the id before every document; None: there is none.
     """
 
     @property
@@ -149,12 +150,12 @@ class Tokenizer(Protocol):
         ...
 
     @property
-    def content(self) -> bytes:
+    def file_name(self) -> str:
         """See the class."""
         ...
 
     @property
-    def file_name(self) -> str:
+    def files(self) -> Mapping[str, bytes]:
         """See the class."""
         ...
 
@@ -173,6 +174,11 @@ class Tokenizer(Protocol):
         """See the class."""
         ...
 
+    @property
+    def bos_id(self) -> int | None:
+        """See the class."""
+        ...
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32 [num_tokens], without begin- or end-of-document ids, each as if it were alone.
 
@@ -181,11 +187,19 @@ class Tokenizer(Protocol):
         ...
 
     def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Like `encode`, with `eod_id` after every document; int32 [num_tokens + 1]."""
+        """Like `encode`, with `bos_id` before every document, if there is one, and `eod_id` after it."""
         ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids` [num_tokens]; control tokens such as `eod_id` produce no text."""
+        ...
+
+    def num_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
+        """Bytes in UTF-8 of the text of `ids` [num_tokens]. Of a character that is cut off, those that are there."""
+        ...
+
+    def pieces(self) -> Mapping[str, int]:
+        """The ids of all tokens by the text that the tokenizer's file has for them."""
         ...
 
 

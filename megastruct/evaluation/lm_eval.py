@@ -4,8 +4,9 @@
     lm_eval.simple_evaluate(model="megastruct", model_args="run=runs/quickstart", tasks=["lambada_openai"])
 
 Importing this module needs the extra `lm-eval`. A text that begins without a context is predicted from the
-end-of-document token, as the first token of a document is in training. Under torchrun every rank gets all requests,
-computes its share of the batches, and returns all results.
+end-of-document token, as the first token of a document is in training; if documents begin with a token of their own,
+every text begins with it. Under torchrun every rank gets all requests, computes its share of the batches, and returns
+all results.
 Shapes: s = tokens of a window, b = windows of a batch, v = vocabulary.
 """
 
@@ -28,7 +29,7 @@ from megastruct.errors import Problem, UserError
 from megastruct.evaluation.model import open_model
 from megastruct.inference.load import DTYPES, Loaded
 from megastruct.inference.sampling import Sampling
-from megastruct.inference.text import TextGenerator
+from megastruct.inference.text import TextGenerator, begun
 
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_NEW_TOKENS = 256
@@ -95,6 +96,11 @@ class MegastructLM(TemplateLM):
     def eot_token_id(self) -> int:
         return self.loaded.tokenizer.eod_id
 
+    @property
+    @override
+    def prefix_token_id(self) -> int:
+        return begun(self.loaded.tokenizer, [])[0]
+
     @override
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         return self.loaded.tokenizer.encode([string])[0].tolist()
@@ -106,7 +112,7 @@ class MegastructLM(TemplateLM):
         windows = [
             window
             for index, (_, context, continuation) in enumerate(requests)
-            for window in self._windows(index, context or [self.prefix_token_id], continuation)
+            for window in self._windows(index, self._begun(context), continuation)
         ]
         results = self._score(windows, len(requests))
         for (texts, _, _), result in zip(requests, results, strict=True):
@@ -142,7 +148,7 @@ class MegastructLM(TemplateLM):
         for how, indices in groups.items():
             # At least half of the model's context is for the prompt: most tasks ask for more tokens than they need.
             room = max(self.max_length - how.max_new_tokens, self.max_length // 2)
-            contexts = [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in indices]
+            contexts = [self._begun(self.tok_encode(requests[index].args[0])) for index in indices]
             made = self.generator.continue_ids(
                 [context[-room:] for context in contexts],
                 how.max_new_tokens,
@@ -155,6 +161,10 @@ class MegastructLM(TemplateLM):
         for index, request in enumerate(requests):
             self.cache_hook.add_partial("generate_until", request.args, texts[index])
         return [texts[index] for index in range(len(requests))]
+
+    def _begun(self, context: list[int]) -> list[int]:
+        """The context as the beginning of a document. The base class gives `prefix_token_id` for an empty one."""
+        return context if context[:1] == [self.prefix_token_id] else begun(self.loaded.tokenizer, context)
 
     def _windows(self, request: int, context: list[int], continuation: list[int]) -> Iterator[Window]:
         """Windows of at most max_length inputs, which together predict every token of the continuation once.

@@ -33,7 +33,6 @@ from megastruct.inference.load import Loaded
 from megastruct.metrics.perplexity import perplexity
 
 NO_LABEL = -100
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -185,9 +184,6 @@ class _TextBytes:
 
     def _close(self) -> None:
         if self._num_documents % size_of() == rank_in():
-            text = self._tokenizer.decode(np.concatenate(self._open)) if self._open else ""
-            cut = len(text) - len(text.rstrip(_REPLACEMENT))  # each stands for one byte, and has three
-            whole = bool(self._open) and self._open[-1][-1:].tolist() == [self._tokenizer.eod_id]
-            self._num_bytes += len(text.encode()) - (0 if whole else 2 * cut)
+            self._num_bytes += self._tokenizer.num_bytes(np.concatenate(self._open)) if self._open else 0
         self._num_documents += 1
         self._open = []

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,13 +25,14 @@ from megastruct.data.sources.shards import MANIFEST_NAME, TextShard
 from megastruct.data.split import is_validation
 from megastruct.data.text.held_out import held_out_tokens
 from megastruct.data.text.stream import TextSource
-from megastruct.data.tokens.files import TokenFiles
-from megastruct.data.tokens.manifest import SPLITS, Manifest, check_files, load_manifest
+from megastruct.data.tokens.data import shard_rows
+from megastruct.data.tokens.manifest import SPLITS, check_files, load_manifest
+from megastruct.data.tokens.megatron import Pair, find_pairs, open_pairs
+from megastruct.data.tokens.rows import TokenRows
 from megastruct.errors import Problem, Problems, UserError
 from megastruct.inference.load import Loaded, described_data
 
 Split = Literal["train", "validation", "all"]
-_TOKENS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,14 @@ class Sources:
         return [source for source in found if source]
 
     def _open(self, name: str, path: str) -> Source:
-        is_tokens = (Path(path).expanduser() / MANIFEST_NAME).is_file()
+        is_tokens = (Path(path).expanduser() / MANIFEST_NAME).is_file() or bool(find_pairs(path))
         return self._token_shards(name, path) if is_tokens else self._text(name, path)
 
     def _token_shards(self, name: str, path: str) -> Source:
         folder = Path(path).expanduser().absolute()
         if not (folder / MANIFEST_NAME).is_file():
+            if pairs := find_pairs(path):
+                return self._megatron(name, path, pairs)
             what = f"has no {MANIFEST_NAME}" if folder.is_dir() else "does not exist"
             raise UserError(Problem("data.path", f"{folder} {what}", "--data with the folder of token shards"))
         manifest, problems = load_manifest(folder), Problems()
@@ -147,10 +150,21 @@ class Sources:
             suggestion = f"give the text instead, or make the folder with tools/prepare_data.py --tokenizer {ours.path}"
             problems.append(Problem(str(folder), found, suggestion))
         problems.raise_if_any()
-        begin = partial(
-            _shard_chunks, folder, manifest, self._selection.split or "validation", self._config.model.vocab_size
+        sizes = self._config.training.seq_length, self._config.model.vocab_size
+        train, validation = (shard_rows(folder, manifest, split, *sizes) for split in SPLITS)
+        return self._of_rows(name, path, train, validation)
+
+    def _megatron(self, name: str, path: str, pairs: Sequence[Pair]) -> Source:
+        files = open_pairs(pairs, self._tokenizer, self._fraction, "data.tokenizer")
+        rows = files.rows(self._config.training.seq_length, self._config.model.vocab_size)
+        return self._of_rows(name, path, *rows)
+
+    def _of_rows(self, name: str, path: str, train: TokenRows, validation: TokenRows) -> Source:
+        split = self._selection.split or "validation"
+        chosen = [rows for own, rows in zip(SPLITS, (train, validation), strict=True) if split in (own, "all")]
+        return Source(
+            name, path, lambda: chain.from_iterable(rows.chunks() for rows in chosen), self._selection.max_tokens
         )
-        return Source(name, path, begin, self._selection.max_tokens)
 
     def _text(self, name: str, path: str) -> Source:
         shards = self._shards("--data", path)
@@ -197,16 +211,3 @@ class Sources:
 def _name_and_path(word: str) -> tuple[str, str]:
     match = re.match(r"([\w.-]+)=(.+)$", word)
     return (match[1], match[2]) if match and not Path(word).exists() else ("", word)
-
-
-def _shard_chunks(folder: Path, manifest: Manifest, split: Split, vocab_size: int) -> Iterator[np.ndarray]:
-    records = [file for own in SPLITS if split in (own, "all") for file in getattr(manifest.splits, own)]
-    files = TokenFiles([folder / record.file for record in records], manifest.token_dtype)
-    for index, record in enumerate(records):
-        for start in range(0, record.num_tokens, _TOKENS_AT_ONCE):
-            tokens = files.read(index, start, min(_TOKENS_AT_ONCE, record.num_tokens - start)).astype(np.int64)
-            if (largest := int(tokens.max())) >= vocab_size:
-                found = f"contains token id {largest}, but ids must be below model.vocab_size = {vocab_size}"
-                suggestion = "the file is damaged; make the folder again with tools/prepare_data.py"
-                raise UserError(Problem(str(folder / record.file), found, suggestion))
-            yield tokens

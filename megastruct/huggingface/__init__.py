@@ -3,7 +3,7 @@
 stock.py           which class of transformers holds a model exactly
 merged.py          the tensors of that class, from a model whose structured linears are multiplied out
 structured.py      the factors as they are, with modeling_megastruct.py
-tokenizer.py       tokenizer.json from a SentencePiece model
+tokenizer.py       tokenizer.json for the tokenizer of a run
 card.py            README.md, filled from the run folder
 export.py          writes a whole folder, or nothing
 

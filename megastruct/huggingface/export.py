@@ -89,8 +89,9 @@ def export(trained: Trained, output: Path, form: Form = "merged", dtype: str = "
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """A text begins after the end of the document before it. The id of `<s>` never occurs in training."""
-    return {"bos_token_id": tokenizer.eod_id, "eos_token_id": tokenizer.eod_id}
+    """A text begins after the end of the document before it, unless documents begin with a token of their own."""
+    bos_id = tokenizer.eod_id if tokenizer.bos_id is None else tokenizer.bos_id
+    return {"bos_token_id": bos_id, "eos_token_id": tokenizer.eod_id}
 
 
 def _generation(tokenizer: Tokenizer, config: Config) -> dict[str, Any]:

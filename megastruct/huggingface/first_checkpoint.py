@@ -14,7 +14,7 @@ from megastruct.huggingface.folder import new_folder
 from megastruct.models.gpt import GPT
 from megastruct.models.guidance import is_guide
 from megastruct.optimizers import MASTER, OPTIMIZERS
-from megastruct.run.run_folder import CONFIG_FILE, LOCK_FILE, TOKENIZER_FILE, RunFolder
+from megastruct.run.run_folder import CONFIG_FILE, LOCK_FILE, RunFolder
 
 
 def check_new(run: RunFolder) -> None:
@@ -44,6 +44,7 @@ def write_first_checkpoint(run: RunFolder, weights: FirstWeights, tokenizer: Tok
     state = {"step": 0, "cursor": [], "optimizer": config.optimizer.kind, "first_weights": origin}
     with new_folder(run.path) as folder:
         (folder / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
-        (folder / TOKENIZER_FILE).write_bytes(tokenizer.path.read_bytes())
+        for name, content in tokenizer.files.items():
+            (folder / name).write_bytes(content)
         save_checkpoint(folder / run.checkpoints.name, 0, tensors, state, keep=1)
         (run.path / LOCK_FILE).unlink(missing_ok=True)

@@ -182,14 +182,13 @@ def _names(source: Source) -> list[str]:
 
 def _tokenizer_problems(source: Source, config: Config, tokenizer: Tokenizer) -> Iterator[Problem]:
     pieces = read_pieces(source.folder)
-    processor = getattr(tokenizer, "processor", None)
     if tokenizer.vocab_size > config.model.vocab_size:
         found = f"has {tokenizer.vocab_size:,} pieces, but the model {config.model.vocab_size:,} words"
         yield Problem("data.tokenizer", found, "the tokenizer of the imported model")
-    if pieces is None or processor is None:
+    if pieces is None:
         return
-    ours = processor.id_to_piece(list(range(tokenizer.vocab_size)))
-    other = [piece for index, piece in enumerate(ours) if pieces.get(piece) != index]
+    ours = tokenizer.pieces()
+    other = [piece for piece, index in ours.items() if pieces.get(piece) != index]
     if other:
         found = f"{len(other):,} of its {len(ours):,} pieces have another id in {source.folder}, such as {other[0]!r}"
         advice = "the tokenizer of the imported model, or --ignore-tokenizer to learn the words anew"

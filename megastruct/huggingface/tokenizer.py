@@ -1,6 +1,7 @@
 """The tokenizer of a run for transformers: tokenizer.json with the same ids for every text.
 
-The model must be a SentencePiece BPE model that takes text unchanged and falls back to bytes, as LLaMA's and those of
+A tokenizer.json is written as it is, except that its special tokens are those that the run has. A SentencePiece model
+is converted: it must be a BPE model that takes text unchanged and falls back to bytes, as LLaMA's and those of
 tools/train_tokenizer.py do. Whether the ids are the same is compared on a sample of texts, and a difference is refused.
 """
 
@@ -8,14 +9,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, processors
 
 from megastruct.data import Tokenizer
+from megastruct.data.tokenizers.file import FileTokenizer
+from megastruct.data.tokenizers.hugging_face import HuggingFaceTokenizer
 from megastruct.data.tokenizers.sentence_piece import SentencePieceTokenizer
 from megastruct.errors import Problem, UserError
-
-if TYPE_CHECKING:
-    import tokenizers
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 
@@ -51,18 +54,23 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None
         UserError: the tokenizer is of a kind that gives other ids in transformers, or the library is missing.
         OSError: a file cannot be written.
     """
-    if not isinstance(tokenizer, SentencePieceTokenizer):
-        found = f"a {type(tokenizer).__name__}, but only SentencePiece models can be exported"
-        raise UserError(Problem(str(getattr(tokenizer, "path", "tokenizer")), found, "--tokenizer tokenizer.model"))
-    converted = _convert(tokenizer)
-    if (text := _first_difference(tokenizer, converted)) is not None:
-        found = (
-            f"transformers would give other ids, for example for {text[:40]!r}; only BPE models that take text "
-            "unchanged and fall back to bytes can be exported"
-        )
-        raise UserError(Problem(str(tokenizer.path), found, "train a tokenizer with tools/train_tokenizer.py"))
-    eod = tokenizer.processor.id_to_piece(tokenizer.eod_id)
-    special = {"bos_token": eod, "eos_token": eod, "pad_token": eod, "unk_token": _unknown(tokenizer)}
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        content, unknown = _with_special_tokens(tokenizer), tokenizer.json.unknown
+    elif isinstance(tokenizer, SentencePieceTokenizer):
+        content, unknown = _convert(tokenizer).to_str(pretty=True), _unknown(tokenizer)
+    else:
+        found = f"a {type(tokenizer).__name__}, but only SentencePiece models and tokenizer.json can be exported"
+        raise UserError(Problem(str(tokenizer.path), found, "--tokenizer tokenizer.model"))
+    if (text := _first_difference(tokenizer, tokenizers.Tokenizer.from_str(content))) is not None:
+        found = f"transformers would give other ids, for example for {text[:40]!r}"
+        advice = "export a run with a tokenizer.json of byte-level BPE"
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            found += "; only BPE models that take text unchanged and fall back to bytes can be exported"
+            advice = "train a tokenizer with tools/train_tokenizer.py"
+        raise UserError(Problem(str(tokenizer.path), found, advice))
+    eod = tokenizer.options.eod_token
+    special = {"bos_token": tokenizer.options.bos_token or eod, "eos_token": eod, "pad_token": eod}
+    special |= {"unk_token": unknown} if unknown is not None else {}
     settings = {
         # LlamaTokenizer would give other ids for lines that begin with spaces.
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -72,17 +80,18 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
     }
-    (folder / "tokenizer.json").write_text(converted.to_str(pretty=True), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
 
 
+def _with_special_tokens(tokenizer: HuggingFaceTokenizer) -> str:
+    """The tokenizer.json in which the tokens that are made of no text are the special ones."""
+    values = tokenizer.json.changed(tokenizer.hidden, tokenizer.options.bos_token or None)
+    return json.dumps(values, indent=1, ensure_ascii=False)
+
+
 def _convert(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
-    try:
-        import tokenizers
-        from tokenizers import decoders, models, normalizers
-    except ModuleNotFoundError:
-        raise UserError(Problem("tokenizers", "not installed", "pip install 'megastruct[huggingface]'")) from None
     processor = tokenizer.processor
     pieces = processor.id_to_piece(list(range(tokenizer.vocab_size)))
     ids = {piece: index for index, piece in enumerate(pieces)}
@@ -96,6 +105,9 @@ def _convert(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     converted.add_special_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in special])
+    if tokenizer.bos_id is not None:
+        bos = processor.id_to_piece(tokenizer.bos_id)
+        converted.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, tokenizer.bos_id)])
     return converted
 
 
@@ -116,11 +128,10 @@ def _merges(tokenizer: SentencePieceTokenizer, ids: dict[str, int]) -> list[tupl
     ]
 
 
-def _first_difference(tokenizer: SentencePieceTokenizer, converted: tokenizers.Tokenizer) -> str | None:
+def _first_difference(tokenizer: FileTokenizer, converted: tokenizers.Tokenizer) -> str | None:
     """The first text whose ids differ, or which is decoded differently."""
     converted.encode_special_tokens = True  # what `split_special_tokens` sets
-    words = [tokenizer.processor.id_to_piece(index).replace(SPACE, " ") for index in range(tokenizer.vocab_size)]
-    texts = [*SAMPLE, " ".join(SAMPLE), *words]
+    texts = [*SAMPLE, " ".join(SAMPLE), *(piece.replace(SPACE, " ") for piece in tokenizer.pieces())]
     for text, wanted in zip(texts, tokenizer.encode(texts), strict=True):
         ids = converted.encode(text, add_special_tokens=False).ids
         if ids != wanted.tolist() or converted.decode(ids) != tokenizer.decode(ids):

@@ -14,11 +14,13 @@ from megastruct.checkpoint.store import is_checkpoint, load_state, load_tensors,
 from megastruct.config.load import load_config
 from megastruct.config.schema import Config
 from megastruct.data import Tokenizer, open_tokenizer
+from megastruct.data.options import tokenizer_options_of
+from megastruct.data.tokenizers.options import OPTIONS_FILE, options_beside
 from megastruct.errors import Problem, UserError
 from megastruct.inference.forms import Form, use_form
 from megastruct.models.gpt import GPT
 from megastruct.planning.steps import guided_steps
-from megastruct.run.run_folder import CHECKPOINTS, CONFIG_FILE, DATA_FILE, TOKENIZER_FILE
+from megastruct.run.run_folder import CHECKPOINTS, CONFIG_FILE, DATA_FILE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of weights, by the names that programs take
 
@@ -68,18 +70,26 @@ def load(
     """
     run, checkpoint = find_checkpoint(path)
     config = load_config(run / CONFIG_FILE)
-    opened = open_tokenizer(Path(tokenizer or run / TOKENIZER_FILE), "--tokenizer" if tokenizer else "")
+    opened = _open_tokenizer(run, tokenizer, config)
     if opened.vocab_size > config.model.vocab_size:
         found = f"has {opened.vocab_size:,} pieces, but the model has {config.model.vocab_size:,} words"
-        raise UserError(Problem(str(opened.path), found, f"{run / TOKENIZER_FILE}, the tokenizer of the run"))
+        raise UserError(Problem(str(opened.path), found, f"leave --tokenizer out: {run} has its own"))
     if (recorded := described_data(run).get("tokenizer_fingerprint", opened.fingerprint)) != opened.fingerprint:
         found = (
             f"is not the tokenizer that {run} was trained with (sha256 {opened.fingerprint[:12]}... instead of "
             f"{recorded[:12]}...)"
         )
-        raise UserError(Problem(str(opened.path), found, f"the run's own, {run / TOKENIZER_FILE}"))
+        raise UserError(Problem(str(opened.path), found, f"leave --tokenizer out: {run} has its own"))
     model = _read(checkpoint, config, device, dtype, form, allow_guided)
     return Loaded(model, opened, config, step_of(checkpoint))
+
+
+def _open_tokenizer(run: Path, given: str | os.PathLike[str] | None, config: Config) -> Tokenizer:
+    """The given tokenizer, with the ends of documents that the run has, or else the run's own."""
+    if given is None:
+        return open_tokenizer(run)
+    options = tokenizer_options_of(config.data).over(options_beside(run / OPTIONS_FILE))
+    return open_tokenizer(Path(given), "--tokenizer", options)
 
 
 def load_model(

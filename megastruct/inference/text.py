@@ -49,9 +49,8 @@ class TextGenerator:
         _refuse_numbers(max_new_tokens=max_new_tokens, batch_size=batch_size)
         if isinstance(prompts, str):  # which is a sequence of strings, too: its characters
             prompts = [prompts]
-        ids = [
-            found.tolist() or [self.loaded.tokenizer.eod_id] for found in self.loaded.tokenizer.encode(list(prompts))
-        ]
+        tokenizer = self.loaded.tokenizer
+        ids = [begun(tokenizer, found.tolist()) for found in tokenizer.encode(list(prompts))]
         _refuse_long(prompts, ids, self.loaded.config.training.seq_length)
         made = self.continue_ids(ids, max_new_tokens, sampling or Sampling(), stop, stop_ids, batch_size, on_text)
         return [
@@ -88,6 +87,11 @@ class TextGenerator:
             if rest := stream.finish():
                 on_text(index, rest)
         return [(stream.text, continuation) for stream, continuation in zip(streams, made, strict=True)]
+
+
+def begun(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """The ids of a text at the beginning of a document, which are at least one."""
+    return [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *ids] or [tokenizer.eod_id]
 
 
 class TextStream:

@@ -1,12 +1,14 @@
 """The folder of a run: resolved config, environment, metrics, TensorBoard, checkpoints.
 
-runs/NAME/  config.yaml  environment.json  data.json  tokenizer.model  metrics.jsonl  checkpoints/
+runs/NAME/  config.yaml  environment.json  data.json  metrics.jsonl  checkpoints/
+            tokenizer.model (or tokenizer.json and tokenizer_options.json)
             events.out.tfevents.* (TensorBoard)
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,6 @@ from megastruct.launch.environment import describe_environment
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 DATA_FILE = "data.json"
-TOKENIZER_FILE = "tokenizer.model"
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
 
@@ -89,10 +90,15 @@ class RunFolder:
         except ValueError as error:
             raise UserError(Problem(str(path), f"not valid JSON: {error}", "remove the file")) from None
 
-    def write(self, data: dict[str, Any], tokenizer: Path) -> dict[str, str]:
-        """Write the descriptions and copy the tokenizer, on rank 0; returns them as title -> text for TensorBoard."""
+    def write(self, data: dict[str, Any], tokenizer: Mapping[str, bytes]) -> dict[str, str]:
+        """Write the descriptions and the tokenizer's files by name, on rank 0.
+
+        Returns:
+            The descriptions as title -> text for TensorBoard.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / TOKENIZER_FILE, tokenizer.read_bytes())  # which may be this file itself
+        for name, content in tokenizer.items():
+            write_atomically(self.path / name, content)
         texts = {
             CONFIG_FILE: dump_config(self.config),
             ENVIRONMENT_FILE: json.dumps(describe_environment(), indent=1),

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from megastruct.data import open_tokenizer
-from megastruct.data.order import Permutation, _mix, epoch_permutation, shard_order
+from megastruct.data.order import Permutation, epoch_permutation, mix, shard_order
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -60,9 +60,9 @@ def decipher(permutation: Permutation, values: np.ndarray) -> np.ndarray:
     left, right = values % left_size, values // left_size
     for round_index, key in reversed(list(enumerate(permutation._keys))):
         if round_index % 2 == 0:
-            left = (left + left_size - _mix(right, key) % left_size) % left_size
+            left = (left + left_size - mix(right, key) % left_size) % left_size
         else:
-            right = (right + right_size - _mix(left, key) % right_size) % right_size
+            right = (right + right_size - mix(left, key) % right_size) % right_size
     return right * left_size + left
 
 

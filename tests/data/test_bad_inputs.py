@@ -245,7 +245,7 @@ def test_tokenizer_files(tmp_path, tokenizer_path):
     for name, what in (
         ("missing.model", "does not exist"),
         ("empty.model", "0 bytes"),
-        ("tokenizer.json", "not a SentencePiece model"),
+        ("tokenizer.json", "is no tokenizer.json (it has no 'vocab')"),
         ("no_eos.model", "end-of-sentence"),
     ):
         message = message_of(open_text, tmp_path, tmp_path / name)

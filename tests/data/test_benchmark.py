@@ -1,7 +1,6 @@
 """The benchmarks measure all ways on the same text."""
 
 import re
-import sys
 import time
 from pathlib import Path
 
@@ -35,17 +34,6 @@ def test_benchmark_prints_all_ways_side_by_side(text_folder, tokenizer_path, cap
     with pytest.raises(SystemExit):
         benchmark.main(["data", *arguments, "--rounds", "0"])
     assert "--rounds" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("package", ["datasets", "tokenizers"])
-def test_a_missing_package_names_the_extra(text_folder, tokenizer_path, capsys, monkeypatch, package):
-    monkeypatch.setattr("megastruct.benchmarks.data.READER_SECONDS", 0.01)
-    monkeypatch.setattr("megastruct.benchmarks.data.SEQ_LENGTH", 16)
-    monkeypatch.setitem(sys.modules, package, None)
-    arguments = ["--input", str(text_folder), "--tokenizer", str(tokenizer_path), "--rounds", "1"]
-    benchmark.main(["data", *arguments, "--max-characters", "1000"])
-    row = next(line for line in capsys.readouterr().out.splitlines() if "datasets.map" in line)
-    assert row.endswith("not measured: pip install 'megastruct[benchmark]'")
 
 
 def test_benchmark_of_documents_compares_with_attention_across_borders(capsys):

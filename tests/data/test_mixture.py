@@ -208,7 +208,7 @@ def test_mistakes_name_the_source(token_folder, text_folder, second_text, tokeni
 
 def test_folders_that_hold_out_other_documents_are_refused(token_folder, second_text, tokenizer_path, tmp_path):
     prepare(str(second_text), tmp_path / "more", str(tokenizer_path), validation_fraction=2 * VALIDATION_FRACTION)
-    with pytest.raises(UserError, match=r"data\.path: .*more was made with --validation-fraction"):
+    with pytest.raises(UserError, match=r"data\.path: .*more has the validation fraction 0\.3"):
         open_mixture("tokens", [(token_folder, 1), (tmp_path / "more", 1)], tokenizer_path)
 
 

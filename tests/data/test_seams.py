@@ -20,6 +20,7 @@ from megastruct.data.sources.formats import FORMATS
 from megastruct.data.sources.shards import TextShard
 from megastruct.data.sources.storages import STORAGES, storage_of
 from megastruct.data.tokenizers.open import TOKENIZERS
+from megastruct.data.tokenizers.options import TokenizerOptions
 from megastruct.errors import Problem, UserError
 from tiny_data import SEED, SEQ_LENGTH, VALIDATION_FRACTION, make_texts, open_kind, write_parquet
 
@@ -85,11 +86,13 @@ class Bytes:
 
     file_name = "tokenizer.bytes"
 
-    def __init__(self, path: str | Path, where: str = "") -> None:
-        self.path = Path(path)
-        self.content = self.path.read_bytes()
-        self.fingerprint = hashlib.sha256(self.content).hexdigest()
-        self.eod_id, self.vocab_size = int(self.content), 257
+    bos_id = None
+
+    def __init__(self, path: Path, where: str, options: TokenizerOptions) -> None:
+        self.path = path
+        self.files = {self.file_name: path.read_bytes()}
+        self.fingerprint = hashlib.sha256(self.files[self.file_name]).hexdigest()
+        self.eod_id, self.vocab_size = int(self.files[self.file_name]), 257
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
@@ -99,6 +102,12 @@ class Bytes:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return bytes(id_ for id_ in np.asarray(ids).tolist() if id_ != self.eod_id).decode()
+
+    def num_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
+        return int(np.count_nonzero(np.asarray(ids) != self.eod_id))
+
+    def pieces(self) -> dict[str, int]:
+        return {chr(id_): id_ for id_ in range(256)}
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS
 from megastruct.data.sources.shards import TextShard
 from megastruct.data.sources.storages import storage_of
 from megastruct.data.tokenizers.open import open_tokenizer
+from megastruct.data.tokenizers.options import TokenizerOptions
 from megastruct.data.tokens.manifest import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -60,6 +61,7 @@ def prepare(
     num_workers: int = 1,
     max_shard_tokens: int = 2**29,
     patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
+    tokenizer_options: TokenizerOptions | None = None,
     report: Callable[[str], None] = print,
 ) -> Manifest:
     """Make token shards in `output` from the text shards of `input_path`; a finished folder is left unchanged.
@@ -67,19 +69,20 @@ def prepare(
     Args:
         input_path: folder, glob, file or Hugging Face name of text shards.
         output: folder of the token shards, which need not exist.
-        tokenizer_path: SentencePiece model file.
+        tokenizer_path: SentencePiece model file, tokenizer.json, or a folder that has one.
         text_column: column that holds the text.
         validation_fraction: share of the documents to hold out, in [0, 1).
         num_workers: worker processes, at least 1.
         max_shard_tokens: largest number of tokens per file.
         patience_seconds: how long to retry a shard that cannot be reached.
+        tokenizer_options: the tokens around a document, and what text may become.
         report: receives each line of progress. A terminal also gets a progress bar on stderr.
 
     Raises:
         UserError: the input is bad, the output folder holds other files or cannot be written, or a worker process
             died. Finished shards are kept.
     """
-    tokenizer = open_tokenizer(tokenizer_path, "--tokenizer")
+    tokenizer = open_tokenizer(tokenizer_path, "--tokenizer", tokenizer_options)
     shards = find_shards(input_path, "--input", patience_seconds=patience_seconds)
     if commit := storage_of(shards[0]).commit_of(shards[0]):
         report(f"reading {input_path} at commit {commit}: {len(shards)} shards")
@@ -168,7 +171,10 @@ def _refuse_other_settings(output: Path, old: Settings, new: Settings) -> None:
             option = "--" + key.replace("_", "-")
             problems.append(Problem(option, f"is {now}, but {output} was made with {before}", suggestion))
     if old.tokenizer != new.tokenizer:
-        found = f"{output} was made with another tokenizer (sha256 {old.tokenizer.fingerprint[:12]}...)"
+        found = (
+            f"{output} was made with another tokenizer ({old.tokenizer.vocab_size:,} ids, end-of-document id "
+            f"{old.tokenizer.eod_id}, sha256 {old.tokenizer.fingerprint[:12]}...)"
+        )
         problems.append(Problem("--tokenizer", found, suggestion))
     if old.sources != new.sources:
         found = f"{output} was made from {len(old.sources)} shards that differ from the {len(new.sources)} given now"
@@ -193,7 +199,8 @@ def _begin(output: Path, tokenizer: Tokenizer, settings: Settings) -> None:
     for folder in (PROGRESS_NAME, *SPLITS):
         (output / folder).mkdir(exist_ok=True)
     write_atomically(path, settings.model_dump_json(indent=1).encode())
-    write_atomically(output / tokenizer.file_name, tokenizer.content)
+    for name, content in tokenizer.files.items():
+        write_atomically(output / name, content)
 
 
 def _record_path(output: Path, index: int) -> Path:

@@ -51,9 +51,9 @@ def open_text(options: DataOptions) -> TextData:
 
 def _open_tokenizer(options: DataOptions) -> Tokenizer:
     if options.tokenizer_path is None:
-        suggestion = "give a SentencePiece model, for example one made with tools/train_tokenizer.py"
+        suggestion = "give a SentencePiece model, such as one of tools/train_tokenizer.py, or a tokenizer.json"
         raise UserError(Problem("data.tokenizer", "is not set, but text shards need a tokenizer", suggestion))
-    tokenizer = open_tokenizer(options.tokenizer_path, "data.tokenizer")
+    tokenizer = open_tokenizer(options.tokenizer_path, "data.tokenizer", options.tokenizer_options)
     check_vocab_size(tokenizer.vocab_size, options.vocab_size)
     return tokenizer
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import sentencepiece
 
+from megastruct.data.tokenizers.file import Ends, FileTokenizer
+from megastruct.data.tokenizers.options import TokenizerOptions, option_name, setting
 from megastruct.data.tokenizers.words import keeps_words_apart, words_of
 from megastruct.errors import Problem, UserError
 
@@ -19,38 +17,73 @@ _PART_CHARACTERS = 1 << 16  # longer texts are encoded in parts, because memory 
 _MAX_PART_CHARACTERS = 1 << 20  # even if there is no good place to cut
 _TEXTS_AT_ONCE = 64
 _BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
-_TRAIN_ONE = "a SentencePiece model file, for example a LLaMA tokenizer.model or what tools/train_tokenizer.py writes"
 
 
-class SentencePieceTokenizer:
-    """A SentencePiece model; see `Tokenizer` in protocols.py. Its `</s>` is the end-of-document id.
+class SentencePieceTokenizer(FileTokenizer):
+    """A SentencePiece model; see `Tokenizer` in protocols.py. Its `</s>` is the end-of-document token unless told.
 
     Attributes:
-        processor: the processor of the SentencePiece library.
+        processor: the processor of the SentencePiece library. It never makes a control symbol of text.
 
     Raises:
-        UserError: the file is missing, is not a SentencePiece model, or defines no end-of-sentence id.
+        UserError: the file is missing, is not a SentencePiece model, or has no such control symbols.
     """
 
     file_name = "tokenizer.model"
+    _suggestion = "a SentencePiece model: a LLaMA tokenizer.model, or what tools/train_tokenizer.py writes"
 
-    def __init__(self, path: str | Path, where: str = "") -> None:
-        """`where`: the config key or option of `path`, for messages."""
-        self.path = Path(path).absolute()
-        self._where = where
-        self.content = self._read()
+    def _load(self) -> int:
         self.processor = sentencepiece.SentencePieceProcessor()
         try:
-            self.processor.LoadFromSerializedProto(self.content)
+            self.processor.LoadFromSerializedProto(self._content)
         except RuntimeError:
-            raise self._error("is not a SentencePiece model") from None
-        self.vocab_size: int = self.processor.vocab_size()
-        self.eod_id: int = self.processor.eos_id()
-        if self.eod_id < 0:
-            raise self._error("has no end-of-sentence id (</s>), which marks the end of a document")
-        self.fingerprint: str = hashlib.sha256(self.content).hexdigest()
+            raise self._error("is not a SentencePiece model", self._advice()) from None
         self._after_cut = self._form_after_cut()
         self._words = words_of(self.processor)
+        return self.processor.vocab_size()
+
+    def _ends(self, options: TokenizerOptions) -> Ends:
+        if options.special_tokens_in_text:
+            name = option_name("special_tokens_in_text", self._where)
+            found = "asked for, but SentencePiece makes no control symbol of text"
+            raise UserError(Problem(name, found, f"leave it out, or give a tokenizer.json for {self.path}"))
+        eod_id = self.processor.eos_id() if options.eod_token is None else self._control("eod_token", options.eod_token)
+        if eod_id < 0:
+            found = "has no end-of-sentence id (</s>), which marks the end of a document"
+            names = self._controls()
+            raise self._error(found, setting("eod_token", self._where, f"'{names[0]}'") if names else None)
+        bos_id = self._control("bos_token", options.bos_token) if options.bos_token else None
+        pieces = self.processor.id_to_piece([eod_id, *([] if bos_id is None else [bos_id])])
+        kept = TokenizerOptions(pieces[0], "".join(pieces[1:]), False)
+        return Ends(eod_id, bos_id, kept, eod_id == self.processor.eos_id() and bos_id is None)
+
+    def _control(self, key: str, piece: str) -> int:
+        """The id of a control symbol that the user named."""
+        found = self.processor.piece_to_id(piece)
+        if not self.processor.is_control(found):
+            names = ", ".join(self._controls()) or "none"
+            raise UserError(
+                Problem(
+                    option_name(key, self._where),
+                    f"{piece!r} is no control symbol of {self.path}",
+                    f"one of its control symbols: {names}",
+                )
+            )
+        return found
+
+    def _controls(self) -> list[str]:
+        processor = self.processor
+        return [processor.id_to_piece(id_) for id_ in range(processor.vocab_size()) if processor.is_control(id_)]
+
+    def _advice(self) -> str | None:
+        """Llama 3's own tokenizer.model has another format."""
+        is_tiktoken = re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", self._content.split(b"\n", 1)[0].strip())
+        return "give the tokenizer.json of the same model, because this is a file of tiktoken" if is_tiktoken else None
+
+    def pieces(self) -> dict[str, int]:
+        """As in `Tokenizer`."""
+        pieces = self.processor.id_to_piece(list(range(self.vocab_size)))
+        return {piece: index for index, piece in enumerate(pieces)}
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32 [num_tokens]; no begin- or end-of-document id is added.
@@ -71,16 +104,9 @@ class SentencePieceTokenizer:
                 ids += map(self._encode_parts, batch)
         return ids
 
-    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Like `encode`, with `eod_id` after every document; int32 [num_tokens + 1]."""
-        return [np.append(ids, np.int32(self.eod_id)) for ids in self.encode(texts)]
-
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids` [num_tokens]; control tokens such as `eod_id` produce no text."""
         return self.processor.decode(np.asarray(ids).tolist())
-
-    def __reduce__(self) -> tuple[Any, ...]:  # worker processes load the file themselves
-        return (_load_same, (self.path, self._where, self.fingerprint))
 
     def _encode_parts(self, text: str) -> np.ndarray:
         parts = self._parts(text)
@@ -116,35 +142,3 @@ class SentencePieceTokenizer:
         whole = processor.encode("ab cd")
         forms = [form for form in ("", " ") if processor.encode("ab") + processor.encode(form + "cd") == whole]
         return forms[0] if forms else None
-
-    def _read(self) -> bytes:
-        if not self.path.is_file():
-            raise self._error("does not exist" if not self.path.exists() else "is not a file")
-        try:
-            model = self.path.read_bytes()
-        except OSError as error:
-            raise self._error(f"cannot be read ({error.strerror})") from None
-        if not model:  # the library accepts zero bytes as a model without pieces
-            raise self._error("is empty (0 bytes)")
-        return model
-
-    def _error(self, what: str) -> UserError:
-        if self._where:
-            return UserError(Problem(self._where, f"{self.path} {what}", f"give {_TRAIN_ONE}"))
-        return UserError(Problem(str(self.path), what, f"give {_TRAIN_ONE}"))
-
-
-@lru_cache(maxsize=1)  # a worker process gets the same tokenizer with every shard
-def _load_same(path: Path, where: str, fingerprint: str) -> SentencePieceTokenizer:
-    """The tokenizer that was pickled.
-
-    Raises:
-        UserError: the file at `path` has been replaced since, or can no longer be read.
-    """
-    tokenizer = SentencePieceTokenizer(path, where)
-    if tokenizer.fingerprint != fingerprint:
-        found = f"{path} was replaced by another model while this run was using it"
-        raise UserError(
-            Problem(where or str(path), found, "restore the original file, or start again with a new output")
-        )
-    return tokenizer

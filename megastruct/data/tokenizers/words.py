@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -26,7 +27,7 @@ _NORMALISED_BY_ANY = (
     "\ufb01 \uff21e\u0301  \u00bd\u2026\u00a0\t\u3000 \u200bA\r\n\0B"  # every normaliser changes some of it
 )
 _MAX_WORDS = 1 << 18  # about 40 MB
-_MAX_WORD_CHARACTERS = 32
+MAX_WORD_CHARACTERS = 32
 _CHARACTERS_AT_ONCE = (
     4096  # short texts are encoded together; more words would leave the CPU's cache before their lookup
 )
@@ -64,11 +65,10 @@ def words_of(processor: sentencepiece.SentencePieceProcessor) -> Words | None:
     return PlainWords(processor) if plain and _MARK in _standing_alone(processor, _MARK) else Words(processor)
 
 
-class Words:
+class WordCache(ABC):
     """A cache of ids by word, which is cleared when it is full. Several threads may use it at once."""
 
-    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
-        self._processor = processor
+    def __init__(self) -> None:
         self._ids: dict[str, bytes] = {}  # int32, concatenated
         self._lock = threading.Lock()  # several threads may share one tokenizer
 
@@ -76,7 +76,7 @@ class Words:
         return len(self._ids)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32 [num_tokens]; the same as the processor's."""
+        """Ids of each text, int32 [num_tokens]; the same as without the cache."""
         ids: list[np.ndarray] = []
         start = num_characters = 0
         for end, text in enumerate(texts, 1):
@@ -94,25 +94,47 @@ class Words:
             some = unseen[start : start + _WORDS_AT_ONCE]
             self._ids.update(zip(some, self._encode_words(some), strict=True))
         ids = [
-            self._processor.encode(text, out_type="numpy") if words is None else self._joined(words)
+            self._encode_whole(text) if words is None else self._joined(words)
             for text, words in zip(texts, cut, strict=True)
         ]
         if len(self._ids) > _MAX_WORDS:
             self._ids.clear()
         else:
-            for word in [word for word in unseen if len(word) > _MAX_WORD_CHARACTERS]:
+            for word in [word for word in unseen if len(word) > MAX_WORD_CHARACTERS]:
                 del self._ids[word]
         return ids
 
     def _joined(self, words: list[str]) -> np.ndarray:
         return np.frombuffer(bytearray().join(map(self._ids.__getitem__, words)), np.int32)
 
+    @abstractmethod
     def _cut(self, text: str) -> list[str] | None:
         """The words of a text; None if the text must, or should, be encoded as a whole."""
+
+    @abstractmethod
+    def _encode_words(self, words: list[str]) -> list[bytes]:
+        """The ids of each word, int32."""
+
+    @abstractmethod
+    def _encode_whole(self, text: str) -> np.ndarray:
+        """The ids of a text, int32 [num_tokens]."""
+
+
+class Words(WordCache):
+    """Words of a SentencePiece model that normalises text."""
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
+        super().__init__()
+        self._processor = processor
+
+    def _cut(self, text: str) -> list[str] | None:
         return _BETWEEN_ASCII_WORDS.split(text)
 
     def _encode_words(self, words: list[str]) -> list[bytes]:
         return [np.array(self._processor.encode(word), np.int32).tobytes() for word in words]
+
+    def _encode_whole(self, text: str) -> np.ndarray:
+        return self._processor.encode(text, out_type="numpy")
 
 
 class PlainWords(Words):
@@ -140,7 +162,7 @@ class PlainWords(Words):
             text = text.replace(character, " " + character)
         words = text.split(" ")
         # In Chinese, base64 or tables of numbers, words are long and hardly recur.
-        return words if len(words) * _MAX_WORD_CHARACTERS > len(text) else None
+        return words if len(words) * MAX_WORD_CHARACTERS > len(text) else None
 
     def _encode_words(self, words: list[str]) -> list[bytes]:
         """Encode the words as one text with a mark between them, which is faster than many texts."""

@@ -1,4 +1,4 @@
-"""Training data that is read from the token shards of tools/prepare_data.py (kind: tokens)."""
+"""Training data that is read as tokens: the shards of tools/prepare_data.py, or files of Megatron (kind: tokens)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from megastruct.data.prefetch import Prefetched
 from megastruct.data.protocols import Tokenizer
 from megastruct.data.reader import Reader, check_held_out_rows, describe_mixture, rows_of_sources, validation_samples
 from megastruct.data.tokens.files import TokenFiles
-from megastruct.data.tokens.manifest import Manifest, TokenFile
+from megastruct.data.tokens.manifest import SPLITS, Manifest
+from megastruct.data.tokens.rows import Segments, TokenRows
 from megastruct.errors import Problem, UserError
 
 # Rows are located, and prefetched by the system, for this many samples of a rank at once, as each call of the
@@ -25,89 +26,62 @@ from megastruct.errors import Problem, UserError
 _SAMPLES_AHEAD = 1024
 
 
-class TokenRows:
-    """The unshuffled packing of one split: row k holds tokens k * seq_length to (k + 1) * seq_length, both included.
-
-    Attributes:
-        num_tokens: number of tokens of the split.
-        num_rows: number of whole rows.
-    """
-
-    def __init__(self, folder: Path, files: Sequence[TokenFile], dtype: np.dtype, seq_length: int, vocab_size: int):
-        self._paths = [folder / file.file for file in files]
-        self._ends = np.cumsum([file.num_tokens for file in files], dtype=np.int64)  # [num_files]
-        self._seq_length = seq_length
-        self._vocab_size = vocab_size
-        self._files = TokenFiles(self._paths, dtype)
-        self.num_tokens = int(self._ends[-1]) if len(files) else 0
-        self.num_rows = max(0, self.num_tokens - 1) // seq_length
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens of `rows` (int64 [n], each in [0, num_rows)) as int64 [n, seq_length + 1].
-
-        Raises:
-            UserError: a token id is not in [0, vocab_size), or a file cannot be read; the message names the file.
-        """
-        tokens = np.empty((len(rows), self._seq_length + 1), dtype=np.int64)
-        starts = rows * self._seq_length
-        files = np.searchsorted(self._ends, starts, side="right")
-        for row, file, start in zip(tokens, files.tolist(), starts.tolist(), strict=True):
-            self._fill(row, file, start)
-        if tokens.size and tokens.max() >= self._vocab_size:
-            self._refuse_id(rows[np.argmax(tokens.max(axis=1))])
-        return tokens
-
-    def _fill(self, row: np.ndarray, file: int, start: int) -> None:
-        """Fill `row` with tokens from position `start` on, which is in `file`; a row may continue in later files."""
-        filled = 0
-        while filled < len(row):
-            offset = start + filled - (int(self._ends[file - 1]) if file else 0)
-            count = min(len(row) - filled, int(self._ends[file]) - start - filled)
-            row[filled : filled + count] = self._files.read(file, offset, count)
-            filled += count
-            file += 1
-
-    def will_read(self, rows: np.ndarray) -> None:
-        """Ask the system to prefetch `rows` (int64 [n]), which will be read soon."""
-        starts = rows * self._seq_length
-        files = np.searchsorted(self._ends, starts, side="right")
-        offsets = starts - np.concatenate([[0], self._ends])[files]
-        for file, offset in zip(files.tolist(), offsets.tolist(), strict=True):
-            self._files.will_read(file, offset, self._seq_length + 1)
-
-    def _refuse_id(self, row: int) -> None:
-        positions = row * self._seq_length + np.arange(self._seq_length + 1)
-        files = np.searchsorted(self._ends, positions, side="right")
-        for position, file in zip(positions.tolist(), files.tolist(), strict=True):
-            token = int(self._files.read(file, position - (int(self._ends[file - 1]) if file else 0), 1)[0])
-            if token >= self._vocab_size:
-                found = f"contains token id {token}, but ids must be below model.vocab_size = {self._vocab_size}"
-                suggestion = "the file is damaged; make the folder again with tools/prepare_data.py"
-                raise UserError(Problem(str(self._paths[file]), found, suggestion))
-
-
 @dataclass(frozen=True)
 class TokenSource:
-    """One folder of token shards, whose files have been checked, with the rows of its two splits."""
+    """One source of tokens, whose files have been checked, with the rows of its two splits.
 
-    folder: Path
-    manifest: Manifest
+    Attributes:
+        path: the folder of token shards, or what the config says of other files.
+        num_shards: files with training tokens.
+        num_bytes: of those files.
+        validation_fraction: share of the documents that is held out.
+        text_column: the column that the tokens were made of.
+        skipped_documents: broken documents that were left out when the tokens were made.
+    """
+
+    path: Path
     train: TokenRows
     validation: TokenRows
+    num_shards: int
+    num_bytes: int
+    validation_fraction: float
+    text_column: str
+    skipped_documents: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.train.num_rows:
+            found = (
+                f"{self.path} has {self.train.num_tokens} training tokens, but one row takes {self.train.row_tokens}"
+            )
+            raise UserError(Problem("data.path", found, "give more text, or lower training.seq_length"))
 
     @classmethod
     def open(cls, folder: Path, manifest: Manifest, seq_length: int, vocab_size: int) -> TokenSource:
-        """The rows of a folder with this manifest.
+        """The source of a folder of token shards with this manifest.
 
         Raises:
             UserError: the training tokens do not fill one row.
         """
-        files, dtype = manifest.splits, manifest.token_dtype
-        train = TokenRows(folder, files.train, dtype, seq_length, vocab_size)
-        if not train.num_rows:
-            found = f"{folder} has {train.num_tokens} training tokens, but one row takes {seq_length + 1}"
-            raise UserError(Problem("data.path", found, "give more text, or lower training.seq_length"))
-        return cls(folder, manifest, train, TokenRows(folder, files.validation, dtype, seq_length, vocab_size))
+        train, validation = (shard_rows(folder, manifest, split, seq_length, vocab_size) for split in SPLITS)
+        files = manifest.splits.train
+        return cls(
+            folder,
+            train,
+            validation,
+            num_shards=len(files),
+            num_bytes=sum(file.num_bytes for file in files),
+            validation_fraction=manifest.settings.validation_fraction,
+            text_column=manifest.settings.text_column,
+            skipped_documents=sum(manifest.skipped_documents.values()),
+        )
+
+
+def shard_rows(folder: Path, manifest: Manifest, split: str, seq_length: int, vocab_size: int) -> TokenRows:
+    """The rows of one split of a folder of token shards."""
+    files = getattr(manifest.splits, split)
+    paths, num_tokens = [folder / file.file for file in files], [file.num_tokens for file in files]
+    opened = TokenFiles(paths, manifest.token_dtype)
+    return TokenRows(paths, opened, Segments.whole(num_tokens), seq_length, vocab_size)
 
 
 class TokenReader(Reader):
@@ -175,7 +149,7 @@ def read_places(rows: Sequence[TokenRows], places: np.ndarray) -> np.ndarray:
 
 
 class TokenData:
-    """One or more folders of token shards, ready to be read; see `TrainingData`."""
+    """One or more sources of tokens, ready to be read; see `TrainingData`."""
 
     def __init__(self, sources: Sequence[TokenSource], mixture: Mixture, tokenizer: Tokenizer, seed: int) -> None:
         self.tokenizer = tokenizer
@@ -188,27 +162,27 @@ class TokenData:
 
     def skipped_documents(self, cursor: np.ndarray) -> int:
         """As in `TrainingData`: the number that prepare_data skipped, for any `cursor`."""
-        return sum(sum(source.manifest.skipped_documents.values()) for source in self._sources)
+        return sum(source.skipped_documents for source in self._sources)
 
     def describe(self) -> dict[str, Any]:
         """As in `TrainingData`."""
         parts = [
             {
-                "num_shards": len(source.manifest.splits.train),
-                "num_bytes": sum(file.num_bytes for file in source.manifest.splits.train),
+                "num_shards": source.num_shards,
+                "num_bytes": source.num_bytes,
                 "num_train_tokens": source.train.num_tokens,
                 "num_validation_tokens": source.validation.num_tokens,
                 "samples_per_epoch": source.train.num_rows,
             }
             for source in self._sources
         ]
-        settings = self._sources[0].manifest.settings
+        first = self._sources[0]
         return {
             "kind": "tokens",
             **{key: sum(part[key] for part in parts) for key in parts[0]},
             "num_streams": 1,
-            "validation_fraction": settings.validation_fraction,
-            "text_column": settings.text_column,
+            "validation_fraction": first.validation_fraction,
+            "text_column": first.text_column,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "vocab_size": self.tokenizer.vocab_size,
             **describe_mixture(self._mixture, parts),
@@ -247,7 +221,7 @@ class TokenData:
         """
         own = validation_samples(num_samples, micro_batch_size, dp_rank, dp_size)
         rows = [source.validation for source in self._sources]
-        fraction = self._sources[0].manifest.settings.validation_fraction
+        fraction = self._sources[0].validation_fraction
         check_held_out_rows(self._mixture, [part.num_rows for part in rows], num_samples, fraction)
         places = np.stack(self._mixture.locate(own), axis=-1)
         return [batch_from_rows(read_places(rows, part)) for part in places]

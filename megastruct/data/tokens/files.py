@@ -89,25 +89,28 @@ _OF_THIS_PROCESS = Descriptors()
 
 
 class TokenFiles:
-    """Files of `dtype` tokens without a header, opened when they are first read.
+    """Files of tokens without a header, opened when they are first read. `dtype`: of all files, or of each.
 
     By default all objects of a process share its descriptors, because a mixture has two objects for each source.
     """
 
-    def __init__(self, paths: Sequence[Path], dtype: np.dtype, descriptors: Descriptors = _OF_THIS_PROCESS) -> None:
+    def __init__(
+        self, paths: Sequence[Path], dtype: np.dtype | Sequence[np.dtype], descriptors: Descriptors = _OF_THIS_PROCESS
+    ) -> None:
         self._paths = paths
-        self._dtype = dtype
+        self._dtypes = [dtype] * len(paths) if isinstance(dtype, np.dtype) else dtype
         self._descriptors = descriptors
         self._owner = descriptors.add_owner(len(paths))
         weakref.finalize(self, descriptors.remove_owner, self._owner, len(paths))
 
     def read(self, file: int, offset: int, num_tokens: int) -> np.ndarray:
-        """`num_tokens` tokens of `file` from token `offset` on, [num_tokens] of the files' dtype.
+        """`num_tokens` tokens of `file` from token `offset` on, [num_tokens] of the file's dtype.
 
         Raises:
             UserError: the file cannot be read, or has become shorter.
         """
-        size, start = num_tokens * self._dtype.itemsize, offset * self._dtype.itemsize
+        itemsize = self._dtypes[file].itemsize
+        size, start = num_tokens * itemsize, offset * itemsize
         try:
             with self._descriptors.lock:
                 descriptor = self._descriptors.get(self._owner, file, self._paths[file])
@@ -126,14 +129,15 @@ class TokenFiles:
                     str(self._paths[file]), found, "copy it again, then start again to resume from the last checkpoint"
                 )
             )
-        return np.frombuffer(content, self._dtype)
+        return np.frombuffer(content, self._dtypes[file])
 
     def will_read(self, file: int, offset: int, num_tokens: int) -> None:
         """Ask the system to prefetch tokens for a later `read`. Returns immediately; errors are left to `read`."""
         if not hasattr(os, "posix_fadvise"):
             return
         try:
-            start, size = offset * self._dtype.itemsize, num_tokens * self._dtype.itemsize
+            itemsize = self._dtypes[file].itemsize
+            start, size = offset * itemsize, num_tokens * itemsize
             with self._descriptors.lock:
                 descriptor = self._descriptors.get(self._owner, file, self._paths[file])
                 os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_WILLNEED)

@@ -1,7 +1,7 @@
 """The manifest of a folder of token shards: what the folder contains, and how it was made.
 
     FOLDER/manifest.json
-    FOLDER/tokenizer.model
+    FOLDER/tokenizer.model            or tokenizer.json and tokenizer_options.json
     FOLDER/train/00000-000.bin        tokens of input shard 0, first part: little-endian uint16 or uint32, no header
     FOLDER/validation/00000-000.bin   the same for held-out documents
 
@@ -46,7 +46,7 @@ class Record(BaseModel):
 
 
 class TokenizerRecord(Record):
-    """The tokenizer that made the tokens; `fingerprint` is the sha256 of its file."""
+    """The tokenizer that made the tokens; `fingerprint` is its hash, as in `Tokenizer`."""
 
     file: InnerPath
     fingerprint: str

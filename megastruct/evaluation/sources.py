@@ -28,7 +28,8 @@ from megastruct.data.text.stream import TextSource
 from megastruct.data.tokens.files import TokenFiles
 from megastruct.data.tokens.manifest import SPLITS, Manifest, check_files, load_manifest
 from megastruct.errors import Problem, Problems, UserError
-from megastruct.inference.load import Loaded, described_data
+from megastruct.inference.load import Loaded
+from megastruct.run.run_folder import read_description
 
 Split = Literal["train", "validation", "all"]
 _TOKENS_AT_ONCE = 1 << 20
@@ -80,7 +81,7 @@ class Sources:
         self._run, self._selection = run, selection
         self._tokenizer, self._config = loaded.tokenizer, loaded.config
         # Of token shards, the record of the run has what the config does not.
-        recorded: dict[str, Any] = described_data(run)
+        recorded: dict[str, Any] = read_description(run)
         self._commits = recorded.get("hub_commits", ())
         self._fraction = float(recorded.get("validation_fraction", loaded.config.data.validation_fraction))
         self._column = selection.text_column or recorded.get("text_column", loaded.config.data.text_column)

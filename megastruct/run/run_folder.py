@@ -1,18 +1,19 @@
 """The folder of a run: resolved config, environment, metrics, TensorBoard, checkpoints.
 
 runs/NAME/  config.yaml  environment.json  data.json  tokenizer.model  metrics.jsonl  checkpoints/
-            events.out.tfevents.* (TensorBoard)
+            events.out.tfevents.* (TensorBoard)  extensions.json  origin.json
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from megastruct.checkpoint.intact import newest_of_right_size
 from megastruct.checkpoint.store import step_of
-from megastruct.config.compare import changes_of_the_run
+from megastruct.config.compare import changes_of_the_run, extension
 from megastruct.config.load import dump_config, load_config
 from megastruct.config.schema import Config
 from megastruct.errors import Problem, UserError
@@ -23,8 +24,17 @@ CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 DATA_FILE = "data.json"
 TOKENIZER_FILE = "tokenizer.model"
+EXTENSIONS_FILE = "extensions.json"
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
+
+
+def read_description(run: Path) -> dict[str, Any]:
+    """What the record of the run in the folder `run` says of its data; empty if there is no record."""
+    try:
+        return json.loads((run / DATA_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 class RunFolder:
@@ -57,8 +67,10 @@ class RunFolder:
             if data.get(key) != value
         ]
         if problems:
+            new_name = f"run.name={self.path.name}-2"
+            advice = f"{new_name} for a new run, or {new_name} run.from={self.path} for a branch of this one"
             raise UserError(
-                [*problems, Problem("", "a run folder holds one run", f"run.name={self.path.name}-2 for a new run")],
+                [*problems, Problem("", "a run folder holds one run, which can be made longer", advice)],
                 headline=f"{self.path} holds a run of another config",
             )
 
@@ -90,8 +102,12 @@ class RunFolder:
             raise UserError(Problem(str(path), f"not valid JSON: {error}", "remove the file")) from None
 
     def write(self, data: dict[str, Any], tokenizer: Path) -> dict[str, str]:
-        """Write the descriptions and copy the tokenizer, on rank 0; returns them as title -> text for TensorBoard."""
+        """Write the descriptions and copy the tokenizer, on rank 0; returns them as title -> text for TensorBoard.
+
+        If the config makes the run longer than before, that is recorded and said on stderr.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        self._record_extension()
         write_atomically(self.path / TOKENIZER_FILE, tokenizer.read_bytes())  # which may be this file itself
         texts = {
             CONFIG_FILE: dump_config(self.config),
@@ -101,3 +117,21 @@ class RunFolder:
         for name, text in texts.items():
             write_atomically(self.path / name, text)
         return texts
+
+    def _record_extension(self) -> None:
+        """Append to extensions.json how the config makes the run longer, if it does."""
+        if not (self.path / CONFIG_FILE).exists():
+            return
+        longer = extension(load_config(self.path / CONFIG_FILE), self.config)
+        if longer is None:
+            return
+        path, finished = self.path / EXTENSIONS_FILE, self.finished_steps()
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        record = {"finished_steps": finished, **longer._asdict(), "schedule": longer.schedule}
+        write_atomically(path, json.dumps([*before, record], indent=1))
+        print(
+            f"{self.path}: {longer.new_steps} instead of {longer.old_steps} steps, from step {finished} on; "
+            f"the schedule is {longer.schedule} (its length is {longer.schedule_steps} steps).",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,4 +1,4 @@
-"""The schedules of the learning rate that a run may have, by `schedule.kind`. docs/extending.md adds one.
+"""The schedules of the learning rate that a run may have, by `schedule.kind`. `register_schedule` adds one.
 
 A schedule is a pure function of the place in the run. `run/schedules.py` computes the place, and the warm-up, which all
 schedules share.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from configs import tiny_config
 from megastruct.config.checks import check_batch, cross_field_problems
 from megastruct.config.compare import changes_of_a_branch, changes_of_the_run, extension
+from megastruct.config.load import load_config
 from megastruct.config.schema import TrainingConfig
 
 
@@ -115,3 +120,18 @@ def test_what_a_branch_shares_with_its_parent() -> None:
     for inherit, keys in (("weights", []), ("optimizer", []), ("all", ["run.seed", "training.seq_length"])):
         branch = tiny_config(run={"name": "branch", "from": "tiny", "inherit": inherit, "seed": 5}, **other)
         assert sorted(path for path, _, _ in changes_of_a_branch(parent, branch)) == ["model.rope_base", *keys]
+
+
+def test_the_commands_of_the_page_are_valid() -> None:
+    """Every command of docs/runs.md gives a config, and so do its batch sizes in YAML."""
+    root = Path(__file__).resolve().parents[2]
+    page = (root / "docs" / "runs.md").read_text()
+    commands = [shlex.split(line, comments=True) for line in page.splitlines() if line.startswith("./launch.sh")]
+    configs = [load_config(root / path, overrides) for _, path, *overrides in commands]
+    assert {config.run.from_ for config in configs} == {None, "runs/s_lowrank_32@4000", "runs/stable@3000"}
+    [example] = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    values = {**yaml.safe_load(example)["training"], "num_steps": 3000}
+    assert training(**values).batch_sizes.sizes == (128, 256, 512)
+    stretched, continued = (extension(configs[0], config) for config in configs[1:3])
+    assert stretched and continued and (stretched.schedule, continued.schedule) == ("stretched", "continued")
+    assert continued.schedule_steps == configs[0].training.base_steps

@@ -39,14 +39,16 @@ from megastruct.metrics.throughput import Throughput
 from megastruct.metrics.writers import Metrics, MetricWriter, Progress
 from megastruct.parallel.topology import Topology
 from megastruct.planning.cost import training_flops_per_token
-from megastruct.planning.steps import data_step, guided_steps, total_steps
+from megastruct.planning.steps import guided_steps, total_steps
 from megastruct.run.agreement import check_same_data, gather_cursor
-from megastruct.run.checkpoints import Checkpoints, load_checkpoint
+from megastruct.run.branch import branch
+from megastruct.run.checkpoints import Checkpoints, load_checkpoint, place_in_data
 from megastruct.run.divergence import Divergence
-from megastruct.run.guided_phase import end_guided_phase, guide_distances
+from megastruct.run.guided_phase import end_guided_phase
 from megastruct.run.preflight import preflight
 from megastruct.run.run_folder import RunFolder
 from megastruct.run.schedules import Scheduled, scheduled
+from megastruct.run.validation import Validation
 from megastruct.run.way_back import go_back
 
 
@@ -68,10 +70,14 @@ class Run:
         newest = checkpoints.newest()
         eod_id = data.tokenizer.eod_id
         self.engine: Engine = build_engine(config, topology, device, step_of(newest) if newest else 0, eod_id)
-        self.step, cursor, state = load_checkpoint(self.engine, newest)
+        begins = newest is None and config.run.from_ is not None
+        self.step, _, state = branch(self.engine, checkpoints) if begins else load_checkpoint(self.engine, newest)
         self.divergence = Divergence(config, state)
-        self.reader = self._open_reader(cursor if data_step(config, self.step) else None)
-        self.validation = self._validation_batches()
+        self.earlier_optimizer_steps: int = state.get("earlier_optimizer_steps", 0)  # of the parents
+        self.sample, cursor = place_in_data(config, state)
+        self.batch_size = config.training.batch_sizes.at(self.step)
+        self.reader = self._open_reader(cursor)
+        self.validation = Validation(config, topology, data, self.engine.reads_data)
         self.throughput = Throughput(
             config.training.tokens_per_step,
             topology.world_size,
@@ -98,8 +104,9 @@ class Run:
             if self.engine.guidance and self.step >= guided_steps(self.config):
                 self.engine = end_guided_phase(self.engine, self.checkpoints, self.step, *self._place())
             if self.step == self.config.training.base_steps:  # the data of the guided steps is read again
-                self.divergence.skipped_data_steps = 0
+                self.divergence.skipped_data_steps = self.sample = 0
                 self.reader = self._open_reader(None)
+            self._use_batch_size()
             self.watch.arrived(self.step)
             self.stop.ask(self.device)
             now = scheduled(self.config, self.step)
@@ -112,7 +119,7 @@ class Run:
             if _due(self.step, self.config.evaluation.interval_steps, last):
                 metrics |= self._validate()
             if self.writer and metrics:  # every record has the values that curves are drawn over
-                tokens = self.step * self.config.training.tokens_per_step
+                tokens = self.config.training.tokens(self.step)
                 self.writer.write(self.step, metrics | {"tokens": tokens, **self.spent.read()})
             if _due(self.step, self.config.checkpoint.interval_steps, last or stopping):
                 self.checkpoints.start_save(self.engine, self.step, *self._place())
@@ -124,23 +131,34 @@ class Run:
                 self.stop.say(self.step, self.checkpoints.folder.path)
         return self.step == total
 
+    def _use_batch_size(self) -> None:
+        """Have engine and reader use the batch size of the next step. Collective."""
+        size = self.config.training.batch_sizes.at(self.step)
+        if size != self.batch_size:
+            cursor = self._cursor()
+            self.batch_size = size
+            self.reader = self._open_reader(cursor)
+        self.engine.set_batch_size(size)
+
     def _train_step(self, now: Scheduled) -> float:
-        start = time.perf_counter()
-        with self.throughput.step():
+        start, batch_share = time.perf_counter(), self.batch_size / self.config.training.global_batch_size
+        with self.throughput.step(batch_share):
             self.engine.set_learning_rate(now.learning_rate)
             self.engine.set_alpha(now.alpha, self.step)
             loss = self.engine.train_batch(self._timed(self.reader) if self.reader else None)
         share = self.engine.guidance.read_share() if self.engine.guidance else 0.0
         self.throughput.guided(share)
-        self.spent.step(share)
+        self.spent.step(share, batch_share)
         self.step += 1
-        self.progress.update(loss, self.config.training.tokens_per_step / (time.perf_counter() - start))
+        self.sample += self.batch_size
+        num_tokens = self.batch_size * self.config.training.seq_length
+        self.progress.update(loss, num_tokens / (time.perf_counter() - start))
         return loss
 
     def _went_back(self, loss: float) -> bool:
         """After a spike, go back to the newest checkpoint and continue with later data; False if that is impossible."""
         spike, cursor = self.step, self._cursor()
-        returned = go_back(self.engine, self.checkpoints, self.divergence, spike, loss, cursor, self.spent.state())
+        returned = go_back(self.engine, self.checkpoints, self.divergence, spike, loss, cursor, self._kept())
         if returned is None:
             return False
         self.step, self.divergence = returned
@@ -171,63 +189,23 @@ class Run:
         }
 
     def _validate(self) -> Metrics:
-        """Loss on held-out samples of the structured model alone; with guides, the blended loss as well."""
-        metrics: Metrics = {}
-        if self.engine.guidance:
-            metrics = {f"guide_distance/{name}": value for name, value in guide_distances(self.engine).items()}
-        if not self.config.evaluation.num_samples:
-            return metrics
-        count = self.config.evaluation.num_samples // (self.config.training.micro_batch_size * self.topology.dp_size)
-        of_each_source = len(self.config.data.sources) > 1
-        with self.engine.loss.recording(of_each_source) as rows:
-            loss = self.engine.evaluate(self.validation, count)
-        if self.writer:
+        metrics = self.validation.metrics(self.engine, self.step)
+        loss = metrics.get("validation_loss")
+        if self.writer and loss is not None:
             self.progress.say(f"step {self.step}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
-        metrics |= {"validation_loss": loss, "validation_perplexity": perplexity(loss)}
-        if of_each_source:
-            metrics |= self._source_losses(rows)
-        if self.engine.guidance:
-            blended = scheduled(self.config, self.step).alpha
-            metrics["validation_loss_guided"] = self.engine.evaluate(self.validation, count, blended)
         return metrics
-
-    def _source_losses(self, rows: list[torch.Tensor]) -> Metrics:
-        """The validation loss of each source of a mixture, from the loss of each row [micro_batch]. Collective."""
-        sources = self.data.validation_sources(*self._validation_sizes())
-        totals = torch.zeros(len(sources), 2, dtype=torch.float64)  # sum and number of rows
-        for total, mask in zip(totals, sources.values(), strict=True) if rows else []:
-            own = torch.stack(rows).cpu().double()[torch.from_numpy(mask)]
-            total += torch.stack((own.sum(), own.new_tensor(len(own))))
-        totals = totals.to(self.device)
-        # The ranks of a tensor-parallel group add equal rows, which leaves the means as they are.
-        dist.all_reduce(totals)
-        sums = zip(sources, totals.tolist(), strict=True)
-        return {f"validation_loss/{name}": total / num_rows for name, (total, num_rows) in sums if num_rows}
 
     def _open_reader(self, cursor: Any) -> Any:
         if not self.engine.reads_data:
             return None
-        training = self.config.training
         return self.data.train_reader(
-            training.global_batch_size,
-            training.micro_batch_size,
+            self.batch_size,
+            self.config.training.micro_batch_size,
             self.topology.dp_rank(dist.get_rank()),
             self.topology.dp_size,
             cursor,
-            start_sample=(data_step(self.config, self.step) + self.divergence.skipped_data_steps)
-            * training.global_batch_size,
+            start_sample=self.sample,
         )
-
-    def _validation_batches(self) -> list[Batch]:
-        if not self.engine.reads_data or not self.config.evaluation.num_samples:
-            return []
-        return self.data.validation_batches(*self._validation_sizes())
-
-    def _validation_sizes(self) -> tuple[int, int, int, int]:
-        """Samples, micro-batch size, replica of this rank, and number of replicas."""
-        replica = self.topology.dp_rank(dist.get_rank())
-        micro_batch_size = self.config.training.micro_batch_size
-        return self.config.evaluation.num_samples, micro_batch_size, replica, self.topology.dp_size
 
     def _cursor(self) -> np.ndarray:
         """The position of the whole run in the data. Collective."""
@@ -236,7 +214,12 @@ class Run:
 
     def _place(self) -> tuple[np.ndarray, dict[str, Any]]:
         """What a checkpoint stores besides tensors: the position in the data, and plain values. Collective."""
-        return self._cursor(), self.divergence.state_at(self.step) | self.spent.state()
+        return self._cursor(), self.divergence.state_at(self.step) | self._kept()
+
+    def _kept(self) -> dict[str, Any]:
+        """The plain values of a checkpoint that do not go back after a spike."""
+        kept = {"sample": self.sample, "earlier_optimizer_steps": self.earlier_optimizer_steps}
+        return kept | self.spent.state()
 
     def _timed(self, reader: Iterator[Batch]) -> Iterator[Batch]:
         while True:

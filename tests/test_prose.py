@@ -132,10 +132,11 @@ def default_of(key: str) -> str:
     section_name, _, name = key.partition(".")
     if section_name == "ffn" and name in known_sizes():
         return "left out"
-    field = section(section_name).model_fields[name]
+    fields = {field.alias or own: field for own, field in section(section_name).model_fields.items()}
+    field = fields[name]
     if field.is_required():
         return "required"
-    if field.default is None:
+    if field.default is None or field.default == {}:
         return "left out"
     if isinstance(field.default, bool | str):
         return str(field.default).lower()

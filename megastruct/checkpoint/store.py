@@ -18,6 +18,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,23 @@ def complete_checkpoints(root: Path) -> list[tuple[int, Path]]:
     return sorted((step_of(path), path) for path in root.iterdir() if is_checkpoint(path))
 
 
-def superseded(steps: Iterable[int], keep: int) -> list[int]:
-    """The steps of those complete checkpoints that are removed after a save: all but the newest `keep`."""
-    return sorted(steps)[:-keep]
-
-
 def latest_checkpoint(root: Path) -> Path | None:
     """The newest complete checkpoint below `root`, None without one."""
     found = complete_checkpoints(root)
     return found[-1][1] if found else None
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Which checkpoints stay: the `newest` ones, and, if it is not 0, those of every `every`th step."""
+
+    newest: int
+    every: int = 0
+
+    def outdated(self, steps: Iterable[int]) -> list[int]:
+        """The steps whose complete checkpoints are removed after a save. Step 0 is not this run's work."""
+        old = sorted(steps)[: -self.newest]
+        return [step for step in old if not (self.every and step and step % self.every == 0)]
 
 
 def save_checkpoint(
@@ -82,12 +91,12 @@ def save_checkpoint(
     step: int,
     tensors: dict[str, Tensor],
     state: dict[str, Any],
-    keep: int,
+    keep: Keeping | int,
     group: Any = None,
     wanted: Sequence[str] = (),
 ) -> Path:
-    """Write a checkpoint from all ranks, then remove all but the newest `keep`. Collective over `group`, the
-    world, or in one process without a group.
+    """Write a checkpoint from all ranks, then remove those that `keep` does not keep (a number: the newest ones).
+    Collective over `group`, the world, or in one process without a group.
 
     `tensors`: this rank's CPU tensors by global name, a `ShardedTensor` where it holds a part; what several ranks hold
     is written once.
@@ -98,6 +107,7 @@ def save_checkpoint(
     """
     final = checkpoint_folder(root, step)
     aside = root / f".{final.name}.writing"
+    kept = Keeping(keep) if isinstance(keep, int) else keep
     writer = ChecksumWriter(aside)
     _refuse_missing(tensors, wanted, group)
     try:
@@ -108,7 +118,7 @@ def save_checkpoint(
         ):  # DCP hands the failure of one rank to all
             dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
         checksums = _gather_on_first_rank(writer.checksums, group)
-        _on_first_rank(lambda: _publish(aside, final, state, checksums, keep), final, group)
+        _on_first_rank(lambda: _publish(aside, final, state, checksums, kept), final, group)
     except UserError:
         if rank_in(group) == 0:
             shutil.rmtree(aside, ignore_errors=True)  # it may be what fills the disk
@@ -139,12 +149,7 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     Beside them it needs the memory of one stored piece (`MAX_PIECE_ELEMENTS`) and of the checkpoint's metadata.
     Raises UserError if a tensor is missing or has another shape, or a file is damaged.
     """
-    reader = SafeFileSystemReader(folder)
-    try:
-        stored = reader.read_metadata().state_dict_metadata
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(Problem(str(folder), f"cannot be read: {error}", f"remove {folder}")) from None
-    problems = []
+    stored, problems = _stored(folder), []
     for name, tensor in tensors.items():
         record, wanted = stored.get(name), global_shape(tensor)
         if not isinstance(record, TensorStorageMetadata):
@@ -157,11 +162,23 @@ def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
         raise UserError(problems[:8], headline=f"{folder} does not fit the model ({len(problems)} tensors)")
     with _in_one_process():
         try:
-            dcp.load(tensors, storage_reader=reader, planner=TensorLoadPlanner(), no_dist=True)
+            dcp.load(tensors, storage_reader=SafeFileSystemReader(folder), planner=TensorLoadPlanner(), no_dist=True)
         except (CheckpointException, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             found = f"a damaged checkpoint: {reason[-1]}"
             raise UserError(Problem(str(folder), found, "remove it to resume from the one before")) from None
+
+
+def stored_names(folder: Path) -> set[str]:
+    """The names of all tensors of a checkpoint. Raises UserError if they cannot be read."""
+    return set(_stored(folder))
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    try:
+        return SafeFileSystemReader(folder).read_metadata().state_dict_metadata
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(Problem(str(folder), f"cannot be read: {error}", f"remove {folder}")) from None
 
 
 def _make_room(root: Path, aside: Path) -> None:
@@ -171,7 +188,7 @@ def _make_room(root: Path, aside: Path) -> None:
     aside.mkdir()
 
 
-def _publish(aside: Path, final: Path, state: dict[str, Any], checksums: dict[str, Checksum], keep: int) -> None:
+def _publish(aside: Path, final: Path, state: dict[str, Any], checksums: dict[str, Checksum], keep: Keeping) -> None:
     write_atomically(aside / STATE_FILE, json.dumps(state, indent=1))
     checksums = checksums | {STATE_FILE: checksum_of(aside / STATE_FILE)}
     write_atomically(aside / MANIFEST_FILE, manifest_text(checksums))
@@ -186,7 +203,7 @@ def _publish(aside: Path, final: Path, state: dict[str, Any], checksums: dict[st
     if hidden:
         shutil.rmtree(hidden)
     complete = dict(complete_checkpoints(final.parent))
-    for step in superseded(complete, keep):
+    for step in keep.outdated(complete):
         shutil.rmtree(_hide(complete[step]))
 
 

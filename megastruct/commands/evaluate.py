@@ -23,8 +23,9 @@ from megastruct.evaluation.model import open_model
 from megastruct.evaluation.report import as_json, table
 from megastruct.evaluation.sources import Selection, Sources, Split
 from megastruct.evaluation.tasks import Tasks, task_table, tasks_as_json
-from megastruct.inference.load import DTYPES, Loaded, available_device, run_of
+from megastruct.inference.load import DTYPES, Loaded, available_device
 from megastruct.launch.environment import Process, current_process, take_share_of_cores
+from megastruct.run.find import run_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from megastruct.errors import user_errors_exit
 from megastruct.huggingface.export import FORMS, Trained, export
 from megastruct.huggingface.folder import check_output
-from megastruct.inference.load import DTYPES, load, run_of
+from megastruct.inference.load import DTYPES, load
+from megastruct.run.find import run_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:

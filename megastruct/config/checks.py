@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from math import lcm
 
+from megastruct.config.batch_sizes import BatchRamp
 from megastruct.config.schema import Config, FFNConfig
+from megastruct.config.training_checks import TRAINING_CHECKS
 from megastruct.errors import Problem
 from megastruct.optimizers import ADAMW, OPTIMIZERS, nearest_optimizer
 from megastruct.parallel.sizes import multiple_problems, nearest_divisor, nearest_multiple, vocabulary_problems
@@ -101,7 +103,7 @@ def check_batch(config: Config, dp_size: int | None = None) -> Iterator[Problem]
     `dp_size` is the actual number of replicas, for a config that derives it from the number of processes.
     """
     training, dp = config.training, dp_size or config.parallel.dp or 1
-    share = training.micro_batch_size * dp
+    share, warmup = training.micro_batch_size * dp, training.batch_size_warmup
     factor = f"micro_batch_size {training.micro_batch_size}" + (f" x dp {dp}" if dp > 1 else "")
     for where, value in (
         ("training.global_batch_size", training.global_batch_size),
@@ -110,6 +112,18 @@ def check_batch(config: Config, dp_size: int | None = None) -> Iterator[Problem]
         if value % share:
             above = (value // share + 1) * share
             yield Problem(where, f"{value} is not a multiple of {factor}", f"{where}={above}")
+    where = "training.batch_size_warmup"
+    if isinstance(warmup, BatchRamp):
+        parts = {"start": warmup.start, "increment": warmup.increment or warmup.start}
+        for key, value in parts.items():
+            if value % share:
+                found = f"{key} {value} is not a multiple of {factor}"
+                yield Problem(where, found, f"{key}: {(value // share + 1) * share}")
+        return
+    for stage in warmup or ():
+        if stage.batch_size % share:
+            found = f"batch_size {stage.batch_size} is not a multiple of {factor}"
+            yield Problem(where, found, f"batch_size: {(stage.batch_size // share + 1) * share}")
 
 
 def check_parallel(config: Config) -> Iterator[Problem]:
@@ -219,6 +233,7 @@ CHECKS: tuple[Check, ...] = (
     check_ffn,
     check_length,
     check_batch,
+    *TRAINING_CHECKS,
     check_parallel,
     check_tensor_parallel,
     check_optimizer,

@@ -187,7 +187,9 @@ def _explain(item: Any) -> Problem:
             "model_type": f"{item['input']!r} is not a section",
         }
         found = wrong.get(item["type"], f"{item['input']!r}: {item['msg'][0].lower() + item['msg'][1:]}")
-        return Problem(where, found, f"{'.'.join(map(str, item['loc'][:2]))}=[{{path: FOLDER, weight: 1}}, ...]")
+        field = _section(item["loc"][:1]).model_fields.get(str(item["loc"][1]))
+        example = field.examples[0] if field and field.examples else "[{path: FOLDER, weight: 1}, ...]"
+        return Problem(where, found, f"{'.'.join(map(str, item['loc'][:2]))}={example}")
     if item["type"] == "extra_forbidden":
         known = _known_keys(item["loc"][:-1])
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
@@ -216,7 +218,9 @@ def _value_that_is_right(item: Any) -> str:
     default = None if field is None or field.is_required() else field.default
     values = (*meant, default, bounds.get("ge"), bounds.get("le"))
     value = next((v for v in values if isinstance(v, bool | int | float | str)), None)
-    return "" if value is None else f"{path[0]}.{path[1]}={yaml.safe_dump(value).split()[0]}"
+    if value is None:
+        return f"{path[0]}.{path[1]}={field.examples[0]}" if field and field.examples else ""
+    return f"{path[0]}.{path[1]}={yaml.safe_dump(value).split()[0]}"
 
 
 def _speaks_of(problem: Problem, keys: set[str]) -> bool:
@@ -230,7 +234,7 @@ def _is_union_tag(key: int | str) -> bool:
 
 
 def _known_keys(path: tuple[int | str, ...]) -> list[str]:
-    return list(_section(path).model_fields)
+    return [field.alias or name for name, field in _section(path).model_fields.items()]
 
 
 def _section(path: tuple[int | str, ...]) -> type[BaseModel]:

@@ -10,19 +10,30 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from megastruct.config.batch_sizes import BatchRamp, BatchSizes, BatchStage, batch_sizes
 from megastruct.config.model import FFNConfig, ModelConfig
 from megastruct.config.section import Count, Fraction, Section, Size
 from megastruct.optimizers import ADAMW, OPTIMIZERS
 
 
 class RunConfig(Section):
-    """The name of the run, the folder that holds its folder, and the seed of all randomness."""
+    """Name and place of the run, the seed of all randomness, and the run that it branches from."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
         description="name of the run's folder, below `folder`"
     )
     folder: str = "runs"
     seed: Count = 1234
+    from_: Annotated[str, Field(min_length=1)] | None = Field(
+        None,
+        alias="from",
+        description="branch from the checkpoint FOLDER@STEP of another run; without @STEP from its newest checkpoint",
+    )
+    inherit: Literal["weights", "optimizer", "all"] = Field(
+        "weights",
+        description="what a branch takes over: weights; optimizer: with the optimizer's state; all: with the place in "
+        "the data as well",
+    )
 
     @field_validator("folder")
     @classmethod
@@ -66,6 +77,10 @@ class DataSource(Section):
 
 def _path_kind(value: object) -> str:
     return "-list" if isinstance(value, list) else "-path"  # not identifiers, so messages leave them out
+
+
+def _warmup_kind(value: object) -> str:
+    return "-ramp" if isinstance(value, dict | BatchRamp) else "-stages"
 
 
 class DataConfig(Section):
@@ -127,6 +142,18 @@ class TrainingConfig(Section):
 
     seq_length: Size
     global_batch_size: Size = Field(description="sequences per optimizer step, summed over all replicas")
+    batch_size_warmup: (
+        Annotated[
+            Annotated[BatchRamp, Tag("-ramp")] | Annotated[tuple[BatchStage, ...], Field(strict=False), Tag("-stages")],
+            Discriminator(_warmup_kind),
+        ]
+        | None
+    ) = Field(
+        None,
+        description="smaller global batches at first: a list of stages {batch_size, num_steps or num_tokens}, or a "
+        "ramp {start, increment, num_steps or num_tokens}; left out: global_batch_size from the first step on",
+        examples=["{start: 64, increment: 64, num_steps: 1000}"],
+    )
     micro_batch_size: Size = Field(description="sequences per forward on one replica")
     num_steps: Size | None = Field(None, description="length of the run; set either num_steps or num_tokens")
     num_tokens: Size | None = None
@@ -139,13 +166,22 @@ class TrainingConfig(Section):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens per optimizer step, over all replicas."""
+        """Tokens per optimizer step over all replicas, after the warm-up of the batch size."""
         return self.global_batch_size * self.seq_length
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The global batch size of every step."""
+        return batch_sizes(self.global_batch_size, self.seq_length, self.batch_size_warmup)
+
+    def tokens(self, num_steps: int) -> int:
+        """Tokens of the first `num_steps` steps, over all replicas; tokens that are read again count again."""
+        return self.batch_sizes.samples(num_steps) * self.seq_length
 
     @property
     def base_steps(self) -> int:
         """Steps over new data; a FLOP-matched self-guided run then reads some data again (`planning/steps.py`)."""
-        return self.num_steps or max(1, round((self.num_tokens or 0) / self.tokens_per_step))
+        return self.num_steps or self.batch_sizes.steps_of(self.num_tokens or 0, self.seq_length)
 
 
 class OptimizerConfig(Section):
@@ -178,10 +214,30 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Linear warm-up, then a cosine to `min_learning_rate_fraction` of the peak at the last step."""
+    """The learning rate over the run: a linear warm-up to its peak, then one of config/schedules.py."""
 
-    warmup_fraction: Fraction = 0.1
-    min_learning_rate_fraction: Fraction = 0.1
+    kind: str = Field(
+        "cosine",
+        description="cosine, linear, constant, wsd (warm-up, stable, decay) or inverse_sqrt",
+    )
+    num_steps: Size | None = Field(
+        None, description="length of the schedule, whose last value then holds; left out: the length of the run"
+    )
+    unit: Literal["steps", "tokens"] = Field(
+        "steps", description="what progress is measured in; they differ while the batch size is warmed up"
+    )
+    warmup_fraction: Fraction = Field(0.1, description="length of the warm-up as a share of the schedule's length")
+    warmup_steps: Count | None = Field(None, description="length of the warm-up, instead of warmup_fraction")
+    min_learning_rate_fraction: Fraction = Field(
+        0.1, description="the lowest learning rate after the warm-up, as a share of the peak"
+    )
+    decay: Literal["linear", "cosine", "1-sqrt"] | None = Field(
+        None, description="wsd: the shape of the decay; left out: linear"
+    )
+    decay_fraction: Fraction | None = Field(
+        None, description="wsd: length of the decay as a share of the schedule's length; left out: 0.2"
+    )
+    decay_steps: Count | None = Field(None, description="wsd: length of the decay, instead of decay_fraction")
 
 
 class ParallelConfig(Section):
@@ -198,6 +254,12 @@ class EvaluationConfig(Section):
 
     interval_steps: Count = Field(0, description="0 = only after the last step")
     num_samples: Count = Field(0, description="held-out sequences; 0 = no validation")
+    sources: dict[Annotated[str, Field(pattern=r"^[\w.-]+$")], Annotated[str, Field(min_length=1)]] = Field(
+        {},
+        description="further data to validate on, {NAME: PATH, ...}: token shards (their held-out part, if they have "
+        "one) or text; num_samples sequences of each give validation_loss/NAME",
+        examples=["{books: data/books}"],
+    )
 
 
 class LoggingConfig(Section):
@@ -212,6 +274,9 @@ class CheckpointConfig(Section):
 
     interval_steps: Count = Field(0, description="0 = only after the last step")
     keep: Size = Field(2, description="number of complete checkpoints to keep")
+    keep_every: Count = Field(
+        0, description="keep the checkpoints of every so many steps for ever, beside the newest ones; 0 = off"
+    )
     mirror: Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://.")] | None = Field(
         None,
         description="address, such as s3://BUCKET/runs: every checkpoint is copied to its folder run.name, and a run "

@@ -175,6 +175,10 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
 
+    def set_batch_size(self, global_batch_size: int) -> None:
+        """Set the number of samples of the next steps, a multiple of the micro-batches of all replicas."""
+        zero.set_batch_size(self.deepspeed, global_batch_size)
+
     def gradient_norm(self) -> float:
         """Global norm of the last step's gradient, before clipping."""
         return self.clipper.norm if self.clipper else float(self.deepspeed.get_global_grad_norm())

@@ -63,6 +63,7 @@ INTERNALS = (
         "give up an engine and all of its memory at the end of the guided phase",
     ),
     Internal(_ENGINE, ("get_global_grad_norm()", "gradient_accumulation_steps()"), "log the norm, count micro-batches"),
+    Internal(_ENGINE, ("train_batch_size()", "set_train_batch_size(train_batch_size)"), "warm up the batch size"),
     Internal(_PIPELINE, ("pipe_buffers",), "free the last logits after a validation"),
     Internal(
         _PIPELINE,

@@ -60,13 +60,13 @@ def saved_fragments(engine: Engine) -> Iterator[Fragment]:
         yield fragment
 
 
-def begin_restore(engine: Engine, step: int, skipped_steps: int = 0) -> dict[str, Fragment]:
+def begin_restore(engine: Engine, step: int, optimizer_steps: int) -> dict[str, Fragment]:
     """The fragments of an engine after `step` steps, to be filled; then `finish_restore`.
 
-    `skipped_steps`: those of them of which the optimizer made no step.
+    `optimizer_steps`: those that the optimizer has made, which skipped some and may have made some for a parent run.
     """
-    _begin_state(engine, step - skipped_steps)
-    zero.set_step_counts(engine.deepspeed, step, step * engine.config.training.global_batch_size)
+    _begin_state(engine, optimizer_steps)
+    zero.set_step_counts(engine.deepspeed, step, engine.config.training.batch_sizes.samples(step))
     return {fragment.name: fragment for fragment in fragments(engine)}
 
 

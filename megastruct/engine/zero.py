@@ -89,6 +89,17 @@ def set_step_counts(engine: Any, step: int, num_samples: int) -> None:
     engine.micro_steps = step * engine.gradient_accumulation_steps()
 
 
+def set_batch_size(engine: Any, global_batch_size: int) -> None:
+    """Have DeepSpeed accumulate the gradients of that many samples in its next steps.
+
+    Without a pipeline it finds a step's last micro-batch by their count so far, which has to be a multiple of those of
+    a step.
+    """
+    if engine.train_batch_size() != global_batch_size:
+        engine.set_train_batch_size(global_batch_size)
+        engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+
+
 def whole_shape(parameter: Any) -> tuple[int, ...]:
     """The shape of this tensor-parallel rank's parameter, also where ZeRO 3 has cut it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -30,7 +30,8 @@ from megastruct.data.tokens.manifest import SPLITS, check_files, load_manifest
 from megastruct.data.tokens.megatron import Pair, find_pairs, open_pairs
 from megastruct.data.tokens.rows import TokenRows
 from megastruct.errors import Problem, Problems, UserError
-from megastruct.inference.load import Loaded, described_data
+from megastruct.inference.load import Loaded
+from megastruct.run.run_folder import read_description
 
 Split = Literal["train", "validation", "all"]
 
@@ -81,7 +82,7 @@ class Sources:
         self._run, self._selection = run, selection
         self._tokenizer, self._config = loaded.tokenizer, loaded.config
         # Of token shards, the record of the run has what the config does not.
-        recorded: dict[str, Any] = described_data(run)
+        recorded: dict[str, Any] = read_description(run)
         self._commits = recorded.get("hub_commits", ())
         self._fraction = float(recorded.get("validation_fraction", loaded.config.data.validation_fraction))
         self._column = selection.text_column or recorded.get("text_column", loaded.config.data.text_column)

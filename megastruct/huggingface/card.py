@@ -26,7 +26,7 @@ def model_card(run: Path, step: int, config: Config, form: str, architecture: st
         "weights": f"{dtype}, from float32 master weights",
         **_model_facts(config, form),
         "steps": f"{step:,} of {total_steps(config):,}",
-        "tokens": f"{step * config.training.tokens_per_step:,}",
+        "tokens": f"{config.training.tokens(step):,}",
         **({"training loss": f"{results['loss']:.4f}"} if "loss" in results else {}),
         **({"validation loss": f"{results['validation_loss']:.4f}"} if "validation_loss" in results else {}),
         "training FLOPs": f"{training_flops(config, step):.3e} (matrix products, forward and backward)",
@@ -68,7 +68,8 @@ def training_flops(config: Config, step: int) -> float:
     """FLOPs of the first `step` steps; guides count for the mean share of tokens that they see."""
     guided = min(step, guided_steps(config))
     per_token = (training_flops_per_token(config, mean_guide_share(config)), training_flops_per_token(config))
-    return config.training.tokens_per_step * (guided * per_token[0] + (step - guided) * per_token[1])
+    tokens = config.training.tokens(guided)
+    return tokens * per_token[0] + (config.training.tokens(step) - tokens) * per_token[1]
 
 
 def _model_facts(config: Config, form: str) -> dict[str, str]:

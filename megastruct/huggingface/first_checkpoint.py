@@ -14,6 +14,7 @@ from megastruct.huggingface.folder import new_folder
 from megastruct.models.gpt import GPT
 from megastruct.models.guidance import is_guide
 from megastruct.optimizers import MASTER, OPTIMIZERS
+from megastruct.run.origin import write_origin
 from megastruct.run.run_folder import CONFIG_FILE, LOCK_FILE, RunFolder
 
 
@@ -27,8 +28,8 @@ def check_new(run: RunFolder) -> None:
 def write_first_checkpoint(run: RunFolder, weights: FirstWeights, tokenizer: Tokenizer, origin: str) -> None:
     """Make the run folder: config, tokenizer and a checkpoint with these weights and zeros as the optimizer's state.
 
-    `origin`: where the weights come from, for state.json. Raises UserError if the disk refuses it; then there is no
-    run folder.
+    `origin`: where the weights come from, for the record of the run. Raises UserError if the disk refuses it; then
+    there is no run folder.
     """
     config = run.config
     with torch.device("meta"):
@@ -46,5 +47,6 @@ def write_first_checkpoint(run: RunFolder, weights: FirstWeights, tokenizer: Tok
         (folder / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
         for name, content in tokenizer.files.items():
             (folder / name).write_bytes(content)
+        write_origin(folder, {"kind": "huggingface", "folder": origin})
         save_checkpoint(folder / run.checkpoints.name, 0, tensors, state, keep=1)
         (run.path / LOCK_FILE).unlink(missing_ok=True)

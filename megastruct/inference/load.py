@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from megastruct.checkpoint.intact import newest_intact, require_intact
-from megastruct.checkpoint.store import is_checkpoint, load_state, load_tensors, step_of
+from megastruct.checkpoint.store import load_state, load_tensors, step_of
 from megastruct.config.load import load_config
 from megastruct.config.schema import Config
 from megastruct.data import Tokenizer, open_tokenizer
@@ -20,7 +18,8 @@ from megastruct.errors import Problem, UserError
 from megastruct.inference.forms import Form, use_form
 from megastruct.models.gpt import GPT
 from megastruct.planning.steps import guided_steps
-from megastruct.run.run_folder import CHECKPOINTS, CONFIG_FILE, DATA_FILE
+from megastruct.run.find import find_checkpoint
+from megastruct.run.run_folder import CONFIG_FILE, read_description
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of weights, by the names that programs take
 
@@ -74,7 +73,7 @@ def load(
     if opened.vocab_size > config.model.vocab_size:
         found = f"has {opened.vocab_size:,} pieces, but the model has {config.model.vocab_size:,} words"
         raise UserError(Problem(str(opened.path), found, f"leave --tokenizer out: {run} has its own"))
-    if (recorded := described_data(run).get("tokenizer_fingerprint", opened.fingerprint)) != opened.fingerprint:
+    if (recorded := read_description(run).get("tokenizer_fingerprint", opened.fingerprint)) != opened.fingerprint:
         found = (
             f"is not the tokenizer that {run} was trained with (sha256 {opened.fingerprint[:12]}... instead of "
             f"{recorded[:12]}...)"
@@ -143,37 +142,3 @@ def available_device(wanted: str | torch.device | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise UserError(Problem("--device", f"{wanted} cannot be used: {reason}", "--device cpu")) from None
     return device
-
-
-def described_data(run: Path) -> dict[str, Any]:
-    """What the run's record says of its data; empty if there is no record."""
-    try:
-        return json.loads((run / DATA_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def run_of(path: str | os.PathLike[str]) -> Path:
-    """The run folder of a run folder or of a checkpoint folder in one; any other path as it is, absolute."""
-    path = Path(path).absolute()
-    run = path.parent.parent
-    return run if is_checkpoint(path) and (run / CONFIG_FILE).exists() else path
-
-
-def find_checkpoint(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """(run folder, intact checkpoint folder) of a run folder or of a checkpoint folder in one.
-
-    Raises UserError if it is neither, or nothing in it is intact.
-    """
-    path, run = Path(path).absolute(), run_of(path)
-    if path != run:
-        require_intact(path)
-        return run, path
-    if not (path / CONFIG_FILE).exists():
-        found = "is not a run folder (it has no config.yaml)" if path.exists() else "does not exist"
-        raise UserError(Problem(str(path), found, "the folder of a run, for example runs/quickstart"))
-    root = path / CHECKPOINTS
-    folder, _ = newest_intact(root)
-    if folder is None:
-        raise UserError(Problem(str(root), "has no complete checkpoint", "train until the first one is saved"))
-    return path, folder

@@ -58,7 +58,7 @@ class Run:
         """
         found = record.get(key)
         if found is None and self.config is not None and "step" in record:
-            tokens = record["step"] * self.config.training.tokens_per_step
+            tokens = self.config.training.tokens(record["step"])
             if key == TOKENS:
                 found = tokens
             elif key == FLOPS and self.config.guided.schedule == "off":

@@ -24,7 +24,7 @@ class Spent:
         """
         Args:
             num_devices: devices of all ranks.
-            flops_per_step: training FLOPs of a step without guides.
+            flops_per_step: training FLOPs of a step with a full batch, without guides.
             guide_flops_per_step: those that guides add if they are evaluated for all tokens.
             state: plain values of the checkpoint that was loaded, {} without one.
             step: finished steps.
@@ -38,11 +38,14 @@ class Spent:
         """Count the time from now on."""
         self._since = time.perf_counter()
 
-    def step(self, guide_share: float) -> None:
-        """Count a step, in which guides were evaluated for this share of the tokens."""
+    def step(self, guide_share: float, batch_share: float = 1.0) -> None:
+        """Count a step, in which guides were evaluated for this share of the tokens.
+
+        `batch_share`: the size of its batch as a share of the full one.
+        """
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        flops = self.flops_per_step + guide_share * self.guide_flops
+        flops = batch_share * (self.flops_per_step + guide_share * self.guide_flops)
         for kind, value in zip(_KINDS, (seconds, seconds * self.num_devices / 3600, flops), strict=True):
             before = self._sums[kind]
             self._sums[kind] = None if before is None else before + value

@@ -13,7 +13,7 @@ class Throughput:
     """Times training steps and computes means over a window.
 
     Attributes:
-        tokens_per_step: tokens of all ranks.
+        tokens_per_step: tokens of all ranks, with a full batch.
         num_devices: devices of all ranks.
         peak_tflops: peak TFLOP/s of one device; None if unknown.
     """
@@ -25,14 +25,19 @@ class Throughput:
     _data_seconds: float = field(default=0.0, init=False)
     _guide_shares: float = field(default=0.0, init=False)
     _steps: int = field(default=0, init=False)
+    _full_batches: float = field(default=0.0, init=False)
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Time one training step. The loss must be read inside, so that the device has finished."""
+    def step(self, batch_share: float = 1.0) -> Iterator[None]:
+        """Time one training step. The loss must be read inside, so that the device has finished.
+
+        `batch_share`: the size of its batch as a share of the full one.
+        """
         start = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - start
         self._steps += 1
+        self._full_batches += batch_share
 
     def waited_for_data(self, seconds: float) -> None:
         """Add the seconds that a step waited for its data."""
@@ -53,7 +58,8 @@ class Throughput:
         `flops_per_token`: training FLOPs of the whole model per token, including those of guides.
         """
         seconds = self._seconds / max(1, self._steps)
-        tokens_per_second = self.tokens_per_step / seconds if seconds else 0.0
+        tokens = self.tokens_per_step * self._full_batches
+        tokens_per_second = tokens / self._seconds if self._seconds else 0.0
         tflops = tokens_per_second * flops_per_token / self.num_devices / 1e12
         values = {
             "step_time_seconds": seconds,
@@ -63,4 +69,5 @@ class Throughput:
             "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
         }
         self._seconds, self._data_seconds, self._guide_shares, self._steps = 0.0, 0.0, 0.0, 0
+        self._full_batches = 0.0
         return values

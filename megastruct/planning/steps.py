@@ -51,18 +51,24 @@ def data_step(config: Config, step: int) -> int:
     return step if step < base else step - base
 
 
+def data_sample(config: Config, step: int) -> int:
+    """The global sample with which `step` begins, if no data was skipped and the run began with the first one."""
+    return config.training.batch_sizes.samples(data_step(config, step))
+
+
 def total_tokens(config: Config) -> int:
     """Tokens that the run trains on, as the config asks for them, not rounded to whole steps.
 
     Tokens that are read again count again.
     """
-    base = config.training.num_tokens or config.training.base_steps * config.training.tokens_per_step
-    return round(base * total_steps(config) / config.training.base_steps)
+    training = config.training
+    base = training.num_tokens or training.tokens(training.base_steps)
+    return round(base * total_steps(config) / training.base_steps)
 
 
 def total_training_flops(config: Config) -> float:
     """FLOPs of the whole run; guides count for the mean share of tokens that they see in the guided steps."""
-    guided = guided_steps(config) / total_steps(config)
+    guided = config.training.tokens(guided_steps(config)) / config.training.tokens(total_steps(config))
     return total_tokens(config) * (
         guided * training_flops_per_token(config, mean_guide_share(config))
         + (1.0 - guided) * training_flops_per_token(config)

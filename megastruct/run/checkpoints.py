@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megastruct.checkpoint.agreement import from_first_rank, gather, rank_in, together
 from megastruct.checkpoint.background import BackgroundSaver
 from megastruct.checkpoint.intact import newest_intact, set_aside
 from megastruct.checkpoint.sharded import ShardedTensor
-from megastruct.checkpoint.store import checkpoint_folder, load_state, load_tensors, save_checkpoint
+from megastruct.checkpoint.store import (
+    Keeping,
+    checkpoint_folder,
+    load_state,
+    load_tensors,
+    save_checkpoint,
+    stored_names,
+)
+from megastruct.config.schema import Config
 from megastruct.engine.engine import Engine
 from megastruct.engine.state import Fragment, begin_restore, finish_restore, saved_fragments
 from megastruct.engine.zero import whole_shape
 from megastruct.errors import Problem, UserError
-from megastruct.models.guidance import is_guide
-from megastruct.optimizers import ADAMW, OPTIMIZERS
+from megastruct.models.guidance import LINEARS, is_guide
+from megastruct.models.mlp import MLP
+from megastruct.optimizers import ADAMW, MASTER, OPTIMIZERS
 from megastruct.parallel.shards import Box
-from megastruct.planning.steps import guided_steps
+from megastruct.planning.steps import data_sample, guided_steps, total_steps
 from megastruct.run.mirroring import Mirroring
 from megastruct.run.run_folder import RunFolder
 
@@ -40,7 +52,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: RunFolder) -> None:
-        self.root, self.keep = folder.checkpoints, folder.config.checkpoint.keep
+        kept = folder.config.checkpoint
+        self.root, self.keep = folder.checkpoints, Keeping(kept.keep, kept.keep_every)
         self.folder = folder
         self._saver = BackgroundSaver()
         self._mirroring = Mirroring.of(folder.config) if rank_in() == 0 else None
@@ -56,7 +69,7 @@ class Checkpoints:
         owned = {own.name: own for own in saved_fragments(engine) if own.name in names}
         views = {f"{kind}.{name}": tensor for name, own in owned.items() for kind, tensor in own.tensors.items()}
         copies = self._saver.host_copies(views)
-        tensors = {
+        tensors: dict[str, Tensor] = {
             f"{kind}.{name}": _global(engine, fragment, copies[f"{kind}.{name}"])
             for name, fragment in owned.items()
             for kind in fragment.tensors
@@ -67,7 +80,7 @@ class Checkpoints:
         kinds = engine.saved_kinds()
         wanted = [f"{kind}.{name}" for name in names for kind in kinds[name]]
 
-        def write(group: Any) -> None:
+        def write(group: dist.ProcessGroup) -> None:
             self._mirror(save_checkpoint(self.root, step, tensors, state, self.keep, group, wanted))
 
         self._saver.start(write)
@@ -131,14 +144,74 @@ def load_checkpoint(engine: Engine, folder: Path | None) -> Loaded:
         return Loaded(0, None, {})
     state = together(lambda: load_state(folder))
     together(lambda: _check_optimizer(engine.config.optimizer.kind, state.get("optimizer", ADAMW), folder))
-    tensors = {
+    restore(engine, folder, state["step"], optimizer_steps(state))
+    cursor = np.array(state["cursor"], dtype=np.int64)
+    return Loaded(state["step"], cursor if cursor.size else None, state)
+
+
+def restore(
+    engine: Engine,
+    folder: Path,
+    step: int,
+    optimizer_steps: int,
+    with_optimizer: bool = True,
+    begins_guides: bool = False,
+) -> None:
+    """Make the engine one of `step` finished steps with the weights of a checkpoint. Collective.
+
+    `with_optimizer`: with the optimizer's state, after `optimizer_steps` steps of it. `begins_guides`: if only the
+    engine has guides, they begin as the dense equivalents of what they guide.
+    """
+    fragments = begin_restore(engine, step, optimizer_steps)
+    stored = together(lambda: stored_names(folder)) if begins_guides else set()
+    guides = {name for name in fragments if is_guide(name)} if begins_guides else set()
+    without = {name for name in guides if f"{MASTER}.{name}" not in stored}
+    tensors: dict[str, Tensor] = {
         f"{kind}.{name}": _global(engine, fragment, tensor)
-        for name, fragment in begin_restore(engine, state["step"], state.get("skipped_steps", 0)).items()
+        for name, fragment in fragments.items()
         for kind, tensor in fragment.tensors.items()
+        if name not in without and (with_optimizer or kind == MASTER)
     }
     together(lambda: load_tensors(folder, tensors))
     finish_restore(engine)
-    return Loaded(state["step"], np.array(state["cursor"], dtype=np.int64), state)
+    if begins_guides and any(gather(bool(without))):
+        _begin_guides(engine, fragments)
+        finish_restore(engine)
+
+
+@torch.no_grad()
+def _begin_guides(engine: Engine, fragments: dict[str, Fragment]) -> None:
+    """Make every guide the dense equivalent of its linear, as in a new model. Collective."""
+    for path, module in engine.module.named_modules():
+        if not isinstance(module, MLP) or module.fc1_guide is None:
+            continue
+        for linear in LINEARS:
+            with engine.gathered((structured := getattr(module, linear)).factors()):
+                dense = structured.to_dense()
+            if fragment := fragments.get(f"{engine.canonical_name(path)}.{linear}_guide.weight"):
+                for offsets, piece in _global(engine, fragment, fragment.tensors[MASTER]).pieces.items():
+                    place = tuple(slice(start, start + size) for start, size in zip(offsets, piece.shape, strict=True))
+                    piece.copy_(dense[place])
+
+
+def optimizer_steps(state: Mapping[str, Any]) -> int:
+    """The steps that the optimizer has made up to a checkpoint, those of the run's parents included."""
+    return state.get("earlier_optimizer_steps", 0) + state["step"] - state.get("skipped_steps", 0)
+
+
+def place_in_data(config: Config, state: Mapping[str, Any]) -> tuple[int, np.ndarray | None]:
+    """(next global sample, cursor) with which the run of `config` goes on after a checkpoint with these plain values.
+
+    Without a cursor, reading begins anew: before the first step, and where the second reading begins.
+    """
+    step = state.get("step", 0)
+    if step == config.training.base_steps < total_steps(config):
+        return 0, None
+    cursor = np.array(state.get("cursor", ()), dtype=np.int64)
+    sample = state.get("sample")
+    if sample is None:  # from before it was stored, when all batches had one size
+        sample = data_sample(config, step) + state.get("skipped_data_steps", 0) * config.training.global_batch_size
+    return sample, cursor if cursor.size and sample else None
 
 
 def _check_optimizer(wanted: str, found: str, folder: Path) -> None:
@@ -149,7 +222,7 @@ def _check_optimizer(wanted: str, found: str, folder: Path) -> None:
         raise UserError(Problem("optimizer.kind", message, f"optimizer.kind={found}, or a new run.name"))
 
 
-def _global(engine: Engine, fragment: Fragment, tensor: Tensor) -> Tensor:
+def _global(engine: Engine, fragment: Fragment, tensor: Tensor) -> ShardedTensor:
     """`tensor`, which has the fragment's elements, under the global form of its parameter."""
     parameter: Any = fragment.parameter
     local_shape = whole_shape(parameter)

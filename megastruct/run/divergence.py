@@ -31,7 +31,7 @@ class Divergence:
 
     def state_at(self, step: int) -> dict[str, Any]:
         """The plain values that a checkpoint of `step` stores."""
-        state: dict[str, Any] = {"tokens": step * self.config.training.tokens_per_step}
+        state: dict[str, Any] = {"tokens": self.config.training.tokens(step)}
         state |= {"skipped_steps": self.skipped_steps}
         if self.config.reliability.spike_factor:
             state |= {"spikes": self.spikes, "recent_losses": list(self.recent_losses)}

@@ -12,12 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 from megastruct.checkpoint.checksums import MANIFEST_FILE
 from megastruct.checkpoint.intact import newest_of_right_size
-from megastruct.checkpoint.store import superseded
+from megastruct.checkpoint.store import Keeping
 from megastruct.config.schema import Config
 from megastruct.data.sources.patience import reason
 from megastruct.run.mirror import Mirror
@@ -45,7 +44,11 @@ class Mirroring:
         """The thread for the mirror of a run; None if it has none."""
         if not config.checkpoint.mirror:
             return None
-        return cls(Mirror(config), RunFolder(config).path, partial(superseded, keep=config.checkpoint.keep))
+        return cls(
+            Mirror(config),
+            RunFolder(config).path,
+            Keeping(config.checkpoint.keep, config.checkpoint.keep_every).outdated,
+        )
 
     def offer(self, checkpoint: Path) -> None:
         """Let a complete checkpoint be copied. Returns immediately.

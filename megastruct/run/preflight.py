@@ -10,8 +10,10 @@ from megastruct.data.options import DataOptions
 from megastruct.errors import Problems
 from megastruct.parallel.topology import Topology
 from megastruct.planning.steps import check_guided_steps
+from megastruct.run.branch import begins_as_branch, check_parent
 from megastruct.run.restore import Restore
 from megastruct.run.run_folder import RunFolder
+from megastruct.run.validation import open_sources
 
 
 def preflight(config: Config, world_size: int) -> tuple[Topology, TrainingData]:
@@ -26,7 +28,11 @@ def preflight(config: Config, world_size: int) -> tuple[Topology, TrainingData]:
     restore = problems.collect(lambda: _restored_files(config))
     data = problems.collect(lambda: _open(config))
     if data and topology and not problems:
-        problems.collect(lambda: RunFolder(config).check(data.describe()))
+        folder = RunFolder(config)
+        problems.collect(lambda: folder.check(data.describe()))
+        if begins_as_branch(folder):
+            problems.collect(lambda: check_parent(config, data))
+        problems.collect(lambda: open_sources(config, data))
         if not data.validation_is_costly or not problems:
             problems.collect(lambda: _check_held_out(config, data, topology))
     problems.raise_if_any()

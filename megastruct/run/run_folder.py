@@ -2,19 +2,20 @@
 
 runs/NAME/  config.yaml  environment.json  data.json  metrics.jsonl  checkpoints/
             tokenizer.model (or tokenizer.json and tokenizer_options.json)
-            events.out.tfevents.* (TensorBoard)
+            events.out.tfevents.* (TensorBoard)  extensions.json  origin.json
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megastruct.checkpoint.intact import newest_of_right_size
 from megastruct.checkpoint.store import step_of
-from megastruct.config.compare import changes_of_the_run
+from megastruct.config.compare import changes_of_the_run, extension
 from megastruct.config.load import dump_config, load_config
 from megastruct.config.schema import Config
 from megastruct.errors import Problem, UserError
@@ -24,8 +25,17 @@ from megastruct.launch.environment import describe_environment
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 DATA_FILE = "data.json"
+EXTENSIONS_FILE = "extensions.json"
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
+
+
+def read_description(run: Path) -> dict[str, Any]:
+    """What the record of the run in the folder `run` says of its data; empty if there is no record."""
+    try:
+        return json.loads((run / DATA_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 class RunFolder:
@@ -58,8 +68,10 @@ class RunFolder:
             if data.get(key) != value
         ]
         if problems:
+            new_name = f"run.name={self.path.name}-2"
+            advice = f"{new_name} for a new run, or {new_name} run.from={self.path} for a branch of this one"
             raise UserError(
-                [*problems, Problem("", "a run folder holds one run", f"run.name={self.path.name}-2 for a new run")],
+                [*problems, Problem("", "a run folder holds one run, which can be made longer", advice)],
                 headline=f"{self.path} holds a run of another config",
             )
 
@@ -93,10 +105,13 @@ class RunFolder:
     def write(self, data: dict[str, Any], tokenizer: Mapping[str, bytes]) -> dict[str, str]:
         """Write the descriptions and the tokenizer's files by name, on rank 0.
 
+        If the config makes the run longer than before, that is recorded and said on stderr.
+
         Returns:
             The descriptions as title -> text for TensorBoard.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        self._record_extension()
         for name, content in tokenizer.items():
             write_atomically(self.path / name, content)
         texts = {
@@ -107,3 +122,21 @@ class RunFolder:
         for name, text in texts.items():
             write_atomically(self.path / name, text)
         return texts
+
+    def _record_extension(self) -> None:
+        """Append to extensions.json how the config makes the run longer, if it does."""
+        if not (self.path / CONFIG_FILE).exists():
+            return
+        longer = extension(load_config(self.path / CONFIG_FILE), self.config)
+        if longer is None:
+            return
+        path, finished = self.path / EXTENSIONS_FILE, self.finished_steps()
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        record = {"finished_steps": finished, **longer._asdict(), "schedule": longer.schedule}
+        write_atomically(path, json.dumps([*before, record], indent=1))
+        print(
+            f"{self.path}: {longer.new_steps} instead of {longer.old_steps} steps, from step {finished} on; "
+            f"the schedule is {longer.schedule} (its length is {longer.schedule_steps} steps).",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
+from megastruct.config.schedules import SCHEDULES, Place, cosine_shape
 from megastruct.config.schema import Config
 from megastruct.planning.steps import guided_steps, total_steps
 
@@ -24,16 +24,34 @@ def scheduled(config: Config, step: int) -> Scheduled:
 def learning_rate(config: Config, step: int) -> float:
     """Learning rate of the optimizer step that follows `step` finished steps.
 
-    Linear from 0 to the peak over the warm-up (reached at its last step), then half a cosine down to
-    `min_learning_rate_fraction` of the peak at the run's last step.
+    Linear from 0 to the peak over the warm-up (reached at its last step), then as `schedule.kind` says.
     """
-    peak, total = config.optimizer.learning_rate, total_steps(config)
-    warmup = round(config.schedule.warmup_fraction * total)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - 1 - warmup)
-    low = config.schedule.min_learning_rate_fraction
-    return peak * (low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))))
+    peak, place = config.optimizer.learning_rate, place_of(config, step)
+    if place.before < place.warmup:
+        return peak * min(place.after, place.warmup) / place.warmup
+    return peak * SCHEDULES[config.schedule.kind].factor(place, config.schedule)
+
+
+def place_of(config: Config, step: int) -> Place:
+    """Where the step that follows `step` finished steps lies in the schedule.
+
+    Progress is counted in steps, or in the tokens of a full batch, which are as many steps once the batch size is
+    warmed up.
+    """
+    schedule, training = config.schedule, config.training
+    num_steps = schedule.num_steps or total_steps(config)
+    count = _full_batches if schedule.unit == "tokens" and not training.batch_sizes.is_constant else _steps
+    total = count(config, num_steps)
+    warmup = round(schedule.warmup_fraction * total) if schedule.warmup_steps is None else schedule.warmup_steps
+    return Place(count(config, step), count(config, step + 1), warmup, total)
+
+
+def _steps(config: Config, num_steps: int) -> float:
+    return num_steps
+
+
+def _full_batches(config: Config, num_steps: int) -> float:
+    return config.training.batch_sizes.samples(num_steps) / config.training.global_batch_size
 
 
 def alpha(config: Config, step: int) -> float:
@@ -46,4 +64,4 @@ def alpha(config: Config, step: int) -> float:
     if step >= guided:
         return 0.0
     progress = step / guided
-    return 1.0 - progress if config.guided.alpha == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 1.0 - progress if config.guided.alpha == "linear" else cosine_shape(progress)

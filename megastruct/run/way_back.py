@@ -38,11 +38,11 @@ def go_back(
     spike: int,
     loss: float,
     cursor: np.ndarray,
-    spent: dict[str, Any],
+    kept: dict[str, Any],
 ) -> Returned | None:
     """After a spike at step `spike`, load the newest checkpoint and save it again with the data position `cursor`.
 
-    The checkpoint also takes over `spent` (`Spent.state`), because the steps up to the spike have been paid for.
+    The checkpoint also takes over the plain values `kept`: the next sample, and what the steps up to the spike cost.
     Returns None if the run cannot go back; the loss then counts as a normal one. Collective.
     """
     config, guides_left = engine.config, not engine.guidance
@@ -56,5 +56,5 @@ def go_back(
     loaded = load_checkpoint(engine, checkpoint)
     divergence = divergence.went_back(spike, loaded.step, loaded.state)
     # A restart must not read the skipped data, either.
-    checkpoints.save(engine, loaded.step, cursor, divergence.state_at(loaded.step) | spent)
+    checkpoints.save(engine, loaded.step, cursor, divergence.state_at(loaded.step) | kept)
     return Returned(loaded.step, divergence)

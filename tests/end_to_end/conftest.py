@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from processes import Corpus, run_tool
+from processes import Corpus, run_tool, write_config
 
 WORDS = ["the", "of", "and", "to", "in", "is", "was", "he", "for", "it", "with", "as", "his", "on", "be", "at", "by"]
 
@@ -37,18 +37,4 @@ def corpus(tmp_path_factory: Any) -> Corpus:
 @pytest.fixture
 def config(tmp_path: Path, corpus: Corpus) -> Path:
     """A run of 12 steps on the token shards."""
-    path = tmp_path / "config.yaml"
-    path.write_text(
-        f"""
-run: {{name: test, folder: {tmp_path / "runs"}}}
-model: {{hidden_size: 32, num_layers: 2, num_attention_heads: 4, ffn_hidden_size: 64, vocab_size: 320}}
-ffn: {{structure: lowrank, rank: 8}}
-data: {{kind: tokens, path: {corpus.tokens}}}
-training: {{seq_length: 32, global_batch_size: 8, micro_batch_size: 2, num_steps: 12, precision: fp32}}
-optimizer: {{learning_rate: 1e-2}}
-evaluation: {{interval_steps: 6, num_samples: 8}}
-logging: {{interval_steps: 1}}
-checkpoint: {{interval_steps: 3, keep: 2}}
-"""
-    )
-    return path
+    return write_config(tmp_path, corpus)

@@ -30,6 +30,25 @@ def run_tool(name: str, *arguments: Any) -> None:
     subprocess.run([sys.executable, ROOT / "tools" / name, *map(str, arguments)], check=True, capture_output=True)
 
 
+def write_config(folder: Path, corpus: Corpus) -> Path:
+    """The config of a run of 12 steps on the token shards, which writes below `folder`."""
+    path = folder / "config.yaml"
+    path.write_text(
+        f"""
+run: {{name: test, folder: {folder / "runs"}}}
+model: {{hidden_size: 32, num_layers: 2, num_attention_heads: 4, ffn_hidden_size: 64, vocab_size: 320}}
+ffn: {{structure: lowrank, rank: 8}}
+data: {{kind: tokens, path: {corpus.tokens}}}
+training: {{seq_length: 32, global_batch_size: 8, micro_batch_size: 2, num_steps: 12, precision: fp32}}
+optimizer: {{learning_rate: 1e-2}}
+evaluation: {{interval_steps: 6, num_samples: 8}}
+logging: {{interval_steps: 1}}
+checkpoint: {{interval_steps: 3, keep: 2}}
+"""
+    )
+    return path
+
+
 def copy_of_the_project(folder: Path) -> Path:
     """Tracked files and new ones."""
     listed = subprocess.run(

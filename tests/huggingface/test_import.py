@@ -22,6 +22,7 @@ from megastruct.huggingface.first_weights import FirstWeights, check_source, fir
 from megastruct.huggingface.source import open_source
 from megastruct.inference.load import load_model
 from megastruct.models.gpt import GPT
+from megastruct.run.origin import origin
 from megastruct.structures import STRUCTURES as REGISTRY
 from trained import redraw
 
@@ -244,6 +245,7 @@ def test_the_command_writes_a_checkpoint_of_step_0(guided: str, tokenizer: Path,
     run = tmp_path / "runs/tiny"
     checkpoint = run / "checkpoints/step_00000000"
     assert load_state(checkpoint)["step"] == 0
+    assert origin(run) == {"kind": "huggingface", "folder": str((tmp_path / "out").absolute())}
     expected = first_weights(open_source(tmp_path / "out"), config).tensors
     guides = [name for name in expected if "guide" in name]
     assert len(guides) == (4 if guided == "fixedstep" else 0)

@@ -16,7 +16,7 @@ from configs import tiny_config
 from local_s3 import LocalS3
 from megastruct.checkpoint.checksums import MANIFEST_FILE, checksum_of, manifest_text
 from megastruct.checkpoint.intact import newest_intact
-from megastruct.checkpoint.store import checkpoint_folder, complete_checkpoints, superseded
+from megastruct.checkpoint.store import Keeping, checkpoint_folder, complete_checkpoints
 from megastruct.config.load import dump_config
 from megastruct.config.schema import Config
 from megastruct.errors import UserError
@@ -321,5 +321,5 @@ def test_a_mirror_that_cannot_be_used_is_named_before_training(
 
 
 def test_the_rule_for_old_checkpoints() -> None:
-    assert superseded([30, 10, 20], 2) == [10]
-    assert superseded([10], 2) == []
+    assert Keeping(2).outdated([30, 10, 20]) == [10]
+    assert Keeping(2).outdated([10]) == []

@@ -13,7 +13,19 @@ PACKAGE = ROOT / "megastruct"
 
 # Rooms by floor. A room may import itself, the ground floor, and every floor below its own.
 FLOORS: list[set[str]] = [
-    {"errors", "import_path", "files", "processes", "parallel", "structures", "optimizers", "config", "planning"},
+    {
+        "errors",
+        "console",
+        "import_path",
+        "paths",
+        "files",
+        "processes",
+        "parallel",
+        "structures",
+        "optimizers",
+        "config",
+        "planning",
+    },
     {"layers", "data", "checkpoint", "metrics", "launch"},
     {"models"},
     {"engine"},
@@ -25,7 +37,9 @@ FLOORS: list[set[str]] = [
 # Between rooms of the ground floor too, imports have one direction.
 GROUND_ORDER = [
     "errors",
+    "console",
     "import_path",
+    "paths",
     "files",
     "processes",
     "parallel",

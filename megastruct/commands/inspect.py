@@ -13,9 +13,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megastruct.console import command
 from megastruct.data.preparation.inspect import Lengths, lengths, sample_documents, verify
 from megastruct.data.tokens.manifest import SPLITS, Manifest, TokenFile, check_files, load_manifest
 from megastruct.errors import Problem, UserError, user_errors_exit
+from megastruct.paths import option_path
 
 BAR_WIDTH = 40
 
@@ -23,7 +25,7 @@ BAR_WIDTH = 40
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse `argv`, or `sys.argv` if it is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder made by megastruct-prepare")
+    parser.add_argument("folder", type=option_path, help="folder made by megastruct-prepare")
     parser.add_argument("--verify", action="store_true", help="read every file and compare it with the manifest")
     parser.add_argument(
         "--samples", type=int, default=3, help="number of documents to show as text (default: %(default)s)"
@@ -41,6 +43,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the contents of a folder of token shards. A user's mistake or a damaged file exits with code 2."""
     arguments = parse_arguments(argv)

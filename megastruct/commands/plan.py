@@ -8,11 +8,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megastruct.config import load_config
+from megastruct.console import command
 from megastruct.errors import user_errors_exit
 from megastruct.planning.memory import PARTS
 from megastruct.planning.plan import make_plan, suggest
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Print parameters, FLOPs, memory and traffic of a config. A user's mistake exits with code 2."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -10,18 +10,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from megastruct.console import command
 from megastruct.data.preparation.prepare import prepare
 from megastruct.errors import Problem, UserError, user_errors_exit
+from megastruct.paths import option_path, option_text
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse `argv`, or `sys.argv` if it is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help="folder, glob, file or Hugging Face name of text shards")
-    parser.add_argument("--output", required=True, type=Path, help="folder for the token shards")
-    parser.add_argument("--tokenizer", required=True, help="SentencePiece model file")
+    parser.add_argument(
+        "--input", required=True, type=option_text, help="folder, glob, file or Hugging Face name of text shards"
+    )
+    parser.add_argument("--output", required=True, type=option_path, help="folder for the token shards")
+    parser.add_argument("--tokenizer", required=True, type=option_text, help="SentencePiece model file")
     parser.add_argument("--text-column", default="content", help="column that holds the text (default: %(default)s)")
     parser.add_argument(
         "--validation-fraction",
@@ -64,6 +67,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError(problems)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Tokenise the shards. Exits with code 2 for a user's mistake, and with 130 for Ctrl-C."""
     arguments = parse_arguments(argv)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from megastruct.config.model import FFNConfig, ModelConfig
-from megastruct.config.section import Count, Fraction, Section, Size
+from megastruct.config.section import Count, Fraction, PathText, Section, Size
 from megastruct.optimizers import ADAMW, OPTIMIZERS
 
 
@@ -21,7 +21,7 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
         description="name of the run's folder, below `folder`"
     )
-    folder: str = "runs"
+    folder: PathText = "runs"
     seed: Count = 1234
 
 
@@ -53,7 +53,7 @@ class GuidedConfig(Section):
 class DataSource(Section):
     """One source of a mixture, with its relative weight."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: Annotated[PathText, Field(min_length=1)]
     weight: Annotated[float, Field(gt=0)]
 
 
@@ -68,13 +68,13 @@ class DataConfig(Section):
         description="tokens: shards of token ids from megastruct-prepare; text: shards of documents"
     )
     path: Annotated[
-        Annotated[str, Tag("-path")] | Annotated[list[DataSource], Field(min_length=1), Tag("-list")],
+        Annotated[PathText, Tag("-path")] | Annotated[list[DataSource], Field(min_length=1), Tag("-list")],
         Discriminator(_path_kind),
     ] = Field(
         description="tokens: folder of shards; text: folder, glob, file or dataset name on the hub; or a list of "
         "{path, weight}: samples are drawn from each in proportion to its weight"
     )
-    tokenizer: str | None = Field(
+    tokenizer: PathText | None = Field(
         None, description="SentencePiece model; required for text, compared with the data for tokens"
     )
     text_column: str = "content"

@@ -29,6 +29,7 @@ from megastruct.data.tokens.files import TokenFiles
 from megastruct.data.tokens.manifest import SPLITS, Manifest, check_files, load_manifest
 from megastruct.errors import Problem, Problems, UserError
 from megastruct.inference.load import Loaded, described_data
+from megastruct.paths import expanded_at
 
 Split = Literal["train", "validation", "all"]
 _TOKENS_AT_ONCE = 1 << 20
@@ -91,7 +92,7 @@ class Sources:
         Raises:
             UserError: with all paths that are missing, damaged or tokenised otherwise, and names that are given twice.
         """
-        named = [_name_and_path(word) for word in data]
+        named = [(name, expanded_at(path, "--data")) for name, path in map(_name_and_path, data)]
         shorts = source_names([path for _, path in named])
         names = [given or short for (given, _), short in zip(named, shorts, strict=True)]
         problems = Problems(
@@ -128,11 +129,11 @@ class Sources:
         return [source for source in found if source]
 
     def _open(self, name: str, path: str) -> Source:
-        is_tokens = (Path(path).expanduser() / MANIFEST_NAME).is_file()
+        is_tokens = (Path(path) / MANIFEST_NAME).is_file()
         return self._token_shards(name, path) if is_tokens else self._text(name, path)
 
     def _token_shards(self, name: str, path: str) -> Source:
-        folder = Path(path).expanduser().absolute()
+        folder = Path(path).absolute()
         if not (folder / MANIFEST_NAME).is_file():
             what = f"has no {MANIFEST_NAME}" if folder.is_dir() else "does not exist"
             raise UserError(Problem("data.path", f"{folder} {what}", "--data with the folder of token shards"))

@@ -80,14 +80,13 @@ def _stream(stream: Any, lasts: bool) -> Any:
         os.set_blocking(descriptor, True)  # a caller may share a descriptor that refuses when it is busy
     except (OSError, ValueError, AttributeError):
         return stream
-    raw = _Output(descriptor, lasts)
-    line_by_line = getattr(stream, "line_buffering", False) or os.isatty(descriptor)
+    raw, unbuffered = _Output(descriptor, lasts), getattr(stream, "write_through", False)  # `python -u`
     return io.TextIOWrapper(
-        io.BufferedWriter(raw),
+        raw if unbuffered else io.BufferedWriter(raw),
         encoding=getattr(stream, "encoding", None) or "utf-8",
         errors="backslashreplace",
-        line_buffering=line_by_line,
-        write_through=getattr(stream, "write_through", False),
+        line_buffering=getattr(stream, "line_buffering", False) or os.isatty(descriptor),
+        write_through=unbuffered,
     )
 
 
@@ -108,8 +107,11 @@ class _Output(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         """Raises SystemExit, which no handler of OSErrors on the way takes for an error of its own."""
+        left = memoryview(data).cast("B")
         try:
-            return os.write(self._descriptor, data)
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+            return len(data)
         except OSError as error:
             if error.errno in _CLOSED or not self._lasts:
                 self._drop_the_rest()

@@ -34,7 +34,7 @@ def expanded_at(text: str, where: str) -> str:
     try:
         return expanded(text)
     except ValueError as error:
-        raise UserError(Problem(where, f"{text!r}: {error}", "the path itself")) from None
+        raise UserError(Problem(where, f"{text!r}: {error}", "set it, or write the path out")) from None
 
 
 def option_path(text: str) -> Path:

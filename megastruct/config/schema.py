@@ -174,10 +174,17 @@ class EvaluationConfig(Section):
 
 
 class LoggingConfig(Section):
-    """How often metrics are written, and whether a progress bar is shown."""
+    """How often metrics are written, where they go, and what a terminal or a log shows."""
 
     interval_steps: Size = 10
-    progress_bar: bool = True
+    progress_bar: bool = Field(True, description="false: with style auto, neither a bar nor lines")
+    style: Literal["auto", "bar", "lines"] = Field(
+        "auto", description="lines: one line per record; auto: a bar on a terminal, lines elsewhere"
+    )
+    wandb_project: str | None = Field(
+        None, description="project of Weights & Biases that also gets the metrics (extra wandb); left out: none"
+    )
+    wandb_entity: str | None = Field(None, description="user or team of that project; left out: your default")
 
 
 class CheckpointConfig(Section):

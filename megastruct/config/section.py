@@ -14,7 +14,7 @@ def _path(text: str) -> str:
     try:
         return expanded(text)
     except ValueError as error:
-        raise PydanticCustomError("path", str(error).replace("{", "{{")) from None  # type: ignore[arg-type]
+        raise PydanticCustomError("path", str(error).replace("{", "{{")) from None
 
 
 Size = Annotated[int, Field(ge=1)]

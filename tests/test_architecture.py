@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
     {"run"},
     {"inference"},
     {"evaluation", "benchmarks", "huggingface"},
-    {"train", "start", "commands"},
+    {"train", "start", "torchrun", "commands"},
 ]
 # Between rooms of the ground floor too, imports have one direction.
 GROUND_ORDER = [

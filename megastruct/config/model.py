@@ -16,7 +16,7 @@ from megastruct.config.section import Section, Size
 from megastruct.structures import DENSE
 
 _LARGEST_WIDTH = 2**22
-_LARGEST = {"num_layers": 10_000, "vocab_size": 2**31}
+_LARGEST = {"num_layers": 2_000, "vocab_size": 2**31}
 
 
 class ModelConfig(Section):

@@ -19,6 +19,8 @@ from megastruct.planning.words import count, size
 
 HOPELESS = 2.0  # the plan is not exact: beyond this many times the memory that is there, a run cannot succeed
 
+_ORDER_BYTES = 8  # an int64 for each sample of a step
+
 
 def summary(config: Config, topology: Topology, data: TrainingData, device: torch.device, step: int) -> str:
     """The summary of a run that begins after `step`. One line for each topic."""
@@ -28,6 +30,7 @@ def summary(config: Config, topology: Topology, data: TrainingData, device: torc
     layout = f"pp {topology.pp_size} x dp {topology.dp_size} x tp {topology.tp_size}, ZeRO {config.parallel.zero_stage}"
     steps = f"{plan['steps']['total']:,} steps" + (f", resuming after step {step:,}" if step else "")
     planned, there = _planned_bytes(config, topology.world_size), memory_there_bytes(device.type)
+    each, too_much = "GPU" if device.type == "cuda" else "process", ": that is too little" if planned > there else ""
     lines = [
         ("model", f"{count(plan['parameters'])} parameters, {ffn}: {plan['ffn']['share']:.1%} of dense)"),
         ("layout", f"{layout}, {training.precision}, {plan['micro_batches_per_step']} micro-batches per step"),
@@ -35,7 +38,7 @@ def summary(config: Config, topology: Topology, data: TrainingData, device: torc
         ("data", _data(config, data)),
         ("tokenizer", f"{data.tokenizer.path}, {data.tokenizer.vocab_size:,} ids"),
         ("training", f"{steps}, {count(plan['tokens'])} tokens, {plan['training_flops']:.3g} FLOPs"),
-        ("memory", f"{size(planned)} planned of {size(there)} {_where(device.type)}"),
+        ("memory", f"{size(planned)} planned per {each}, {size(there)} {_where(device.type)}{too_much}"),
         ("output", os.path.join(config.run.folder, config.run.name)),
     ]
     return "\n".join(f"{title:<10}{text}" for title, text in lines)
@@ -56,6 +59,10 @@ def check_memory(config: Config, topology: Topology, device_type: str, processes
             "parallel.zero_stage=3; tools/plan.py shows the parts"
         )
         yield Problem("memory", found, suggestion)
+    order = _ORDER_BYTES * config.training.global_batch_size
+    if order * processes > memory_there_bytes("cpu"):
+        found = f"{config.training.global_batch_size}, whose order alone needs {size(order)} in each process"
+        yield Problem("training.global_batch_size", found, "a smaller training.global_batch_size")
 
 
 def _planned_bytes(config: Config, world_size: int, parts: tuple[str, ...] | None = None) -> int:
@@ -74,7 +81,8 @@ def _where(device_type: str) -> str:
 def _devices(device: torch.device, world_size: int) -> str:
     if device.type == "cuda":
         return f"{world_size} x {torch.cuda.get_device_name(device)}"
-    each = f"{torch.get_num_threads()} threads on {platform.processor() or platform.machine()}"
+    threads = torch.get_num_threads()
+    each = f"{threads} thread{'s' if threads > 1 else ''} on {platform.processor() or platform.machine()}"
     return f"1 process with {each}" if world_size == 1 else f"{world_size} processes, each with {each}"
 
 

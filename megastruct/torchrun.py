@@ -26,8 +26,7 @@ from megastruct.launch.running import run_launcher
 def main(argv: Sequence[str] | None = None) -> None:
     """Run torchrun; exit code 2 for a user error, 75 if the run was asked to stop and has saved, else torchrun's."""
     command = launcher_command("torch.distributed.run", list(sys.argv[1:] if argv is None else argv))
-    quiet = {"LOGLEVEL": "CRITICAL"}  # it would report exit codes of ranks that have said why they ended
-    status = run_launcher(command, quiet | os.environ | import_variables())
+    status = run_launcher(command, os.environ | import_variables())
     if status:
         raise SystemExit(status)
 

@@ -14,6 +14,7 @@ from megastruct.import_path import leave_out_working_folder
 if __name__ == "__main__":
     leave_out_working_folder()
 
+import logging
 import os
 import runpy
 import sys
@@ -38,6 +39,8 @@ def main(argv: Sequence[str]) -> None:
     else:
         end_with_parent(int(parent))
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
+    # Of a rank that has said why it ends, torch would report the exit code; of others its traceback does.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     sys.argv = [module, *arguments]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

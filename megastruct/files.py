@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from megastruct.errors import Problem, UserError
-
 _BUFFER_BYTES = 1 << 20
 # What a file system says that cannot do what it is asked for; ENOLCK: NFS without its lock service.
 _NOT_SUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
@@ -100,36 +98,30 @@ class LockHeldError(Exception):
     """Another process has the lock."""
 
 
-class LocksNotSupportedError(UserError):
-    """The file system has no locks."""
-
-
 class FileLock:
     """A lock on the file `path`, which is made for it, from the constructor to `release` or the end of the process.
 
     It is advisory (flock). Two locks of one process meet as those of two processes do.
+    On a file system without locks (some NFS, Lustre without its option `flock`) there is none: `warning` then says so.
     """
 
-    def __init__(
-        self, path: Path, where: str, *, shared: bool = False, wait: bool = False, temporary: bool = False
-    ) -> None:
-        """`where`: the key or option that chose the folder, for the message of a file system without locks.
-        `shared`: beside other shared ones, not beside one that is not.
+    def __init__(self, path: Path, *, shared: bool = False, wait: bool = False, temporary: bool = False) -> None:
+        """`shared`: beside other shared ones, not beside one that is not.
         `wait`: until the lock is free.
         `temporary`: the file is removed by `release`; all who lock it must say so.
 
         Raises:
             LockHeldError: another process has it, and it is not waited for.
-            LocksNotSupportedError: the file system has no locks.
             OSError: the file cannot be made or locked.
         """
         self._path, self._temporary = path, temporary
+        self.warning = ""
         flags = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         while True:
             self._file = path.open("a+b")  # NFS wants it readable for a shared lock, writable for the other
             try:
-                self._lock(flags, where)
-                if not temporary or self._is_in_place():
+                self._lock(flags)
+                if not temporary or self.warning or self._is_in_place():
                     return
             except BaseException:
                 self._file.close()
@@ -148,7 +140,7 @@ class FileLock:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def _lock(self, flags: int, where: str) -> None:
+    def _lock(self, flags: int) -> None:
         try:
             fcntl.flock(self._file, flags)
         except BlockingIOError:
@@ -157,9 +149,10 @@ class FileLock:
             if error.errno not in _NOT_SUPPORTED:
                 error.filename = str(self._path)
                 raise
-            found = f"{self._path.parent} is on a file system without file locks ({error.strerror})"
-            suggestion = "a folder on another file system, or this one mounted with locks (Lustre: -o flock)"
-            raise LocksNotSupportedError(Problem(where, found, suggestion)) from None
+            self.warning = (
+                f"{self._path.parent} is on a file system without file locks ({error.strerror}): "
+                "nothing keeps a second process from writing there"
+            )
 
     def _is_in_place(self) -> bool:
         try:

@@ -2,6 +2,8 @@
 
 `./launch.sh` calls this module; where the package is installed, so does `megastruct-train`:
 python -m megastruct.start CONFIG [section.key=value ...] [--num-gpus N ...]
+
+torch takes seconds to import. It is imported after the config has been read and the first line has been printed.
 """
 
 from __future__ import annotations
@@ -13,48 +15,63 @@ if __name__ == "__main__":
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from megastruct.config import Config, load_config
+from megastruct.console import lasting_command
 from megastruct.errors import Problem, UserError, user_errors_exit
-from megastruct.launch.deepspeed import LaunchOptions, deepspeed_command, hostfile_slots, run_launcher
+from megastruct.launch.deepspeed import LaunchOptions, deepspeed_command
 from megastruct.launch.environment import free_port
-from megastruct.launch.signals import STOP_FILE
+from megastruct.launch.hostfile import hostfile_slots
+from megastruct.launch.running import run_launcher
+from megastruct.paths import option_text
 from megastruct.planning.steps import total_steps
-from megastruct.run.mirroring import complete_mirror
-from megastruct.run.preflight import preflight
-from megastruct.run.run_folder import RunFolder
+from megastruct.stops import STOP_FILE, ends_when_asked
 
 
+@lasting_command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; exit code 2 for a user error, else the launcher's."""
+    """Run the command; exit code 2 for a user error, 75 if it was asked to stop, else the launcher's."""
     args = _parse(argv)
-    with user_errors_exit():
+    with ends_when_asked(), user_errors_exit():
         config = load_config(args.config, args.overrides)
-        options, world_size = _launch_options(config, args)
-        preflight(config, world_size)
-        command = deepspeed_command(options, [args.config, *args.overrides])
-    folder = RunFolder(config).path
-    finished = RunFolder(config).finished_steps()
-    if finished >= total_steps(config):
-        if not args.node_rank:
-            complete_mirror(config)
-        print(f"{folder} is finished: {total_steps(config)} steps are done.")
-    else:
+        if "torch" not in sys.modules:
+            print(f"{args.config}: checking the config, the data and the devices", file=sys.stderr, flush=True)
+        from megastruct.run.mirroring import complete_mirror
+        from megastruct.run.preflight import preflight
+        from megastruct.run.run_folder import RunFolder
+
+        run, total = RunFolder(config), total_steps(config)
+        run.check_config()
+        finished = run.finished_steps()
+        if finished < total:
+            options, world_size, here = _launch_options(config, args)
+            preflight(config, world_size, here)
+            finished = run.finished_steps()  # the mirror may have had more
+        if finished >= total:
+            if not args.node_rank:
+                complete_mirror(config)
+            print(f"{run.path} is finished: {total} steps are done.")
+            return _say_where(config, run.path)
+        stop_file = run.path / STOP_FILE if options.by_ssh else None
+        command = deepspeed_command(options, [args.config, *args.overrides], stop_file)
         if finished:
-            print(f"{folder}: resuming after step {finished}.")
+            print(f"{run.path}: resuming after step {finished}.", flush=True)
         if not args.node_rank:  # on the first node only: a later start on another node must not undo a request to stop
-            (folder / STOP_FILE).unlink(missing_ok=True)
-        stop_file = folder / STOP_FILE if options.by_ssh else None
+            (run.path / STOP_FILE).unlink(missing_ok=True)
         status = run_launcher(command, _environment(config), stop_file)
-        if status:
-            raise SystemExit(status)
+    if status:
+        raise SystemExit(status)
     if not args.node_rank:
-        print(f"checkpoints and metrics: {folder}\nTensorBoard: {_beside('tensorboard')} --logdir {config.run.folder}")
+        _say_where(config, run.path)
+
+
+def _say_where(config: Config, folder: Path) -> None:
+    board = shlex.join([_beside("tensorboard"), "--logdir", config.run.folder])
+    print(f"checkpoints and metrics: {folder}\nTensorBoard: {board}")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,7 +84,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         help="processes per node; left out: the hostfile's slots; without one, what parallel.dp needs, else all GPUs",
     )
-    parser.add_argument("--hostfile", help="file with lines `host slots=N`; left out: this machine only")
+    parser.add_argument(
+        "--hostfile", type=option_text, help="file with lines `host slots=N`; left out: this machine only"
+    )
     parser.add_argument("--num-nodes", type=int, help="use only the first N hosts of the hostfile")
     parser.add_argument(
         "--node-rank", type=int, help="index of this node in the hostfile; starts this node only, without ssh"
@@ -81,8 +100,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _launch_options(config: Config, args: argparse.Namespace) -> tuple[LaunchOptions, int]:
-    """(options for the launcher, number of processes on all nodes). Raises UserError for options that do not fit."""
+def _launch_options(config: Config, args: argparse.Namespace) -> tuple[LaunchOptions, int, int]:
+    """(options for the launcher, processes on all nodes, processes on one node).
+
+    Raises UserError for options that do not fit.
+    """
     problems = [
         Problem(f"--{name.replace('_', '-')}", f"{getattr(args, name)} is less than {least}", f"{least} or more")
         for name, least in (("num_gpus", 1), ("num_nodes", 1), ("node_rank", 0), ("master_port", 1))
@@ -114,10 +136,12 @@ def _launch_options(config: Config, args: argparse.Namespace) -> tuple[LaunchOpt
         port = args.master_port or free_port()  # any free one, so that several runs on a machine do not collide
     per_node = args.num_gpus if args.hostfile is not None else processes
     options = LaunchOptions(args.hostfile, per_node, args.num_nodes, args.node_rank, args.master_addr, port)
-    return options, world_size
+    return options, world_size, processes
 
 
 def _local_processes(config: Config, num_gpus: int | None) -> int:
+    import torch
+
     gpus = torch.cuda.device_count() if config.hardware.device != "cpu" else 0
     if config.hardware.device == "cuda" and not gpus:
         raise UserError(Problem("hardware.device", "cuda, but PyTorch sees no GPU here", "hardware.device=auto"))
@@ -131,6 +155,8 @@ def _local_processes(config: Config, num_gpus: int | None) -> int:
 
 def _environment(config: Config) -> dict[str, str]:
     """The environment of the launcher and all ranks."""
+    import torch
+
     environment = os.environ | import_variables()
     if config.hardware.device == "cpu" or not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")

@@ -7,9 +7,11 @@ Started by `deepspeed --module megastruct.train CONFIG [section.key=value ...]` 
 from __future__ import annotations
 
 from megastruct.import_path import leave_out_working_folder
+from megastruct.processes import end_with_launcher
 
 if __name__ == "__main__":
     leave_out_working_folder()
+    end_with_launcher()
 
 import argparse
 import sys
@@ -23,6 +25,7 @@ import torch.distributed as dist
 
 from megastruct.checkpoint.store import step_of
 from megastruct.config import Config, load_config
+from megastruct.console import lasting_command
 from megastruct.data import Batch, TrainingData
 from megastruct.engine.distributed import choose_device, join, leave
 from megastruct.engine.engine import Engine, build_engine
@@ -30,13 +33,15 @@ from megastruct.engine.internals import check_internals
 from megastruct.errors import EXIT_CODE_START_AGAIN, user_errors_exit
 from megastruct.launch.deepspeed import decoded
 from megastruct.launch.environment import current_process, take_share_of_cores
-from megastruct.launch.signals import STOP_FILE, StopRequest
+from megastruct.launch.signals import StopRequest
 from megastruct.launch.watchdog import Watch
 from megastruct.metrics.devices import peak_tflops, read_peak_memory_bytes
 from megastruct.metrics.perplexity import perplexity
+from megastruct.metrics.progress import Progress, style_of
 from megastruct.metrics.spent import Spent
 from megastruct.metrics.throughput import Throughput
-from megastruct.metrics.writers import Metrics, MetricWriter, Progress
+from megastruct.metrics.wandb_writer import open_wandb
+from megastruct.metrics.writers import Metrics, MetricWriter
 from megastruct.parallel.topology import Topology
 from megastruct.planning.cost import training_flops_per_token
 from megastruct.planning.steps import guided_steps, total_steps
@@ -48,8 +53,10 @@ from megastruct.run.guided_phase import end_guided_phase
 from megastruct.run.preflight import preflight
 from megastruct.run.run_folder import RunFolder
 from megastruct.run.schedules import Scheduled, scheduled
+from megastruct.run.summary import summary
 from megastruct.run.validation import Validation
 from megastruct.run.way_back import go_back
+from megastruct.stops import STOP_FILE
 
 
 class Run:
@@ -91,9 +98,10 @@ class Run:
             self.lock = folder.lock()
             stop.watch(folder.path / STOP_FILE)
             texts = folder.write(data.describe(), data.tokenizer.files)
-            self.writer = MetricWriter(folder.path, self.step, texts)
+            self.writer = MetricWriter(folder.path, self.step, texts, open_wandb(config, folder.path))
+            print(summary(config, topology, data, device, self.step), file=sys.stderr, flush=True)
         self.progress = Progress(
-            total_steps(config), self.step, enabled=dist.get_rank() == 0 and config.logging.progress_bar
+            total_steps(config), self.step, style_of(config.logging) if dist.get_rank() == 0 else "off"
         )
 
     def train(self) -> bool:
@@ -121,6 +129,7 @@ class Run:
             if self.writer and metrics:  # every record has the values that curves are drawn over
                 tokens = self.config.training.tokens(self.step)
                 self.writer.write(self.step, metrics | {"tokens": tokens, **self.spent.read()})
+                self.progress.record(self.step, metrics)
             if _due(self.step, self.config.checkpoint.interval_steps, last or stopping):
                 self.checkpoints.start_save(self.engine, self.step, *self._place())
         self.checkpoints.finish()
@@ -233,6 +242,7 @@ def _due(step: int, interval_steps: int, last: bool) -> bool:
     return last or (interval_steps > 0 and step % interval_steps == 0)
 
 
+@lasting_command
 def main(argv: Sequence[str] | None = None) -> None:
     """Train on this rank; exit code 2 for a user error, 75 if the run was asked to stop and has saved."""
     parser = argparse.ArgumentParser(description=__doc__)

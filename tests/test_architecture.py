@@ -13,21 +13,37 @@ PACKAGE = ROOT / "megastruct"
 
 # Rooms by floor. A room may import itself, the ground floor, and every floor below its own.
 FLOORS: list[set[str]] = [
-    {"errors", "import_path", "files", "processes", "parallel", "structures", "optimizers", "config", "planning"},
+    {
+        "errors",
+        "console",
+        "import_path",
+        "paths",
+        "files",
+        "processes",
+        "stops",
+        "parallel",
+        "structures",
+        "optimizers",
+        "config",
+        "planning",
+    },
     {"layers", "data", "checkpoint", "metrics", "launch"},
     {"models"},
     {"engine"},
     {"run"},
     {"inference"},
     {"evaluation", "benchmarks", "huggingface"},
-    {"train", "start", "commands"},
+    {"train", "start", "torchrun", "commands"},
 ]
 # Between rooms of the ground floor too, imports have one direction.
 GROUND_ORDER = [
     "errors",
+    "console",
     "import_path",
+    "paths",
     "files",
     "processes",
+    "stops",
     "parallel",
     "structures",
     "optimizers",

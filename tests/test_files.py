@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from megastruct.data.cache import cached_array
-from megastruct.files import FileLock, LockHeldError, LocksNotSupportedError, NewFile, write_atomically
+from megastruct.files import FileLock, LockHeldError, NewFile, write_atomically
 
 ROOT = Path(__file__).parents[1]
 
@@ -131,7 +131,7 @@ def test_the_content_is_on_the_disk_before_the_name_and_the_name_before_the_end(
 
 HOLDER = (
     "import sys; from pathlib import Path; from megastruct.files import FileLock\n"
-    "with FileLock(Path(sys.argv[1]), 'x', **{name: True for name in sys.argv[2:]}):\n"
+    "with FileLock(Path(sys.argv[1]), **{name: True for name in sys.argv[2:]}):\n"
     "    print('held', flush=True); input()"
 )
 
@@ -143,12 +143,12 @@ def test_who_may_be_beside_whom(tmp_path: Path, holder: list[str], shared: bool)
     process = python(HOLDER, path, *holder)
     assert line_of(process) == "held"
     if holder and shared:
-        FileLock(path, "x", shared=True).release()
+        FileLock(path, shared=True).release()
     else:
         with pytest.raises(LockHeldError):
-            FileLock(path, "x", shared=shared)
+            FileLock(path, shared=shared)
     kill(process)
-    with FileLock(path, "x", shared=shared):  # the system has freed it
+    with FileLock(path, shared=shared):  # the system has freed it
         pass
     assert path.exists()
 
@@ -162,20 +162,20 @@ def test_one_that_waits_gets_the_lock_when_the_holder_is_killed(tmp_path: Path) 
     kill(holder)
     assert line_of(waiting) == "held" and time.monotonic() - killed < 20
     with pytest.raises(LockHeldError):
-        FileLock(tmp_path / ".lock", "x")
+        FileLock(tmp_path / ".lock")
     kill(waiting)
 
 
 def test_a_temporary_lock_that_was_waited_for_is_held_on_the_file_that_is_there(tmp_path: Path) -> None:
     """The holder removes the file on which the other one waits: a lock on that one would keep nobody out."""
     path = tmp_path / ".lock"
-    lock = FileLock(path, "x", temporary=True)
+    lock = FileLock(path, temporary=True)
     waiting = python(HOLDER, path, "wait", "temporary")
     time.sleep(1.0)  # until it waits
     lock.release()
     assert line_of(waiting) == "held"
     with pytest.raises(LockHeldError):
-        FileLock(path, "x", temporary=True)
+        FileLock(path, temporary=True)
     waiting.communicate("\n")
     assert not path.exists()
 
@@ -188,15 +188,17 @@ def refuse_flock(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
-def test_a_file_system_without_locks_is_a_message_with_a_way_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+@pytest.mark.parametrize("temporary", [False, True])
+def test_on_a_file_system_without_locks_there_is_a_warning_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, temporary: bool
 ) -> None:
     refuse_flock(monkeypatch, number)
-    with pytest.raises(LocksNotSupportedError) as caught:
-        FileLock(tmp_path / ".lock", "--output")
-    text = str(caught.value)
-    assert text.startswith("--output: ") and str(tmp_path) in text and os.strerror(number) in text
-    assert "try: a folder on another file system" in text
+    with FileLock(tmp_path / ".lock", temporary=temporary) as lock:
+        assert str(tmp_path) in lock.warning and os.strerror(number) in lock.warning
+    assert (tmp_path / ".lock").exists() != temporary
+    monkeypatch.undo()
+    with FileLock(tmp_path / ".lock") as lock:
+        assert not lock.warning
 
 
 def test_a_lock_that_fails_otherwise_is_not_taken_for_one_that_is_held(
@@ -204,7 +206,7 @@ def test_a_lock_that_fails_otherwise_is_not_taken_for_one_that_is_held(
 ) -> None:
     refuse_flock(monkeypatch, errno.EIO)
     with pytest.raises(OSError) as caught:
-        FileLock(tmp_path / ".lock", "x")
+        FileLock(tmp_path / ".lock")
     assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(tmp_path / ".lock"))
 
 

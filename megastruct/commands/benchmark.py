@@ -22,16 +22,23 @@ from megastruct.benchmarks import data as data_benchmark
 from megastruct.benchmarks import documents as documents_benchmark
 from megastruct.commands import benchmark_inference as inference_command
 from megastruct.config import load_config
+from megastruct.console import command
 from megastruct.errors import Problem, UserError, user_errors_exit
+from megastruct.paths import option_text
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one benchmark and print its table. A user's mistake exits with code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest="what", required=True)
     data = what.add_parser("data", help="tokenising text, and reading batches")
-    data.add_argument("--input", required=True, help="folder, glob, file or Hugging Face name of text shards")
-    data.add_argument("--tokenizer", required=True, help="SentencePiece model file (BPE) or tokenizer.json")
+    data.add_argument(
+        "--input", required=True, type=option_text, help="folder, glob, file or Hugging Face name of text shards"
+    )
+    data.add_argument(
+        "--tokenizer", required=True, type=option_text, help="SentencePiece model file (BPE) or tokenizer.json"
+    )
     data.add_argument("--text-column", default="content", help="column that holds the text (default: %(default)s)")
     data.add_argument(
         "--max-characters",
@@ -51,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     documents.add_argument(
         "--rounds", type=int, default=10, help="number of rounds; the best one counts (default: %(default)s)"
     )
-    for command, run in ((data, benchmark_data), (documents, benchmark_documents)):
-        command.set_defaults(run=run)
+    for benchmark, run in ((data, benchmark_data), (documents, benchmark_documents)):
+        benchmark.set_defaults(run=run)
     inference_command.add_parsers(what)
     arguments = parser.parse_args(argv)
     with user_errors_exit():

@@ -16,6 +16,7 @@ from megastruct.config import Config, load_config
 from megastruct.errors import Problem, UserError
 from megastruct.inference.forms import Form
 from megastruct.inference.load import DTYPES, available_device
+from megastruct.paths import option_path
 from megastruct.structures import DENSE
 
 LARGEST = "largest"
@@ -26,7 +27,10 @@ def add_parsers(what: Any) -> None:
     decode = what.add_parser("decode", help="generating tokens with a cache, by batch size")
     decode.add_argument("--new-tokens", type=int, default=256, help="tokens of a continuation (default: %(default)s)")
     decode.add_argument(
-        "--transformers", type=Path, metavar="FOLDER", help="also measure transformers' generate on an exported folder"
+        "--transformers",
+        type=option_path,
+        metavar="FOLDER",
+        help="also measure transformers' generate on an exported folder",
     )
     decode.set_defaults(run=benchmark_decode)
     prefill = what.add_parser("prefill", help="reading prompts")

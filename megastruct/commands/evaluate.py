@@ -17,6 +17,7 @@ from typing import Any, get_args
 import torch
 
 from megastruct.checkpoint.agreement import together
+from megastruct.console import command
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.evaluation.loss import evaluate
 from megastruct.evaluation.model import open_model
@@ -25,9 +26,11 @@ from megastruct.evaluation.sources import Selection, Sources, Split
 from megastruct.evaluation.tasks import Tasks, task_table, tasks_as_json
 from megastruct.inference.load import DTYPES, Loaded, available_device
 from megastruct.launch.environment import Process, current_process, take_share_of_cores
+from megastruct.paths import option_path
 from megastruct.run.find import run_of
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Print a table or, with --json, one JSON object. A user's mistake exits with code 2."""
     args = _parser().parse_args(argv)
@@ -82,7 +85,7 @@ def _distributed() -> ModuleType:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("run", type=Path, help="run folder, or one of its checkpoint folders")
+    add("run", type=option_path, help="run folder, or one of its checkpoint folders")
     add(
         "--data",
         nargs="+",
@@ -94,13 +97,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--text-column", help="column or key of the text (default: the run's)")
     add("--max-tokens", type=int, help="tokens of each source (default: all)")
     add("--tasks", help="tasks of lm-evaluation-harness instead of data, with commas between them")
-    add("--include-path", type=Path, help="folder with further task files")
+    add("--include-path", type=option_path, help="folder with further task files")
     add("--num-fewshot", type=int, help="examples before each question (default: the task's)")
     add("--limit", type=int, help="documents of each task (default: all)")
     add("--batch-size", type=int, default=8, help="rows of a forward (default: %(default)s)")
     add("--dtype", choices=sorted(DTYPES), default="float32", help="default: %(default)s")
     add("--device", help="default: the GPU if there is one")
-    add("--tokenizer", type=Path, help="tokenizer file (default: the run's own)")
+    add("--tokenizer", type=option_path, help="tokenizer file (default: the run's own)")
     add("--allow-guided", action="store_true", help="also load checkpoints from the guided phase")
     add("--json", action="store_true", help="print JSON")
     return parser

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
+from megastruct.console import command
 from megastruct.errors import user_errors_exit
 from megastruct.huggingface.export import FORMS, Trained, export
 from megastruct.huggingface.folder import check_output
 from megastruct.inference.load import DTYPES, load
+from megastruct.paths import option_path
 from megastruct.run.find import run_of
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Load a checkpoint and write the folder. A user's mistake exits with code 2."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="run folder, for example runs/quickstart, or one of its checkpoints")
-    parser.add_argument("output", type=Path, help="folder to be made; it may exist if it is empty")
+    parser.add_argument(
+        "run", type=option_path, help="run folder, for example runs/quickstart, or one of its checkpoints"
+    )
+    parser.add_argument("output", type=option_path, help="folder to be made; it may exist if it is empty")
     parser.add_argument(
         "--form",
         choices=FORMS,
@@ -27,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="default: %(default)s")
     parser.add_argument("--allow-guided", action="store_true", help="also export checkpoints from the guided phase")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer file (default: the run's own)")
+    parser.add_argument("--tokenizer", type=option_path, help="tokenizer file (default: the run's own)")
     args = parser.parse_args(argv)
     with user_errors_exit():
         check_output(args.output)

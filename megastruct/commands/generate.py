@@ -10,15 +10,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
+from megastruct.console import command
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.inference.forms import Form
 from megastruct.inference.load import DTYPES, load
 from megastruct.inference.sampling import SAMPLING_FIELDS, Sampling, option
 from megastruct.inference.text import Text, TextGenerator
+from megastruct.paths import option_path
 
 DEFAULT_PROMPT = "The "
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Load a checkpoint and continue the prompts. A user's mistake exits with code 2."""
     args = _parser().parse_args(argv)
@@ -47,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("run", type=Path, help="run folder, for example runs/quickstart, or one of its checkpoint folders")
+    add("run", type=option_path, help="run folder, for example runs/quickstart, or one of its checkpoint folders")
     add("--prompt", action="append", help=f"the text to continue, may be repeated (default: {DEFAULT_PROMPT!r})")
-    add("--prompt-file", type=Path, help='one prompt per line; in a .jsonl file, the "prompt" of each line')
+    add("--prompt-file", type=option_path, help='one prompt per line; in a .jsonl file, the "prompt" of each line')
     add("--interactive", action="store_true", help="ask for prompts until the input ends")
     add("--max-new-tokens", type=int, default=40, help="default: %(default)s")
     defaults = Sampling()
@@ -66,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--form", choices=get_args(Form), default="structured", help="how structured linears are computed")
     add("--dtype", choices=sorted(DTYPES), default="float32", help="default: %(default)s")
     add("--compile", action="store_true", help="compile the steps on a GPU: slow to start, then faster")
-    add("--tokenizer", type=Path, help="tokenizer file (default: the run's own)")
+    add("--tokenizer", type=option_path, help="tokenizer file (default: the run's own)")
     add("--allow-guided", action="store_true", help="also load checkpoints from the guided phase")
     add("--device", help="default: the GPU if there is one")
     return parser

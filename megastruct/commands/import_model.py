@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megastruct.config.load import load_config
 from megastruct.config.schema import Config
+from megastruct.console import command
 from megastruct.data import Tokenizer, open_tokenizer
 from megastruct.data.options import tokenizer_options_of
 from megastruct.data.tokens.manifest import load_manifest
@@ -19,13 +20,15 @@ from megastruct.errors import user_errors_exit
 from megastruct.huggingface.first_checkpoint import check_new, write_first_checkpoint
 from megastruct.huggingface.first_weights import check_source, first_weights
 from megastruct.huggingface.source import open_source, read_pieces
+from megastruct.paths import option_path
 from megastruct.run.run_folder import RunFolder
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the run folder with its first checkpoint. A user's mistake exits with code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a model of transformers: config.json and safetensors")
+    parser.add_argument("folder", type=option_path, help="a model of transformers: config.json and safetensors")
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(

@@ -13,11 +13,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megastruct.console import command
 from megastruct.data.preparation.inspect import Lengths, lengths, sample_documents, verify
 from megastruct.data.sources.fsspec_address import is_address
 from megastruct.data.tokens.fetch import fetch_folder
 from megastruct.data.tokens.manifest import SPLITS, Manifest, TokenFile, check_files, load_manifest
 from megastruct.errors import Problem, UserError, user_errors_exit
+from megastruct.paths import option_text
 
 BAR_WIDTH = 40
 
@@ -25,7 +27,7 @@ BAR_WIDTH = 40
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse `argv`, or `sys.argv` if it is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="folder made by megastruct-prepare, or its address (s3://...)")
+    parser.add_argument("folder", type=option_text, help="folder made by megastruct-prepare, or its address (s3://...)")
     parser.add_argument("--verify", action="store_true", help="read every file and compare it with the manifest")
     parser.add_argument(
         "--samples", type=int, default=3, help="number of documents to show as text (default: %(default)s)"
@@ -43,6 +45,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the contents of a folder of token shards. A user's mistake or a damaged file exits with code 2."""
     arguments = parse_arguments(argv)

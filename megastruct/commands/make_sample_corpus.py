@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
+from megastruct.console import command
 from megastruct.data.preparation.sample_corpus import write_sample_corpus
 from megastruct.errors import Problem, UserError, user_errors_exit
+from megastruct.paths import option_path
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the corpus and print its size. A user's mistake exits with code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, type=Path, help="folder for the shards")
+    parser.add_argument("--output", required=True, type=option_path, help="folder for the shards")
     parser.add_argument("--num-shards", type=int, default=4, help="number of files (default: %(default)s)")
     parser.add_argument("--format", choices=("parquet", "jsonl"), default="parquet", help="default: %(default)s")
     arguments = parser.parse_args(argv)

@@ -8,11 +8,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megastruct.config import load_config
+from megastruct.console import command
 from megastruct.errors import user_errors_exit
 from megastruct.planning.memory import PARTS
 from megastruct.planning.plan import make_plan, suggest
+from megastruct.planning.words import count
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Print parameters, FLOPs, memory and traffic of a config. A user's mistake exits with code 2."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -42,13 +45,13 @@ def report(plan: dict[str, Any]) -> str:
         _table(
             [
                 ("model", plan["name"]),
-                ("parameters", _count(plan["parameters"])),
+                ("parameters", count(plan["parameters"])),
                 (
                     "in the FFN",
-                    f"{_count(plan['ffn_parameters'])}, {plan['ffn']['share']:.1%} of dense",
+                    f"{count(plan['ffn_parameters'])}, {plan['ffn']['share']:.1%} of dense",
                 ),
                 ("structure", " ".join(f"{k} {v}" for k, v in plan["ffn"].items() if k != "share")),
-                ("tokens", _count(plan["tokens"])),
+                ("tokens", count(plan["tokens"])),
                 ("steps", _steps(**plan["steps"])),
                 ("training FLOPs", f"{plan['training_flops']:.3g}"),
                 ("forward FLOPs", ", ".join(f"{_words(k)} {v:.1%}" for k, v in plan["flops_share"].items())),
@@ -82,8 +85,8 @@ def _memory_table(stages: list[dict[str, Any]]) -> str:
             [
                 str(stage["stage"]),
                 f"{first} - {last}",
-                _count(stage["parameters"]),
-                _count(stage["parameters_per_device"]),
+                count(stage["parameters"]),
+                count(stage["parameters_per_device"]),
                 f"{stage['flops_share']:.1%}",
                 *(f"{value / 2**30:.2f}" for value in memory),
             ]
@@ -118,13 +121,6 @@ def _table(rows: Iterable[Sequence[str]]) -> str:
 
 def _steps(total: int, guided: int) -> str:
     return f"{total:,}" if not guided else f"the first {guided:,} of {total:,} guided"
-
-
-def _count(number: int) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}" if unit == "G" else f"{number / size:.1f} {unit}"
-    return str(number)
 
 
 def _words(name: str) -> str:

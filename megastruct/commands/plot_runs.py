@@ -11,13 +11,16 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from megastruct.console import command
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.metrics.curves import check_keys, plot, plot_fits
 from megastruct.metrics.records import AXES, FLOPS, PARAMETERS, TOKENS, VALIDATION, Run, read_runs
 from megastruct.metrics.run_table import run_table
 from megastruct.metrics.scaling import fit_scaling, fit_table
+from megastruct.paths import option_path
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Write what is asked for, and print where it is. A user's mistake exits with code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--fit", action="store_true", help="fit a power law to the final losses of each structure")
     kind.add_argument("--table", action="store_true", help="print a Markdown table of the runs instead of a picture")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"), help="default: %(default)s")
+    parser.add_argument("--output", type=option_path, default=Path("curves.png"), help="default: %(default)s")
     args = parser.parse_args(argv)
     with user_errors_exit():
         runs = read_runs(args.runs)

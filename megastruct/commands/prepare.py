@@ -10,22 +10,29 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from megastruct.console import command
 from megastruct.data.preparation.prepare import prepare
 from megastruct.data.tokenizers.options import TokenizerOptions
 from megastruct.errors import Problem, UserError, user_errors_exit
+from megastruct.paths import option_path, option_text
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse `argv`, or `sys.argv` if it is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--input", required=True, help="folder, glob, file, Hugging Face name or address (s3://...) of text shards"
+        "--input",
+        required=True,
+        type=option_text,
+        help="folder, glob, file, Hugging Face name or address (s3://...) of text shards",
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder for the token shards")
+    parser.add_argument("--output", required=True, type=option_path, help="folder for the token shards")
     parser.add_argument(
-        "--tokenizer", required=True, help="SentencePiece model, tokenizer.json, or a folder that has one"
+        "--tokenizer",
+        required=True,
+        type=option_text,
+        help="SentencePiece model, tokenizer.json, or a folder that has one",
     )
     parser.add_argument(
         "--eod-token", help="special token that ends a document (default: what the tokenizer's files say)"
@@ -85,6 +92,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError(problems)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Tokenise the shards. Exits with code 2 for a user's mistake, and with 130 for Ctrl-C."""
     arguments = parse_arguments(argv)

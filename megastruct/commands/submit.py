@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megastruct.config import load_config
+from megastruct.console import command
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.import_path import import_variables_set
 from megastruct.launch.slurm import Resources, TrainingJob, job_text, run_here, submit
@@ -21,6 +22,7 @@ from megastruct.run.run_folder import RunFolder
 JOBS_FOLDER = "jobs"
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Check the config and submit the job, or run it here with --local. A user's mistake exits with code 2."""
     args = _parser().parse_intermixed_args(argv)

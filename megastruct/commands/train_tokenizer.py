@@ -10,10 +10,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from megastruct.console import command
 from megastruct.data.preparation.tokenizer import train_tokenizer
 from megastruct.errors import Problem, UserError, user_errors_exit
+from megastruct.paths import option_text
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Train the tokenizer and print its path. A user's mistake exits with code 2."""
     arguments = _parse(argv)
@@ -37,9 +40,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help="folder, glob, file or Hugging Face name of text shards")
     parser.add_argument(
-        "--output", required=True, help="FOLDER/ (for FOLDER/tokenizer.model) or PREFIX (for PREFIX.model)"
+        "--input", required=True, type=option_text, help="folder, glob, file or Hugging Face name of text shards"
+    )
+    parser.add_argument(
+        "--output",
+        required=True,
+        type=option_text,
+        help="FOLDER/ (for FOLDER/tokenizer.model) or PREFIX (for PREFIX.model)",
     )
     parser.add_argument(
         "--vocab-size", required=True, type=int, help="number of ids, including bytes and control tokens"

@@ -126,6 +126,18 @@ def check_batch(config: Config, dp_size: int | None = None) -> Iterator[Problem]
             yield Problem(where, found, f"batch_size: {(stage.batch_size // share + 1) * share}")
 
 
+def check_evaluation(config: Config) -> Iterator[Problem]:
+    """Validation at an interval needs samples, unless guides are measured there.
+
+    It is for starts only: what an older run without samples has trained must stay readable.
+    """
+    interval, samples = config.evaluation.interval_steps, config.evaluation.num_samples
+    if interval and not samples and config.guided.schedule == "off":
+        found = f"0 with evaluation.interval_steps = {interval}: nothing would be validated"
+        suggestion = f"evaluation.num_samples={config.training.global_batch_size}, or evaluation.interval_steps=0"
+        yield Problem("evaluation.num_samples", found, suggestion)
+
+
 def check_parallel(config: Config) -> Iterator[Problem]:
     """Combinations of pipeline, ZeRO stage and precision that DeepSpeed supports."""
     pp, zero, model = config.parallel.pp, config.parallel.zero_stage, config.model

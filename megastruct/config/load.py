@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from megastruct.config.checks import cross_field_problems
 from megastruct.config.schema import Config
 from megastruct.errors import Problem, UserError
+from megastruct.paths import expanded_at
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # The folder that holds this project's `configs/`: the package where it is installed, the checkout otherwise.
@@ -89,7 +90,7 @@ def _read_with_includes(path: Path, parents: tuple[Path, ...]) -> dict[str, Any]
 
 def _locate(folder: Path, name: str | Path) -> Path:
     """The path of `name` in `folder`, or in the package if `name` is below `configs/` and not in `folder`."""
-    path = folder / name
+    path = folder / expanded_at(str(name), str(name))
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):

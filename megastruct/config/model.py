@@ -8,12 +8,15 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from megastruct.config.activations import ACTIVATIONS
 from megastruct.config.section import Section, Size
 from megastruct.structures import DENSE
+
+_LARGEST_WIDTH = 2**22
+_LARGEST = {"num_layers": 2_000, "vocab_size": 2**31}
 
 
 class ModelConfig(Section):
@@ -40,6 +43,15 @@ class ModelConfig(Section):
         description="scales initial values and learning rates by each matrix's fan-in; optimizer.learning_rate applies "
         "to a matrix with this fan-in; left out: the paper's initialisation and one learning rate",
     )
+
+    @field_validator("hidden_size", "ffn_hidden_size", "num_layers", "vocab_size")
+    @classmethod
+    def _of_a_machine(cls, value: int, info: ValidationInfo) -> int:
+        """A bound for what is computed from these sizes before it is known whether the model fits into memory."""
+        most = _LARGEST.get(str(info.field_name), _LARGEST_WIDTH)
+        if value > most:
+            raise PydanticCustomError("size", "no machine holds this; at most {most}", {"most": most})
+        return value
 
     @field_validator("activation")
     @classmethod

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator, mod
 
 from megastruct.config.batch_sizes import BatchRamp, BatchSizes, BatchStage, batch_sizes
 from megastruct.config.model import FFNConfig, ModelConfig
-from megastruct.config.section import Count, Fraction, Section, Size
+from megastruct.config.section import Count, Fraction, PathText, Section, Size
 from megastruct.optimizers import ADAMW, OPTIMIZERS
 
 
@@ -22,9 +22,9 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
         description="name of the run's folder, below `folder`"
     )
-    folder: str = "runs"
+    folder: PathText = "runs"
     seed: Count = 1234
-    from_: Annotated[str, Field(min_length=1)] | None = Field(
+    from_: Annotated[PathText, Field(min_length=1)] | None = Field(
         None,
         alias="from",
         description="branch from the checkpoint FOLDER@STEP of another run; without @STEP from its newest checkpoint",
@@ -71,7 +71,7 @@ class GuidedConfig(Section):
 class DataSource(Section):
     """One source of a mixture, with its relative weight."""
 
-    path: Annotated[str, Field(min_length=1)]
+    path: Annotated[PathText, Field(min_length=1)]
     weight: Annotated[float, Field(gt=0)]
 
 
@@ -90,14 +90,14 @@ class DataConfig(Section):
         description="tokens: shards of token ids from megastruct-prepare; text: shards of documents"
     )
     path: Annotated[
-        Annotated[str, Tag("-path")] | Annotated[list[DataSource], Field(min_length=1), Tag("-list")],
+        Annotated[PathText, Tag("-path")] | Annotated[list[DataSource], Field(min_length=1), Tag("-list")],
         Discriminator(_path_kind),
     ] = Field(
         description="tokens: folder of shards; text: folder, glob, file or dataset name on the hub; for both, an "
         "address such as s3://BUCKET/FOLDER; or a list of {path, weight}: samples are drawn from each in proportion to "
         "its weight"
     )
-    tokenizer: str | None = Field(
+    tokenizer: PathText | None = Field(
         None,
         description="SentencePiece model, tokenizer.json, or a folder that has one; required for text and for files of "
         "Megatron, compared with the data for token shards",
@@ -123,7 +123,7 @@ class DataConfig(Section):
     patience_seconds: Annotated[float, Field(ge=0)] = Field(
         300.0, description="how long reading a shard of text, or the mirror of a run, that fails is retried"
     )
-    token_cache: str | None = Field(
+    token_cache: PathText | None = Field(
         None,
         description="tokens at an address (s3://...): folder for the copy that is made before training; left out: "
         "~/.cache/megastruct/tokens",
@@ -263,10 +263,17 @@ class EvaluationConfig(Section):
 
 
 class LoggingConfig(Section):
-    """How often metrics are written, and whether a progress bar is shown."""
+    """How often metrics are written, where they go, and what a terminal or a log shows."""
 
     interval_steps: Size = 10
-    progress_bar: bool = True
+    progress_bar: bool = Field(True, description="false: with style auto, neither a bar nor lines")
+    style: Literal["auto", "bar", "lines"] = Field(
+        "auto", description="lines: one line per record; auto: a bar on a terminal, lines elsewhere"
+    )
+    wandb_project: str | None = Field(
+        None, description="project of Weights & Biases that also gets the metrics (extra wandb); left out: none"
+    )
+    wandb_entity: str | None = Field(None, description="user or team of that project; left out: your default")
 
 
 class CheckpointConfig(Section):

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from megastruct.paths import expanded
+
+
+def _path(text: str) -> str:
+    try:
+        return expanded(text)
+    except ValueError as error:
+        raise PydanticCustomError("path", str(error).replace("{", "{{")) from None
+
 
 Size = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
+PathText = Annotated[str, AfterValidator(_path)]  # a path, or the name or pattern of data; never read here
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 

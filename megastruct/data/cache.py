@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megastruct.files import FileLock, LocksNotSupportedError, NewFile
+from megastruct.files import FileLock, NewFile
 
 FOLDER_NAME = "data_cache"
 
@@ -59,9 +59,9 @@ def _locked(folder: Path | None, parents: bool) -> Iterator[bool]:
             if folder is None:
                 raise FileNotFoundError
             folder.mkdir(exist_ok=True, parents=parents)
-            stack.enter_context(FileLock(folder / ".lock", "run.folder", wait=True))
-        except (OSError, LocksNotSupportedError):
+            lock = stack.enter_context(FileLock(folder / ".lock", wait=True))
+        except OSError:
             usable = False
         else:
-            usable = True
+            usable = not lock.warning
         yield usable

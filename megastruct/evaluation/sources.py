@@ -31,6 +31,7 @@ from megastruct.data.tokens.megatron import Pair, find_pairs, open_pairs
 from megastruct.data.tokens.rows import TokenRows
 from megastruct.errors import Problem, Problems, UserError
 from megastruct.inference.load import Loaded
+from megastruct.paths import expanded_at
 from megastruct.run.run_folder import read_description
 
 Split = Literal["train", "validation", "all"]
@@ -93,7 +94,7 @@ class Sources:
         Raises:
             UserError: with all paths that are missing, damaged or tokenised otherwise, and names that are given twice.
         """
-        named = [_name_and_path(word) for word in data]
+        named = [(name, expanded_at(path, "--data")) for name, path in map(_name_and_path, data)]
         shorts = source_names([path for _, path in named])
         names = [given or short for (given, _), short in zip(named, shorts, strict=True)]
         problems = Problems(
@@ -130,11 +131,11 @@ class Sources:
         return [source for source in found if source]
 
     def _open(self, name: str, path: str) -> Source:
-        is_tokens = (Path(path).expanduser() / MANIFEST_NAME).is_file() or bool(find_pairs(path))
+        is_tokens = (Path(path) / MANIFEST_NAME).is_file() or bool(find_pairs(path))
         return self._token_shards(name, path) if is_tokens else self._text(name, path)
 
     def _token_shards(self, name: str, path: str) -> Source:
-        folder = Path(path).expanduser().absolute()
+        folder = Path(path).absolute()
         if not (folder / MANIFEST_NAME).is_file():
             if pairs := find_pairs(path):
                 return self._megatron(name, path, pairs)

@@ -47,10 +47,17 @@ def take_share_of_cores() -> int:
     if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # The deepspeed launcher sets LOCAL_SIZE, torchrun sets LOCAL_WORLD_SIZE.
-    threads = max(1, cores // int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    threads = max(1, cores // processes_on_this_node(1))
     os.environ["OMP_NUM_THREADS"] = str(threads)
     return threads
+
+
+def processes_on_this_node(world_size: int) -> int:
+    """The ranks of this node, as their launcher says (deepspeed: LOCAL_SIZE, torchrun: LOCAL_WORLD_SIZE).
+
+    Without a launcher it is `world_size`.
+    """
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size)
 
 
 def free_port() -> int:

@@ -1,17 +1,12 @@
 """Requests to stop: a signal to any process of the run, or a file in the run folder. All ranks stop after the same
-step.
-
-On a signal, the launchers between the user's command and its ranks would kill the ranks or exit without them. So
-launchers are started with the stop signals blocked (`blocked`), and each rank unblocks them for itself (`StopRequest`).
-"""
+step."""
 
 from __future__ import annotations
 
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -19,19 +14,9 @@ import psutil
 import torch
 import torch.distributed as dist
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-STOP_FILE = "stop"  # in the run folder
+from megastruct.stops import STOP_SIGNALS, set_handlers
+
 FILE_INTERVAL_SECONDS = 1.0
-
-
-@contextmanager
-def blocked() -> Iterator[None]:
-    """Block the stop signals in processes that are started inside, and in their children, until they unblock them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class StopRequest:
@@ -45,8 +30,7 @@ class StopRequest:
         self.file: Path | None = None
         self._looked = 0.0
         self._answer: tuple[torch.Tensor, dist.Work] | None = None
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+        set_handlers(self._note)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def watch(self, file: Path) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 import resource
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import torch
 
+# The limits of a container or job, of control groups of version 2 and 1.
+_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 # Dense (not sparse) bf16 matrix peak in TFLOP/s, from the vendors' data sheets. The first name that occurs in the
 # device's own name as whole words counts, so more specific names come first.
 PEAK_BF16_TFLOPS: tuple[tuple[str, float], ...] = (
@@ -49,6 +53,17 @@ def peak_of_name(name: str) -> float | None:
     """Peak bf16 TFLOP/s of a device by the name that its driver reports; None if the table does not have it."""
     matches = (peak for part, peak in PEAK_BF16_TFLOPS if re.search(rf"\b{re.escape(part)}\b", name))
     return next(matches, None)
+
+
+def memory_there_bytes(device_type: str) -> int:
+    """Bytes that may be filled: of the first GPU; or of the machine with its swap, or of its control group."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    there = psutil.virtual_memory().total + psutil.swap_memory().total
+    for file in _MEMORY_LIMITS:
+        with suppress(OSError, ValueError):  # no such group, or "max"
+            there = min(there, int(file.read_text()))
+    return there
 
 
 def current_memory_bytes(device: torch.device) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from megastruct.config.load import load_config
 from megastruct.config.schema import Config
 from megastruct.errors import Problem, Problems, UserError
+from megastruct.paths import expanded_at
 from megastruct.planning.cost import total_parameters, training_flops_per_token
 from megastruct.planning.plan import ffn_share
 from megastruct.structures import DENSE
@@ -130,7 +131,7 @@ def _kind(config: Config) -> tuple[str, bool]:
 def _read(argument: str) -> Run:
     group, equals, path = argument.partition("=")
     named = bool(equals) and not Path(argument).exists()
-    folder = Path(path if named else argument)
+    folder = Path(expanded_at(path if named else argument, argument))
     try:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         # The last line may be incomplete.

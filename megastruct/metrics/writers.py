@@ -1,16 +1,15 @@
-"""Write metrics to metrics.jsonl, TensorBoard and the terminal. Only rank 0 has writers."""
+"""Write metrics to metrics.jsonl, TensorBoard and, if wanted, Weights & Biases. Only rank 0 has writers."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from megastruct.files import write_atomically
+from megastruct.metrics.wandb_writer import WandbWriter
 
 # key in metrics.jsonl -> TensorBoard tag. TensorBoard sorts the sections, and the curves of a section, by name; the
 # numbers put what a reader looks at first to the top.
@@ -51,9 +50,9 @@ Metrics = dict[str, float | None]
 class MetricWriter:
     """Writes one record per logged step. Records after `resume_step` are dropped, because those steps run again."""
 
-    def __init__(self, folder: Path, resume_step: int, texts: dict[str, str]) -> None:
+    def __init__(self, folder: Path, resume_step: int, texts: dict[str, str], wandb: WandbWriter | None = None) -> None:
         """`folder`: the run folder. `texts`: title -> YAML or JSON, shown on TensorBoard's text page."""
-        self.path, self._folder = folder / "metrics.jsonl", folder
+        self.path, self._folder, self._wandb = folder / "metrics.jsonl", folder, wandb
         self._open(resume_step)
         for title, text in texts.items():
             self._board.add_text(title, "```\n" + text + "\n```", resume_step)
@@ -68,10 +67,12 @@ class MetricWriter:
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
         self._show(step, metrics)
+        if self._wandb:
+            self._wandb.write(step, _shown(_known(metrics)))
 
     def go_back(self, step: int) -> None:
         """Drop the records after `step`, because those steps are trained again."""
-        self.close()
+        self._close_files()
         self._open(step)
 
     def _open(self, step: int) -> None:
@@ -86,48 +87,23 @@ class MetricWriter:
                 self._show(record.pop("step"), record)
 
     def _show(self, step: int, metrics: Metrics) -> None:
-        for tag, shown in _shown({key: value for key, value in metrics.items() if value is not None}).items():
+        for tag, shown in _shown(_known(metrics)).items():
             self._board.add_scalar(tag, shown, step)
         self._board.flush()
 
     def close(self) -> None:
-        """Close both files."""
+        """Close everything."""
+        self._close_files()
+        if self._wandb:
+            self._wandb.close()
+
+    def _close_files(self) -> None:
         self._file.close()
         self._board.close()
 
 
-class Progress:
-    """The progress bar on stderr: step, loss, tokens/s, time left. Messages are printed above it."""
-
-    def __init__(self, total_steps: int, first_step: int, enabled: bool) -> None:
-        # If stderr is not a terminal, every refresh prints a line, so refresh seldom.
-        self._bar = tqdm(
-            total=total_steps,
-            initial=first_step,
-            unit="step",
-            desc="training",
-            disable=not enabled,
-            mininterval=0.2 if sys.stderr.isatty() else 10.0,
-            dynamic_ncols=True,
-        )
-
-    def update(self, loss: float, tokens_per_second: float) -> None:
-        """Advance by one step."""
-        self._bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
-        self._bar.update()
-
-    def go_back(self, step: int) -> None:
-        """Set the bar back to `step`."""
-        self._bar.n = step
-        self._bar.refresh()
-
-    def say(self, text: str) -> None:
-        """Print a message above the bar."""
-        tqdm.write(text, file=sys.stderr)
-
-    def close(self) -> None:
-        """End the bar."""
-        self._bar.close()
+def _known(metrics: Metrics) -> dict[str, float]:
+    return {key: value for key, value in metrics.items() if value is not None}
 
 
 def _shown(metrics: dict[str, float]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from megastruct.planning.stages import Stage
 LIVE_VALUES = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 PREFETCHED_VALUES = 50_000_000  # DeepSpeed's stage3_prefetch_bucket_size
 MAX_BUCKET_VALUES = 500_000_000  # DeepSpeed's own reduce_bucket_size
+ALWAYS_HELD = ("weights", "gradients", "optimizer")  # of PARTS, from the first step to the last
 PARTS = ("weights", "gradients", "optimizer", "communication", "activations", "logits", "guides")
 
 

@@ -21,8 +21,8 @@ from megastruct.config.schema import Config
 from megastruct.data.cache import FOLDER_NAME as DATA_CACHE
 from megastruct.data.sources.download import download, write
 from megastruct.data.sources.fsspec_address import open_address, retried, store_errors
-from megastruct.launch.signals import STOP_FILE
 from megastruct.run.run_folder import CHECKPOINTS
+from megastruct.stops import STOP_FILE
 
 WHERE = "checkpoint.mirror"
 _FILES_AT_ONCE = 4

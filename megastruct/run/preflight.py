@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
-from megastruct.config.checks import check_batch
+import torch
+
+from megastruct.config.checks import check_batch, check_evaluation
 from megastruct.config.schema import Config
 from megastruct.data import TrainingData, open_data
 from megastruct.data.cache import FOLDER_NAME
 from megastruct.data.options import DataOptions
 from megastruct.errors import Problems
+from megastruct.launch.environment import processes_on_this_node
+from megastruct.metrics.wandb_writer import check_wandb
 from megastruct.parallel.topology import Topology
 from megastruct.planning.steps import check_guided_steps
 from megastruct.run.branch import begins_as_branch, check_parent
 from megastruct.run.restore import Restore
 from megastruct.run.run_folder import RunFolder
+from megastruct.run.summary import check_memory
 from megastruct.run.validation import open_sources
 
 
-def preflight(config: Config, world_size: int) -> tuple[Topology, TrainingData]:
-    """Check layout, batch, data and run folder for `world_size` processes.
+def preflight(config: Config, world_size: int, processes_here: int | None = None) -> tuple[Topology, TrainingData]:
+    """Check layout, batch, packages, data and run folder for `world_size` processes.
 
-    Raises UserError with all problems.
+    `processes_here`: how many of them share the memory of this machine; None: what their launcher says, else all; 0: it
+    runs elsewhere. Raises UserError with all problems.
     """
-    parallel, problems = config.parallel, Problems(check_guided_steps(config))
+    parallel, problems = config.parallel, Problems([*check_guided_steps(config), *check_evaluation(config)])
+    problems += check_wandb(config)
     topology = problems.collect(lambda: Topology.of_world(world_size, parallel.pp, parallel.dp, parallel.tp))
     if topology:
         problems += check_batch(config, topology.dp_size)
+    here = processes_on_this_node(world_size) if processes_here is None else processes_here
+    if topology and here and not problems:
+        problems += check_memory(config, topology, _device_type(config), here)
     restore = problems.collect(lambda: _restored_files(config))
     data = problems.collect(lambda: _open(config))
     if data and topology and not problems:
@@ -39,6 +49,10 @@ def preflight(config: Config, world_size: int) -> tuple[Topology, TrainingData]:
     assert topology and data and restore
     restore.checkpoint()
     return topology, data
+
+
+def _device_type(config: Config) -> str:
+    return "cuda" if config.hardware.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _restored_files(config: Config) -> Restore:

@@ -16,7 +16,7 @@ from megastruct.config.compare import changes_of_the_run
 from megastruct.config.load import load_config
 from megastruct.config.schema import Config
 from megastruct.errors import Problem, UserError
-from megastruct.files import FileLock, LocksNotSupportedError, sync_folder
+from megastruct.files import FileLock, sync_folder
 from megastruct.launch.environment import is_first_process
 from megastruct.run.mirror import WHERE, DamagedError, Mirror
 from megastruct.run.run_folder import CONFIG_FILE, RunFolder
@@ -113,7 +113,6 @@ class Restore:
         """Keep other processes from restoring into the same folder; yields the steps that it lacks still."""
         self._folder.lock(shared=True).release()  # makes the folder
         with contextlib.ExitStack() as stack:
-            with contextlib.suppress(LocksNotSupportedError):
-                stack.enter_context(FileLock(self._folder.path / _LOCK_FILE, "run.folder", wait=True))
+            stack.enter_context(FileLock(self._folder.path / _LOCK_FILE, wait=True))
             own = self._folder.finished_steps()
             yield [step for step in self._steps if step > own]

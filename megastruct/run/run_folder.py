@@ -58,14 +58,18 @@ class RunFolder:
     def check(self, data: dict[str, Any]) -> None:
         """Raises UserError if the folder cannot be written, is in use, or holds a run of another config or data."""
         self.lock(shared=True).release()  # all ranks ask at once: they must not refuse each other
+        self.check_config(data)
+
+    def check_config(self, data: dict[str, Any] | None = None) -> None:
+        """Raises UserError if the folder holds a run of another config or of other `data`. Writes nothing."""
         if not (self.path / CONFIG_FILE).exists():
             return
         changes = changes_of_the_run(load_config(self.path / CONFIG_FILE), self.config)
         problems = [Problem(path, f"{new!r}, but the run was started with {old!r}") for path, old, new in changes]
         problems += [
             Problem(f"data ({key})", f"{data.get(key)!r}, but the run was started with {value!r}")
-            for key, value in self.described_data().items()
-            if data.get(key) != value
+            for key, value in (self.described_data() if data is not None else {}).items()
+            if data is not None and data.get(key) != value
         ]
         if problems:
             new_name = f"run.name={self.path.name}-2"
@@ -83,12 +87,16 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            return FileLock(self.path / LOCK_FILE, "run.folder", shared=shared)
+            lock = FileLock(self.path / LOCK_FILE, shared=shared)
         except OSError as error:
-            raise UserError(Problem("run.folder", f"{self.path}: {error.strerror}", "run.folder=runs")) from None
+            suggestion = "a folder that you can write, such as run.folder=~/runs"
+            raise UserError(Problem("run.folder", f"{self.path}: {error.strerror}", suggestion)) from None
         except LockHeldError:
             found = f"another process trains in {self.path}"
             raise UserError(Problem("run.name", found, f"wait for it, or run.name={self.path.name}-2")) from None
+        if lock.warning and not shared:
+            print(f"warning: {lock.warning}", file=sys.stderr, flush=True)
+        return lock
 
     def described_data(self) -> dict[str, Any]:
         """The description of the data from when the run was started; empty if it was not started yet."""

@@ -49,7 +49,12 @@ def test_many_mistakes_in_one_message(config: Path, capsys: Any) -> None:
         (["--num-gpus", "0"], ["--num-gpus", "less than 1"]),
         (["--node-rank", "1"], ["--node-rank", "without --hostfile"]),
         (["hardware.device=cuda"], ["hardware.device", "hardware.device=auto"]),
-        (["run.folder=/dev/null/x"], ["run.folder", "run.folder=runs"]),
+        (["run.folder=/dev/null/x"], ["run.folder", "run.folder=~/runs"]),
+        (["run.folder=$NO_SUCH_VARIABLE/runs"], ["run.folder", "the variable $NO_SUCH_VARIABLE is not set"]),
+        (["evaluation.num_samples=0"], ["evaluation.interval_steps = 6", "evaluation.num_samples=8"]),
+        (["model.hidden_size=1000000000"], ["model.hidden_size", "no machine holds this"]),
+        (["model.hidden_size=1000000"], ["memory: the model with its optimizer needs"]),
+        (["training.global_batch_size=4000000000000"], ["training.global_batch_size", "29.1 TiB"]),
         (["parallel.tp=3"], ["model.num_attention_heads", "training.seq_length=33", "model.ffn_hidden_size=63"]),
         (["--num-gpus", "3", "data.path=nowhere"], ["training.global_batch_size", "data.path"]),
     ],
@@ -141,7 +146,9 @@ def test_hostfiles(config: Path, tmp_path: Path, capsys: Any) -> None:
     assert "--master-addr" in message(capsys, config, "--hostfile", hosts, "--node-rank", 1)
     hosts.write_text("-oProxyCommand=touch slots=2\n")  # ssh would take it for an option
     assert f"{hosts}:1" in message(capsys, config, "--hostfile", hosts)
-    hosts.write_text("node1 slots=1\nnode2 slots=1\n")
+    hosts.write_text("node1 slots=1\nnode1 slots=2\n")
+    assert "node1 has a line already" in message(capsys, config, "--hostfile", hosts)
+    hosts.write_text("me@node1 slots=1  # rack 3\nme@node2 slots=1 max_slots=4\n")
     found = message(capsys, config, "--hostfile", hosts, "--master-addr", "$(hostname)")
     assert "--master-addr: '$(hostname)' contains characters that a shell would interpret" in found
     hosts.write_text("node1 slots=2\n# spare\nnode2 slots=1\n")
@@ -158,16 +165,15 @@ def test_a_folder_in_use(config: Path, capsys: Any) -> None:
         assert "another process trains in" in message(capsys, config)
 
 
-@pytest.mark.parametrize(("number", "found"), [(errno.ENOSYS, "without file locks"), (errno.EIO, "output error")])
 def test_a_folder_that_cannot_be_locked_is_not_in_use(
-    config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, number: int, found: str
+    config: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     text = message(capsys, config)
-    assert text.startswith("error: run.folder: ") and found in text and str(tmp_path / "runs" / "test") in text
+    assert text.startswith("error: run.folder: ") and "output error" in text and str(tmp_path / "runs" / "test") in text
 
 
 def test_divergence_ends_the_run_and_keeps_the_checkpoint(config: Path, tmp_path: Path) -> None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import ast
+import base64
+import json
 import re
+import sys
 from pathlib import Path
 
 import deepspeed
 import pytest
 import torch
-from deepspeed.launcher.runner import parse_args
+from deepspeed.launcher import launch, runner
 
 from configs import tiny_config
 from megastruct.engine import internals
 from megastruct.engine.config import deepspeed_config
 from megastruct.engine.internals import INTERNALS, Internal, attribute_of, check_internals, missing_internals
 from megastruct.errors import UserError
-from megastruct.launch.deepspeed import LaunchOptions, deepspeed_command
+from megastruct.launch.deepspeed import LaunchOptions, decoded, deepspeed_command
 
 PACKAGE = Path(internals.__file__).resolve().parents[1]
 ENGINE = PACKAGE / "engine"
@@ -86,22 +89,50 @@ def test_every_key_of_its_config_arrives() -> None:
     assert found.steps_per_print == 2**62
 
 
+def test_its_launcher_for_all_nodes_takes_our_command_line(tmp_path: Path) -> None:
+    options = LaunchOptions(hostfile="hosts", num_gpus=4, master_port=12345)
+    command = deepspeed_command(options, ["config.yaml", "model.num_layers=2"], tmp_path / "stop")
+    assert command[2:4] == ["-m", "megastruct.launch.launcher"] and command[5] == str(tmp_path / "stop")
+    assert command[6] == "deepspeed.launcher.runner"
+    parsed = runner.parse_args(command[7:])
+    assert (parsed.user_script, parsed.module, parsed.no_local_rank) == ("megastruct.train", True, True)
+    assert (parsed.hostfile, parsed.num_gpus, parsed.master_port) == ("hosts", 4, 12345)
+    assert decoded(parsed.user_args) == ["config.yaml", "model.num_layers=2"] and parsed.log_level == "critical"
+
+
+UUID = "GPU-11111111-2222-3333-4444-555555555555"
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("visible", "options", "devices"),
     [
-        LaunchOptions(num_gpus=2, master_port=12345),
-        LaunchOptions(hostfile="hosts", num_nodes=2, node_rank=1, master_addr="node1"),
-        LaunchOptions(hostfile="hosts", num_gpus=4),
+        ("", LaunchOptions(num_gpus=2, master_port=12345), {"localhost": [0, 1]}),
+        ("5, 6,7", LaunchOptions(num_gpus=2), {"localhost": [5, 6]}),
+        (f"{UUID},MIG-1", LaunchOptions(num_gpus=2), {"localhost": [UUID, "MIG-1"]}),
+        ("3", LaunchOptions(num_gpus=2), {"localhost": [0, 1]}),
+        (UUID, LaunchOptions("hosts", node_rank=1, master_addr="a"), {"me@node1": [0, 1], "node2": [UUID]}),
+        ("", LaunchOptions("hosts", 3, 1, 0, "a"), {"me@node1": [0, 1, 2]}),
     ],
 )
-def test_its_launcher_takes_our_command_line(options: LaunchOptions) -> None:
+def test_its_launcher_for_one_node_takes_our_command_line(
+    visible: str,
+    options: LaunchOptions,
+    devices: dict[str, list[int | str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It gets the devices of this node by the names that the user gave them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    Path("hosts").write_text("me@node1 slots=2  # rack 3\nnode2 slots=1 max_slots=4\n")
     command = deepspeed_command(options, ["config.yaml", "model.num_layers=2"])
-    assert command[1:3] == ["-m", "deepspeed.launcher.runner"]
-    parsed = parse_args(command[3:])
-    assert (parsed.user_script, parsed.module, parsed.no_local_rank) == ("megastruct.train", True, True)
-    assert parsed.hostfile == (options.hostfile or "") and parsed.node_rank == (options.node_rank or -1)
-    assert parsed.no_ssh == (options.node_rank is not None) and parsed.log_level == "error"
-    assert len(parsed.user_args) == (1 if options.by_ssh else 2)
+    assert command[5:7] == ["", "deepspeed.launcher.launch"]
+    monkeypatch.setattr(sys, "argv", command[6:])
+    parsed = launch.parse_args()
+    assert (parsed.training_script, parsed.module, parsed.no_local_rank) == ("megastruct.train", True, True)
+    assert json.loads(base64.urlsafe_b64decode(parsed.world_info)) == devices
+    assert (parsed.node_rank, parsed.log_level) == (options.node_rank or 0, "critical")
+    assert parsed.training_script_args == ["config.yaml", "model.num_layers=2"]
 
 
 def imports_of(path: Path) -> set[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,14 +89,11 @@ def prepare(
         report(f"reading {input_path} at commit {commit}: {len(shards)} shards")
     settings = _settings(tokenizer, shards, text_column, validation_fraction, max_shard_tokens)
     _refuse_other_contents(output)
+    if done := _finished_before(output, settings, report):  # nothing is locked or written for it
+        return done
     with _output_errors(output), _locked(output):
-        if (output / MANIFEST_NAME).is_file():
-            manifest = load_manifest(output)
-            _refuse_other_settings(output, manifest.settings, settings)
-            check_files(output, manifest)
-            shutil.rmtree(output / PROGRESS_NAME, ignore_errors=True)
-            report(f"already done: {_summary(output, manifest)}")
-            return manifest
+        if done := _finished_before(output, settings, report):
+            return done
         check_shards(shards, text_column, patience_seconds)
         _begin(output, tokenizer, settings)
         jobs = _jobs(output, tokenizer, shards, settings, patience_seconds)
@@ -104,6 +102,18 @@ def prepare(
         write_atomically(output / MANIFEST_NAME, manifest.model_dump_json(indent=1).encode() + b"\n")
         shutil.rmtree(output / PROGRESS_NAME)
     report(f"done: {_summary(output, manifest)}")
+    return manifest
+
+
+def _finished_before(output: Path, settings: Settings, report: Callable[[str], None]) -> Manifest | None:
+    """The manifest of a finished folder. Raises UserError if it is damaged or was made with other settings."""
+    if not (output / MANIFEST_NAME).is_file():
+        return None
+    manifest = load_manifest(output)
+    _refuse_other_settings(output, manifest.settings, settings)
+    check_files(output, manifest)
+    shutil.rmtree(output / PROGRESS_NAME, ignore_errors=True)
+    report(f"already done: {_summary(output, manifest)}")
     return manifest
 
 
@@ -154,10 +164,12 @@ def _refuse_other_contents(output: Path) -> None:
 def _locked(output: Path) -> Iterator[None]:
     """Keep a second run out of the same folder; the system frees the lock of a run that was killed."""
     try:
-        lock = FileLock(output / _LOCK_NAME, "--output", temporary=True)
+        lock = FileLock(output / _LOCK_NAME, temporary=True)
     except LockHeldError:
         found = f"another run is writing to {output}"
         raise UserError(Problem("--output", found, "wait for it, or give another folder")) from None
+    if lock.warning:
+        print(f"warning: {lock.warning}", file=sys.stderr, flush=True)
     with lock:
         yield
 

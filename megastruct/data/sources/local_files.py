@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from megastruct.data.protocols import FileState
 from megastruct.data.sources.shards import MANIFEST_NAME, TextShard
 from megastruct.errors import Problem, UserError
+from megastruct.paths import files_of_pattern
 
 if TYPE_CHECKING:
     from megastruct.data.sources.find import Search
@@ -34,7 +35,7 @@ class LocalFiles:
         if local.is_file():
             return _shards(search, [local], local.parent, str(local))
         if glob.has_magic(search.path) and "://" not in search.path:
-            files = [Path(name) for name in glob.glob(str(local), recursive=True) if os.path.isfile(name)]
+            files = files_of_pattern(str(local))
             root = os.path.commonpath([file.parent for file in files]) if files else local
             return _shards(search, files, Path(root), f"the pattern {local}")
         return None

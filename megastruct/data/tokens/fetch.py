@@ -20,7 +20,7 @@ from megastruct.data.sources.fsspec_address import open_address, retried, store_
 from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS
 from megastruct.data.tokens.manifest import MANIFEST_NAME, SPLITS, Manifest, parse_manifest
 from megastruct.errors import Problem, UserError
-from megastruct.files import FileLock, LocksNotSupportedError
+from megastruct.files import FileLock
 
 DEFAULT_CACHE = "~/.cache/megastruct/tokens"
 _FILES_AT_ONCE = 8
@@ -105,9 +105,7 @@ def _alone(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(folder / ".lock", "data.token_cache", wait=True, temporary=True))
-        except LocksNotSupportedError:
-            pass  # several processes may copy the same file, each under the same hidden name
+            stack.enter_context(FileLock(folder / ".lock", wait=True, temporary=True))
         except OSError as error:
             found = f"{folder} cannot be written ({error.strerror})"
             raise UserError(

@@ -12,22 +12,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megastruct.data.preparation.prepare import prepare
+from megastruct.commands.text_options import add_input_options, choice_of, columns_of
+from megastruct.data.preparation.prepare import DEFAULT_VALIDATION_FRACTION, prepare
 from megastruct.errors import Problem, UserError, user_errors_exit
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse `argv`, or `sys.argv` if it is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", required=True, help="folder, glob, file or Hugging Face name of text shards")
+    add_input_options(parser)
     parser.add_argument("--output", required=True, type=Path, help="folder for the token shards")
     parser.add_argument("--tokenizer", required=True, help="SentencePiece model file")
-    parser.add_argument("--text-column", default="content", help="column that holds the text (default: %(default)s)")
+    parser.add_argument(
+        "--validation-split", help="split that is held out, such as validation; without it, a share of the documents"
+    )
     parser.add_argument(
         "--validation-fraction",
         type=float,
-        default=0.005,
-        help="share of the documents to hold out (default: %(default)s)",
+        help=f"share of the documents to hold out (default: {DEFAULT_VALIDATION_FRACTION})",
     )
     parser.add_argument(
         "--workers",
@@ -50,7 +52,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UserError for every number that is out of range."""
     problems = []
-    if not 0 <= arguments.validation_fraction < 1:
+    if arguments.validation_split is not None and arguments.validation_fraction is not None:
+        found = f"{arguments.validation_fraction} together with --validation-split {arguments.validation_split}"
+        problems.append(Problem("--validation-fraction", found, "give one of the two"))
+    elif arguments.validation_fraction is not None and not 0 <= arguments.validation_fraction < 1:
         found = f"{arguments.validation_fraction} is not in [0, 1)"
         problems.append(Problem("--validation-fraction", found, "--validation-fraction 0.005"))
     for option in ("workers", "max_shard_tokens"):
@@ -67,6 +72,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Tokenise the shards. Exits with code 2 for a user's mistake, and with 130 for Ctrl-C."""
     arguments = parse_arguments(argv)
+    fraction = arguments.validation_fraction
     with user_errors_exit():
         check_arguments(arguments)
         try:
@@ -74,8 +80,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 arguments.input,
                 arguments.output,
                 arguments.tokenizer,
-                text_column=arguments.text_column,
-                validation_fraction=arguments.validation_fraction,
+                text_columns=columns_of(arguments),
+                choice=choice_of(arguments),
+                validation_split=arguments.validation_split,
+                validation_fraction=DEFAULT_VALIDATION_FRACTION if fraction is None else fraction,
                 num_workers=arguments.workers,
                 max_shard_tokens=arguments.max_shard_tokens,
                 patience_seconds=arguments.patience_seconds,

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from math import lcm
 
-from megastruct.config.schema import Config, FFNConfig
+from megastruct.config.schema import Config, FFNConfig, TextChoice
 from megastruct.errors import Problem
 from megastruct.optimizers import ADAMW, OPTIMIZERS, nearest_optimizer
 from megastruct.parallel.sizes import multiple_problems, nearest_divisor, nearest_multiple, vocabulary_problems
@@ -110,6 +110,20 @@ def check_batch(config: Config, dp_size: int | None = None) -> Iterator[Problem]
         if value % share:
             above = (value // share + 1) * share
             yield Problem(where, f"{value} is not a multiple of {factor}", f"{where}={above}")
+
+
+def check_data(config: Config) -> Iterator[Problem]:
+    """Keys that choose a part of a place of text, only with text."""
+    data = config.data
+    if data.kind == "text":
+        return
+    text_instead = "give the folder that was prepared from it, or data.kind=text"
+    for key in TextChoice.model_fields:
+        if any(getattr(source, key) for source in data.places):
+            yield Problem(f"data.{key}", f"set with data.kind = {data.kind}, which has no such parts", text_instead)
+    if any(len(source.paths) > 1 for source in data.places):
+        found = f"a list of paths with data.kind = {data.kind}"
+        yield Problem("data.path", found, "data.path=[{path: FOLDER, weight: 1}, ...]")
 
 
 def check_parallel(config: Config) -> Iterator[Problem]:
@@ -219,6 +233,7 @@ CHECKS: tuple[Check, ...] = (
     check_ffn,
     check_length,
     check_batch,
+    check_data,
     check_parallel,
     check_tensor_parallel,
     check_optimizer,

@@ -14,6 +14,10 @@ FREE_KEYS = (
     "data.path",  # from here on: data is compared by its description instead
     "data.tokenizer",
     "data.text_column",
+    "data.config",
+    "data.split",
+    "data.validation_split",
+    "data.include",
     "data.validation_fraction",
     "data.num_streams",
     "data.num_workers",

@@ -30,7 +30,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class JsonLines:
     """One JSON object per line; the index of a document is its line number from 0, including blank lines."""
 
-    endings = with_compressed(".jsonl", ".json")
+    endings = with_compressed(".jsonl", ".ndjson", ".json")
     damage = DAMAGE
 
     def check(self, shard: TextShard, text_column: str) -> Problem | None:

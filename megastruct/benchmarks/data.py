@@ -52,7 +52,7 @@ class Measured(NamedTuple):
 
 
 def measure(
-    input_path: str, tokenizer_path: str, text_column: str | None, max_characters: int, rounds: int
+    input_path: str, tokenizer_path: str, text_columns: tuple[str, ...], max_characters: int, rounds: int
 ) -> Measured:
     """Measure on the first documents of `input_path`, about `max_characters` in all, in `rounds` rounds.
 
@@ -60,7 +60,7 @@ def measure(
         UserError: the text or the tokenizer cannot be read.
     """
     tokenizer = SentencePieceTokenizer(tokenizer_path, where="--tokenizer")
-    texts = _texts(input_path, text_column, max_characters)
+    texts = _texts(input_path, text_columns, max_characters)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "text").mkdir()
@@ -71,10 +71,10 @@ def measure(
         return Measured(len(texts), sum(map(len, texts)), preparing, _measure_reading(folder, tokenizer))
 
 
-def _texts(input_path: str, text_column: str | None, max_characters: int) -> list[str]:
+def _texts(input_path: str, text_columns: tuple[str, ...], max_characters: int) -> list[str]:
     texts: list[str] = []
     num_characters = 0
-    for shard in Place(input_path, "--input", text_column=text_column).find().shards:
+    for shard in Place(input_path, "--input", text_columns=text_columns).find().shards:
         for documents in read_patiently(shard, shard.text_column):
             texts += [document.text for document in documents if not document.broken]
             num_characters += sum(len(document.text) for document in documents)

@@ -7,6 +7,8 @@ import argparse
 from megastruct.data.sources.check import TEXT_COLUMNS
 from megastruct.data.sources.choice import ALL_SPLITS, Choice
 
+_DEFAULT = ", or else ".join(TEXT_COLUMNS)
+
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:
     """Add --input, --text-column, --config, --split and --include."""

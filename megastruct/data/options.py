@@ -69,8 +69,8 @@ class DataOptions:
         sources, (where, _) = self.data.places, self.paths[index]
         source, first = sources[index], sum(len(source.paths) for source in sources[:index])
         choice = Choice(source.config, source.split, tuple(source.include))
-        known_column = self.data.text_column or self.text_column
-        columns = (known_column,) if known_column else TEXT_COLUMNS
+        chosen = self.data.text_column or self.text_column
+        columns = (chosen,) if chosen else TEXT_COLUMNS
         commits = [*self.hub_commits[first:], *[None] * len(source.paths)]
         return [
             Place(path, where, choice, columns, commit) for path, commit in zip(source.paths, commits, strict=False)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from megastruct.data.cache import FOLDER_NAME
 from megastruct.data.kept import tokenised
 from megastruct.data.mixture import source_names
 from megastruct.data.options import DataOptions
-from megastruct.data.sources.check import check_shards
+from megastruct.data.sources.check import TEXT_COLUMNS, check_shards
 from megastruct.data.sources.place import Place
 from megastruct.data.sources.reading import read_patiently
 from megastruct.data.sources.shards import MANIFEST_NAME, TextShard
@@ -155,17 +155,13 @@ class Sources:
         return Source(name, path, begin, self._selection.max_tokens)
 
     def _text(self, name: str, path: str) -> Source:
-        place, patience_seconds = Place(path, "--data"), self._config.data.patience_seconds
         # The run's column if the text has it: the text may be another corpus than the run's.
-        columns = [self._selection.text_column] if self._selection.text_column else [self._column, None]
-        for last, column in enumerate(columns, 1):
-            shards = replace(place, text_column=column).find(patience_seconds).shards
-            try:
-                check_shards(shards, patience_seconds)
-                break
-            except UserError:
-                if last == len(columns):
-                    raise
+        columns = (self._column, *TEXT_COLUMNS) if self._column else TEXT_COLUMNS
+        if self._selection.text_column:
+            columns = (self._selection.text_column,)
+        patience_seconds = self._config.data.patience_seconds
+        shards = Place(path, "--data", text_columns=columns).find(patience_seconds).shards
+        check_shards(shards, patience_seconds)
         return Source(name, path, partial(self._text_chunks, shards), self._selection.max_tokens)
 
     def _trained_on(self, index: int, name: str, path: str) -> Source:

@@ -109,21 +109,22 @@ class Selection:
             raise UserError(Problem(self._where, f"{place} has no text shards", "choose another configuration"))
         if wanted is None and len(listed) > 1:
             found = f"{place} has several splits, of which one must be chosen: {_list(listed)}"
-            train = "train" if "train" in splits else next(iter(splits))
-            suggestion = how_to_choose(self._where, split=train)
-            if self._where.startswith(("--input", "data.path")):
-                held_out = next((split for split in ("validation", "test") if split in splits and split != train), "")
-                if held_out:
-                    suggestion += (
-                        f" (and {how_to_choose(self._where, validation_split=held_out)} to hold that split out)"
-                    )
-                suggestion += f", or {how_to_choose(self._where, split=ALL_SPLITS)}"
-            raise UserError(Problem(self._where, found, suggestion))
+            raise UserError(Problem(self._where, found, self._splits_to_choose(splits)))
         if wanted is not None and wanted not in splits:
             found = f"{place} has no split {wanted}; it has: {_list(listed)}"
             raise UserError(Problem(self._where, found, how_to_choose(self._where, split=next(iter(splits)))))
         self.split = wanted or (next(iter(splits)) if self.config or in_splits != set(shards) else None)
         return sorted(splits[wanted or next(iter(splits))])
+
+    def _splits_to_choose(self, splits: Splits) -> str:
+        train = "train" if "train" in splits else next(iter(splits))
+        suggestion = how_to_choose(self._where, split=train)
+        if not self._where.startswith(("--input", "data.path")):
+            return suggestion
+        held_out = next((split for split in ("validation", "test") if split in splits and split != train), "")
+        if held_out:
+            suggestion += f" (with {how_to_choose(self._where, validation_split=held_out)} that split is held out)"
+        return f"{suggestion}, or {how_to_choose(self._where, split=ALL_SPLITS)}"
 
     def _note(self, names: list[str], kind: str) -> None:
         if names:

@@ -156,7 +156,7 @@ class Sources:
 
     def _text(self, name: str, path: str) -> Source:
         # The run's column if the text has it: the text may be another corpus than the run's.
-        columns = (self._column, *TEXT_COLUMNS) if self._column else TEXT_COLUMNS
+        columns: tuple[str, ...] = (self._column, *TEXT_COLUMNS) if self._column else TEXT_COLUMNS
         if self._selection.text_column:
             columns = (self._selection.text_column,)
         patience_seconds = self._config.data.patience_seconds

@@ -40,15 +40,18 @@ def check_shards(shards: Sequence[TextShard], patience_seconds: float = DEFAULT_
 def choose_text_column(
     shards: Sequence[TextShard], names: Sequence[str] = TEXT_COLUMNS, patience_seconds: float = DEFAULT_PATIENCE_SECONDS
 ) -> str:
-    """The first of the columns `names` that the shards have, as far as the first shard tells that has only one of them.
+    """The first of the columns `names` that is in one of the shards, as far as a look at some of them tells.
 
     If none of them is there, or a shard cannot be read, `check_shards` reports it.
     """
+    found = set()
     for shard in [shard for shard in shards if shard.num_bytes][: _MAX_SEARCHED if len(names) > 1 else 0]:
-        missing = [problem_of(shard, name, patience_seconds) is not None for name in names]
-        if any(missing) and not all(missing):  # without columns, as in plain text, none is missing
-            return names[missing.index(False)]
-    return names[0]
+        own = [name for name in names if problem_of(shard, name, patience_seconds) is None]
+        if len(own) < len(names):  # without columns, as in plain text, none is missing
+            found.update(own[:1])
+        if names[0] in found or (found and not shard.is_local):
+            break
+    return next((name for name in names if name in found), names[0])
 
 
 def problem_of(shard: TextShard, text_column: str, patience_seconds: float) -> Problem | None:

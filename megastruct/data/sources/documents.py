@@ -50,7 +50,7 @@ def document_from_bytes(index: int, content: bytes | None) -> Document:
 
 def missing_column(shard: TextShard, text_column: str, names: list[str]) -> Problem:
     """The problem of a shard whose columns `names` lack `text_column`."""
-    found = f"column {text_column!r} is missing; the columns are: {', '.join(names)}"
+    found = f"column {text_column!r} is missing; the columns are: {', '.join(names) or 'none'}"
     return Problem(shard.uri, found, COLUMN_SUGGESTION)
 
 

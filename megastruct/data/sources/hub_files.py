@@ -9,8 +9,6 @@ from dataclasses import astuple
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
-from fsspec.utils import glob_translate
-
 from megastruct.data.cache import cached_json, key_of
 from megastruct.data.protocols import FileState
 from megastruct.data.sources import hub
@@ -128,10 +126,15 @@ def _listed(search: Search, place: HubPlace) -> list[tuple[Any, ...]]:
 
 
 def _inside(files: list[hub.HubFile], inside: str) -> tuple[dict[str, hub.HubFile], bool]:
-    """(the files of a folder by their names in it, or one file, or those that match a pattern; whether a folder)."""
+    """The files of a folder, one file, or those that match a pattern, by their names below the folder.
+
+    Also returns whether the user gave the files themselves, which a folder does not.
+    """
     folder = f"{inside}/" if inside else ""
     if found := {file.path.removeprefix(folder): file for file in files if file.path.startswith(folder)}:
         return found, False
+    from fsspec.utils import glob_translate  # not in worker processes, which list nothing
+
     pattern = re.compile(glob_translate(inside))
     matching = [file for file in files if file.path == inside or pattern.fullmatch(file.path)]
     root = os.path.commonpath([os.path.dirname(file.path) for file in matching]) if matching else ""

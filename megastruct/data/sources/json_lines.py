@@ -53,9 +53,7 @@ class JsonLines:
                 return None
             num_good += 1
             names |= dict.fromkeys(values)
-        if names:
-            return missing_column(shard, text_column, list(names))
-        return None if num_good else first_mistake
+        return missing_column(shard, text_column, list(names)) if num_good else first_mistake
 
     def num_documents(self, shard: TextShard) -> int | None:
         """As in `DocumentFormat`: always None."""

@@ -15,6 +15,7 @@ from megastruct.data.sources.choice import EVERYTHING, Choice
 from megastruct.data.sources.find import find_shards
 from megastruct.data.sources.formats import all_endings
 from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS
+from megastruct.data.sources.select import counted, named
 from megastruct.data.sources.shards import TextShard
 from megastruct.data.sources.storages import storage_of
 from megastruct.errors import Problem, Problems, UserError
@@ -55,7 +56,7 @@ class Place:
             cache_folder, f"column-{key}", lambda: _column_and_metadata(shards, self.text_columns, patience_seconds)
         )
         if left_out:
-            notes.append(f"not read: {len(left_out):,} .json files without text ({', '.join(left_out[:5])})")
+            notes.append(f"not read, no column {column!r}: {counted(len(left_out), 'file')}{named(left_out)}")
         own = [replace(shard, text_column=column) for shard in shards if shard.name not in set(left_out)]
         return FoundText(self, own, column, notes)
 
@@ -84,11 +85,11 @@ class FoundText:
     def lines(self) -> list[str]:
         """What is read, and what is not, for the user."""
         endings = Counter(_ending(shard.name) for shard in self.shards)
-        counted = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
+        by_ending = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
         num_bytes = format_bytes(sum(shard.num_bytes for shard in self.shards))
         at = f" at commit {self.commit}" if self.commit else ""
         column = "" if all(".txt" in ending or ".text" in ending for ending in endings) else self.text_column
-        what = f"reading {self.place.path}{at}: {len(self.shards):,} shards ({counted}), {num_bytes}"
+        what = f"reading {self.place.path}{at}: {counted(len(self.shards), 'shard')} ({by_ending}), {num_bytes}"
         what += f", text column {column!r}" if column else ""
         chosen = [note for note in self.notes if not note.startswith("not read")]
         return [", ".join([what, *chosen]), *(f"  {note}" for note in self.notes if note not in chosen)]

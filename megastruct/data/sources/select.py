@@ -58,14 +58,14 @@ class Selection:
         shards = sorted(name for name in included if format_of_name(name) and not _is_about_the_data(name, shown))
         if not shards:
             among = f"its {len(names)} files" if included == shown else f"the {len(included)} that match {choice}"
-            found = f"{what} has no text shard among {among}{_named(included or shown)}"
+            found = f"{what} has no text shard among {among}{named(included or shown)}"
             raise UserError(Problem(where, found, f"give files that end with {', '.join(all_endings())}"))
         files = DataFiles(shards, read, [name for name in names if "/" not in name])
         self.names = self._chosen(files, shards, is_explicit)
-        self._note(hidden, "hidden files")
-        self._note(sorted(set(shown) - set(included)), "files that are not included")
-        self._note(sorted(set(included) - set(shards)), "files that hold no text in a known format")
-        self._note(sorted(set(shards) - set(self.names)), "files of other configurations and splits")
+        self._note(hidden, "hidden")
+        self._note(sorted(set(shown) - set(included)), "not included")
+        self._note(sorted(set(included) - set(shards)), "no text in a known format")
+        self._note(sorted(set(shards) - set(self.names)), "of another configuration or split")
 
     def _chosen(self, files: DataFiles, shards: list[str], is_explicit: bool) -> list[str]:
         try:
@@ -102,8 +102,8 @@ class Selection:
         wanted = self._choice.split
         if wanted == ALL_SPLITS:
             return sorted(in_splits | set(rest))
-        listed = [f"{split} ({_files(len(names))})" for split, names in splits.items()]
-        listed += [f"{_files(len(rest))} of no split{_named(rest)}"] if rest else []
+        listed = [f"{split} ({counted(len(names), 'file')})" for split, names in splits.items()]
+        listed += [f"{counted(len(rest), 'file')} of no split{named(rest)}"] if rest else []
         place = f"{self._what}, configuration {self.config}," if self.config else self._what
         if not splits:
             raise UserError(Problem(self._where, f"{place} has no text shards", "choose another configuration"))
@@ -128,7 +128,7 @@ class Selection:
 
     def _note(self, names: list[str], kind: str) -> None:
         if names:
-            self.notes.append(f"not read: {len(names):,} {kind}{_named(names)}")
+            self.notes.append(f"not read, {kind}: {counted(len(names), 'file')}{named(names)}")
 
 
 def _is_hidden(name: str) -> bool:
@@ -151,8 +151,9 @@ def _is_about_the_data(name: str, names: Sequence[str]) -> bool:
     return False
 
 
-def _files(number: int) -> str:
-    return f"{number:,} file" + "s" * (number != 1)
+def counted(number: int, noun: str) -> str:
+    """The number with the noun: 1 file, 2 files."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def _list(values: Sequence[str]) -> str:
@@ -160,7 +161,7 @@ def _list(values: Sequence[str]) -> str:
     return ", ".join([*values[:_MOST_LISTED], *more])
 
 
-def _named(names: Sequence[str]) -> str:
+def named(names: Sequence[str]) -> str:
     """The first of some names in brackets, with a leading blank; with the number by ending if there are many."""
     if len(names) <= _MOST_NAMED:
         return f" ({', '.join(names)})" if names else ""

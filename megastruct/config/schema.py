@@ -61,6 +61,10 @@ Path = Annotated[str, Field(min_length=1)]
 Paths = Annotated[list[Path], Field(min_length=1)]
 
 
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 class TextChoice(Section):
     """Which part of a place of text is meant."""
 
@@ -69,8 +73,8 @@ class TextChoice(Section):
     validation_split: str | None = Field(
         None, description="text: split that is held out, in place of a share of the documents"
     )
-    include: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = Field(
-        [], description="text: pattern or patterns of file names; left out: all files"
+    include: Annotated[list[Path] | None, BeforeValidator(_as_list)] = Field(
+        None, description="text: pattern or patterns of file names; left out: all files"
     )
 
 

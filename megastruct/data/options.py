@@ -68,7 +68,7 @@ class DataOptions:
         """The places of text of source `index`, with its choices."""
         sources, (where, _) = self.data.places, self.paths[index]
         source, first = sources[index], sum(len(source.paths) for source in sources[:index])
-        choice = Choice(source.config, source.split, tuple(source.include))
+        choice = Choice(source.config, source.split, tuple(source.include or ()))
         chosen = self.data.text_column or self.text_column
         columns = (chosen,) if chosen else TEXT_COLUMNS
         commits = [*self.hub_commits[first:], *[None] * len(source.paths)]

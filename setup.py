@@ -34,6 +34,7 @@ setup(
         "torch>=2.6",
         "deepspeed>=0.19.8,<0.20",
         "datasets>=3.0",
+        "fsspec>=2023.12",
         "huggingface_hub>=1.0",
         "fsspec>=2024.6",
         "pyarrow>=16.0",

@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -238,6 +238,10 @@ class Run:
             yield batch
 
 
+def _say_on_first_rank(rank: int) -> Callable[[str], None]:
+    return lambda line: None if rank else print(line, file=sys.stderr, flush=True)
+
+
 def _due(step: int, interval_steps: int, last: bool) -> bool:
     return last or (interval_steps > 0 and step % interval_steps == 0)
 
@@ -253,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors_exit(print_message=process.local_rank == 0):  # the same on all ranks of a node
         check_internals()
         config = load_config(args.config, args.overrides)
-        topology, data = preflight(config, process.world_size)
+        topology, data = preflight(config, process.world_size, report=_say_on_first_rank(process.rank))
     with user_errors_exit(rank=process.rank):
         torch.set_num_threads(take_share_of_cores())
         device = choose_device(config.hardware.device, process)

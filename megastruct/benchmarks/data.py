@@ -22,7 +22,7 @@ from megastruct.config.schema import DataConfig
 from megastruct.data import Tokenizer, open_data, open_tokenizer
 from megastruct.data.options import DataOptions
 from megastruct.data.preparation.prepare import prepare
-from megastruct.data.sources.find import find_shards
+from megastruct.data.sources.place import Place
 from megastruct.data.sources.reading import read_patiently
 from megastruct.data.tokenizers.sentence_piece import SentencePieceTokenizer
 
@@ -50,14 +50,16 @@ class Measured(NamedTuple):
     reading: list[Row]
 
 
-def measure(input_path: str, tokenizer_path: str, text_column: str, max_characters: int, rounds: int) -> Measured:
+def measure(
+    input_path: str, tokenizer_path: str, text_columns: tuple[str, ...], max_characters: int, rounds: int
+) -> Measured:
     """Measure on the first documents of `input_path`, about `max_characters` in all, in `rounds` rounds.
 
     Raises:
         UserError: the text or the tokenizer cannot be read.
     """
     tokenizer = open_tokenizer(tokenizer_path, "--tokenizer")
-    texts = _texts(input_path, text_column, max_characters)
+    texts = _texts(input_path, text_columns, max_characters)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "text").mkdir()
@@ -68,11 +70,11 @@ def measure(input_path: str, tokenizer_path: str, text_column: str, max_characte
         return Measured(len(texts), sum(map(len, texts)), preparing, _measure_reading(folder, tokenizer))
 
 
-def _texts(input_path: str, text_column: str, max_characters: int) -> list[str]:
+def _texts(input_path: str, text_columns: tuple[str, ...], max_characters: int) -> list[str]:
     texts: list[str] = []
     num_characters = 0
-    for shard in find_shards(input_path, "--input"):
-        for documents in read_patiently(shard, text_column):
+    for shard in Place(input_path, "--input", text_columns=text_columns).find().shards:
+        for documents in read_patiently(shard, shard.text_column):
             texts += [document.text for document in documents if not document.broken]
             num_characters += sum(len(document.text) for document in documents)
             if num_characters >= max_characters:

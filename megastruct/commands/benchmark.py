@@ -21,6 +21,7 @@ import torch
 from megastruct.benchmarks import data as data_benchmark
 from megastruct.benchmarks import documents as documents_benchmark
 from megastruct.commands import benchmark_inference as inference_command
+from megastruct.commands.text_options import add_column_option, columns_of
 from megastruct.config import load_config
 from megastruct.console import command
 from megastruct.errors import Problem, UserError, user_errors_exit
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data.add_argument(
         "--tokenizer", required=True, type=option_text, help="SentencePiece model file (BPE) or tokenizer.json"
     )
-    data.add_argument("--text-column", default="content", help="column that holds the text (default: %(default)s)")
+    add_column_option(data)
     data.add_argument(
         "--max-characters",
         type=int,
@@ -102,7 +103,7 @@ def benchmark_data(arguments: argparse.Namespace) -> None:
         UserError: the text or the tokenizer cannot be read.
     """
     measured = data_benchmark.measure(
-        arguments.input, arguments.tokenizer, arguments.text_column, arguments.max_characters, arguments.rounds
+        arguments.input, arguments.tokenizer, columns_of(arguments), arguments.max_characters, arguments.rounds
     )
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(f"{measured.num_documents:,} documents, {measured.num_characters:,} characters")

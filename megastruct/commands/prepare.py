@@ -11,8 +11,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from megastruct.commands.text_options import add_input_options, choice_of, columns_of
 from megastruct.console import command
-from megastruct.data.preparation.prepare import prepare
+from megastruct.data.preparation.prepare import DEFAULT_VALIDATION_FRACTION, prepare
 from megastruct.data.tokenizers.options import TokenizerOptions
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.paths import option_path, option_text
@@ -21,12 +22,7 @@ from megastruct.paths import option_path, option_text
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse `argv`, or `sys.argv` if it is None."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--input",
-        required=True,
-        type=option_text,
-        help="folder, glob, file, Hugging Face name or address (s3://...) of text shards",
-    )
+    add_input_options(parser)
     parser.add_argument("--output", required=True, type=option_path, help="folder for the token shards")
     parser.add_argument(
         "--tokenizer",
@@ -47,12 +43,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="text that reads as a special token becomes that token; never the one that ends a document",
     )
-    parser.add_argument("--text-column", default="content", help="column that holds the text (default: %(default)s)")
+    parser.add_argument(
+        "--validation-split", help="split that is held out, such as validation; without it, a share of the documents"
+    )
     parser.add_argument(
         "--validation-fraction",
         type=float,
-        default=0.005,
-        help="share of the documents to hold out (default: %(default)s)",
+        help=f"share of the documents to hold out (default: {DEFAULT_VALIDATION_FRACTION})",
     )
     parser.add_argument(
         "--workers",
@@ -75,7 +72,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise UserError for every number that is out of range."""
     problems = []
-    if not 0 <= arguments.validation_fraction < 1:
+    if arguments.validation_split is not None and arguments.validation_fraction is not None:
+        found = f"{arguments.validation_fraction} together with --validation-split {arguments.validation_split}"
+        problems.append(Problem("--validation-fraction", found, "give one of the two"))
+    elif arguments.validation_fraction is not None and not 0 <= arguments.validation_fraction < 1:
         found = f"{arguments.validation_fraction} is not in [0, 1)"
         problems.append(Problem("--validation-fraction", found, "--validation-fraction 0.005"))
     if str(arguments.output).partition("/")[0].endswith(":"):  # a Path has one slash less
@@ -96,6 +96,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Tokenise the shards. Exits with code 2 for a user's mistake, and with 130 for Ctrl-C."""
     arguments = parse_arguments(argv)
+    fraction = arguments.validation_fraction
     with user_errors_exit():
         check_arguments(arguments)
         try:
@@ -103,8 +104,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 arguments.input,
                 arguments.output,
                 arguments.tokenizer,
-                text_column=arguments.text_column,
-                validation_fraction=arguments.validation_fraction,
+                text_columns=columns_of(arguments),
+                choice=choice_of(arguments),
+                validation_split=arguments.validation_split,
+                validation_fraction=DEFAULT_VALIDATION_FRACTION if fraction is None else fraction,
                 num_workers=arguments.workers,
                 max_shard_tokens=arguments.max_shard_tokens,
                 patience_seconds=arguments.patience_seconds,

@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from megastruct.commands.text_options import add_input_options, choice_of, columns_of
 from megastruct.console import command
 from megastruct.data.preparation.tokenizer import train_tokenizer
+from megastruct.data.sources.place import Place
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.paths import option_text
 
@@ -26,11 +28,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 name = "--" + option.replace("_", "-")
                 raise UserError(Problem(name, f"{getattr(arguments, option)} is less than 1", f"{name} 32000"))
         trained = train_tokenizer(
-            arguments.input,
+            [Place(path, "--input", choice_of(arguments), columns_of(arguments)) for path in arguments.input],
             arguments.output,
             vocab_size=arguments.vocab_size,
-            text_column=arguments.text_column,
             max_characters=arguments.max_characters,
+            report=print,
         )
     if trained.is_new:
         print(f"done: {trained.path} with {arguments.vocab_size} ids (sha256 {trained.fingerprint[:12]}...)")
@@ -40,9 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--input", required=True, type=option_text, help="folder, glob, file or Hugging Face name of text shards"
-    )
+    add_input_options(parser)
     parser.add_argument(
         "--output",
         required=True,
@@ -52,7 +52,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--vocab-size", required=True, type=int, help="number of ids, including bytes and control tokens"
     )
-    parser.add_argument("--text-column", default="content", help="column that holds the text (default: %(default)s)")
     parser.add_argument(
         "--max-characters",
         type=int,

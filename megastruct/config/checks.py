@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from math import lcm
 
 from megastruct.config.batch_sizes import BatchRamp
-from megastruct.config.schema import Config, FFNConfig
+from megastruct.config.schema import Config, FFNConfig, TextChoice
 from megastruct.config.training_checks import TRAINING_CHECKS
 from megastruct.errors import Problem
 from megastruct.optimizers import ADAMW, OPTIMIZERS, nearest_optimizer
@@ -138,6 +138,20 @@ def check_evaluation(config: Config) -> Iterator[Problem]:
         yield Problem("evaluation.num_samples", found, suggestion)
 
 
+def check_data(config: Config) -> Iterator[Problem]:
+    """Keys that choose a part of a place of text, only with text."""
+    data = config.data
+    if data.kind == "text":
+        return
+    text_instead = "give the folder that was prepared from it, or data.kind=text"
+    for key in TextChoice.model_fields:
+        if any(getattr(source, key) for source in data.places):
+            yield Problem(f"data.{key}", f"set with data.kind = {data.kind}, which has no such parts", text_instead)
+    if any(len(source.paths) > 1 for source in data.places):
+        found = f"a list of paths with data.kind = {data.kind}"
+        yield Problem("data.path", found, "data.path=[{path: FOLDER, weight: 1}, ...]")
+
+
 def check_parallel(config: Config) -> Iterator[Problem]:
     """Combinations of pipeline, ZeRO stage and precision that DeepSpeed supports."""
     pp, zero, model = config.parallel.pp, config.parallel.zero_stage, config.model
@@ -246,6 +260,7 @@ CHECKS: tuple[Check, ...] = (
     check_length,
     check_batch,
     *TRAINING_CHECKS,
+    check_data,
     check_parallel,
     check_tensor_parallel,
     check_optimizer,

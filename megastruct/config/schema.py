@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from megastruct.config.batch_sizes import BatchRamp, BatchSizes, BatchStage, batch_sizes
 from megastruct.config.model import FFNConfig, ModelConfig
@@ -68,34 +68,70 @@ class GuidedConfig(Section):
         return "off" if value is False else value  # YAML reads a plain `off` as false
 
 
-class DataSource(Section):
-    """One source of a mixture, with its relative weight."""
+def _path_kind(value: object) -> str:
+    # Not identifiers, so messages leave them out.
+    if not isinstance(value, list):
+        return "-path"
+    return "-paths" if value and all(isinstance(item, str) for item in value) else "-list"
 
-    path: Annotated[PathText, Field(min_length=1)]
+
+Path = Annotated[PathText, Field(min_length=1)]
+Paths = Annotated[list[Path], Field(min_length=1)]
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+class TextChoice(Section):
+    """Which part of a place of text is meant."""
+
+    config: str | None = Field(None, description="text: configuration of a dataset, such as `en`")
+    split: str | None = Field(None, description="text: split of a dataset, such as `train`; `all`: every file")
+    validation_split: str | None = Field(
+        None, description="text: split that is held out, in place of a share of the documents"
+    )
+    include: Annotated[list[Path] | None, BeforeValidator(_as_list)] = Field(
+        None, description="text: pattern or patterns of file names; left out: all files"
+    )
+
+
+class DataSource(TextChoice):
+    """One source of a mixture, with its relative weight; its choices take the place of those of `data`."""
+
+    path: Annotated[Annotated[Path, Tag("-path")] | Annotated[Paths, Tag("-paths")], Discriminator(_path_kind)]
     weight: Annotated[float, Field(gt=0)]
 
+    @property
+    def paths(self) -> list[str]:
+        """The places of the source."""
+        return [self.path] if isinstance(self.path, str) else self.path
 
-def _path_kind(value: object) -> str:
-    return "-list" if isinstance(value, list) else "-path"  # not identifiers, so messages leave them out
+    @property
+    def label(self) -> str:
+        """The first path with the configuration and the split, which tell sources of one dataset apart."""
+        return "/".join(filter(None, (self.paths[0], self.config, self.split)))
 
 
 def _warmup_kind(value: object) -> str:
     return "-ramp" if isinstance(value, dict | BatchRamp) else "-stages"
 
 
-class DataConfig(Section):
+class DataConfig(TextChoice):
     """The training data and its tokenizer."""
 
     kind: Literal["tokens", "text"] = Field(
         description="tokens: shards of token ids from megastruct-prepare; text: shards of documents"
     )
     path: Annotated[
-        Annotated[PathText, Tag("-path")] | Annotated[list[DataSource], Field(min_length=1), Tag("-list")],
+        Annotated[PathText, Tag("-path")]
+        | Annotated[Paths, Tag("-paths")]
+        | Annotated[list[DataSource], Field(min_length=1), Tag("-list")],
         Discriminator(_path_kind),
     ] = Field(
-        description="tokens: folder of shards; text: folder, glob, file or dataset name on the hub; for both, an "
-        "address such as s3://BUCKET/FOLDER; or a list of {path, weight}: samples are drawn from each in proportion to "
-        "its weight"
+        description="tokens: folder of shards; text: folder, glob, file or dataset name on the hub, or a list of them; "
+        "for both, an address such as s3://BUCKET/FOLDER; or a list of {path, weight}: samples are drawn from each in "
+        "proportion to its weight"
     )
     tokenizer: PathText | None = Field(
         None,
@@ -114,7 +150,9 @@ class DataConfig(Section):
         False,
         description="whether text that reads as a special token becomes that token; never the one that ends a document",
     )
-    text_column: str = "content"
+    text_column: str | None = Field(
+        None, description="text: the column that holds the text; left out: `content`, or else `text`"
+    )
     validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.005
     num_streams: Size | None = Field(
         None, description="text: streams of shards that are read in parallel; left out: follows from the data"
@@ -130,11 +168,26 @@ class DataConfig(Section):
     )
 
     @property
+    def places(self) -> list[DataSource]:
+        """Every source with its choices; a plain path, or a list of them, is a single source."""
+        own = {key: getattr(self, key) for key in TextChoice.model_fields}
+        sources = [source for source in self.path if isinstance(source, DataSource)]
+        if not sources:
+            paths: Any = self.path
+            return [DataSource(path=paths, weight=1.0, **own)]
+        return [source.model_copy(update={k: own[k] for k in own if not getattr(source, k)}) for source in sources]
+
+    @property
     def sources(self) -> list[tuple[str, float]]:
-        """(path, weight) of every source; a plain path is a single source."""
-        if isinstance(self.path, str):
-            return [(self.path, 1.0)]
-        return [(source.path, source.weight) for source in self.path]
+        """(path, weight) of every source; of several paths the first.
+
+        Where two sources have the same path, the path is followed by what tells them apart.
+        """
+        firsts = [source.paths[0] for source in self.places]
+        return [
+            (source.label if firsts.count(source.paths[0]) > 1 else source.paths[0], source.weight)
+            for source in self.places
+        ]
 
 
 class TrainingConfig(Section):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megastruct.config.schema import Config, DataConfig
+from megastruct.config.schema import Config, DataConfig, DataSource
 from megastruct.data.mixture import Mixture
+from megastruct.data.sources.check import TEXT_COLUMNS
+from megastruct.data.sources.choice import Choice
+from megastruct.data.sources.place import Place
 from megastruct.data.tokenizers.options import TokenizerOptions
 
 
@@ -32,6 +35,8 @@ class DataOptions:
     seed: int  # of the data order
     cache_folder: Path | None = None  # for results that take long to find (cache.py); needs an existing parent folder
     hub_commits: Sequence[str | None] = ()  # commit of each path, used if the cache has none
+    text_column: str | None = None  # that the run was started with, used if the config leaves it out
+    report: Callable[[str], None] = lambda _: None  # receives lines about what is read, for the user
 
     def __post_init__(self) -> None:
         if self.seq_length < 1:
@@ -39,7 +44,12 @@ class DataOptions:
 
     @classmethod
     def of(
-        cls, config: Config, cache_folder: Path | None = None, hub_commits: Sequence[str | None] = ()
+        cls,
+        config: Config,
+        cache_folder: Path | None = None,
+        hub_commits: Sequence[str | None] = (),
+        text_column: str | None = None,
+        report: Callable[[str], None] = lambda _: None,
     ) -> DataOptions:
         """The options of a run with this config."""
         return cls(
@@ -49,14 +59,28 @@ class DataOptions:
             seed=config.run.seed,
             cache_folder=cache_folder,
             hub_commits=hub_commits,
+            text_column=text_column,
+            report=report,
         )
 
     @property
     def paths(self) -> list[tuple[str, str]]:
-        """(key in the config, path as written) of every source."""
-        if isinstance(self.data.path, str):
-            return [("data.path", self.data.path)]
-        return [(f"data.path.{index}", source.path) for index, source in enumerate(self.data.path)]
+        """(key in the config, path as written) of every source; of several paths the first."""
+        sources = self.data.places
+        where = "data.path.{}" if isinstance(self.data.path[0], DataSource) else "data.path"
+        return [(where.format(index), source.paths[0]) for index, source in enumerate(sources)]
+
+    def places(self, index: int) -> list[Place]:
+        """The places of text of source `index`, with its choices."""
+        sources, (where, _) = self.data.places, self.paths[index]
+        source, first = sources[index], sum(len(source.paths) for source in sources[:index])
+        choice = Choice(source.config, source.split, tuple(source.include or ()))
+        chosen = self.data.text_column or self.text_column
+        columns = (chosen,) if chosen else TEXT_COLUMNS
+        commits = [*self.hub_commits[first:], *[None] * len(source.paths)]
+        return [
+            Place(path, where, choice, columns, commit) for path, commit in zip(source.paths, commits, strict=False)
+        ]
 
     @property
     def mixture(self) -> Mixture:

@@ -89,13 +89,24 @@ def describe_mixture(mixture: Mixture, parts: list[dict]) -> dict:
     return {"mixture": json.dumps({"period": mixture.period, "sources": shares})}
 
 
-def check_held_out_rows(mixture: Mixture, num_rows: list[int], num_samples: int, validation_fraction: float) -> None:
-    """Raise UserError if `num_samples` rows take more of a source than its held-out documents fill (`num_rows`)."""
+def check_held_out_rows(
+    mixture: Mixture, num_rows: list[int], num_samples: int, batch_size: int, validation_fraction: float
+) -> None:
+    """Raise UserError if `num_samples` rows take more of a source than its held-out documents fill (`num_rows`).
+
+    `batch_size`: rows of one micro-batch on all replicas, of which `num_samples` must be a multiple.
+    """
     if (mixture.consumed(num_samples) <= num_rows).all():
         return
     most = mixture.most_samples(num_rows)
+    whole = most // batch_size * batch_size
     found = f"{num_samples} validation rows are requested, but the held-out documents fill only {most}"
-    suggestion = f"set it to {most} or less, or " if most else ""
+    if whole:
+        suggestion = f"set it to {whole} or less, or "
+    else:
+        found += f", less than one micro-batch on all replicas ({batch_size} rows)" if most else ""
+        suggestion = "set it to 0 for no validation, "
+        suggestion += "choose a smaller training.micro_batch_size, or " if most else "or "
     suggestion += f"hold out more documents (the validation fraction is {validation_fraction})"
     raise UserError(Problem("evaluation.num_samples", found, suggestion))
 

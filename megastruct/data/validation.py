@@ -8,11 +8,12 @@ import numpy as np
 
 from megastruct.data.batch import Batch, batch_from_rows
 from megastruct.data.cache import cached_array, key_of
+from megastruct.data.kept import tokenised
 from megastruct.data.options import DataOptions
 from megastruct.data.protocols import Tokenizer
 from megastruct.data.reader import validation_samples
-from megastruct.data.sources.check import check_shards
-from megastruct.data.sources.find import find_shards
+from megastruct.data.sources.check import TEXT_COLUMNS, check_shards
+from megastruct.data.sources.place import Place
 from megastruct.data.sources.reading import read_patiently
 from megastruct.data.sources.shards import TextShard
 from megastruct.data.tokens.data import shard_rows
@@ -63,9 +64,12 @@ class ValidationSource:
     def _read_text(self, path: str) -> np.ndarray:
         """The rows of a text, int32 [rows, seq_length + 1]; found once for all ranks that share the cache."""
         options, length = self._options, self._options.seq_length
-        patience, column = options.data.patience_seconds, options.data.text_column
-        shards = find_shards(path, self._where, patience, options.cache_folder)
-        check_shards(shards, column, patience)
+        patience = options.data.patience_seconds
+        chosen = options.data.text_column
+        place = Place(path, self._where, text_columns=(chosen, *TEXT_COLUMNS) if chosen else TEXT_COLUMNS)
+        found = place.find(patience, options.cache_folder)
+        shards, column = found.shards, found.text_column
+        check_shards(shards, patience)
         num_tokens = self._num_samples * length + 1
         states = [(shard.uri, shard.num_bytes, shard.content_id) for shard in shards]
         key = key_of(states, self._tokenizer.fingerprint, column, num_tokens)
@@ -77,8 +81,8 @@ class ValidationSource:
         parts: list[np.ndarray] = []
         missing, data = num_tokens, self._options.data
         for shard in shards:
-            for documents in read_patiently(shard, data.text_column, patience_seconds=data.patience_seconds):
-                found = self._tokenizer.encode_documents([one.text for one in documents if not one.broken])
+            for documents in read_patiently(shard, shard.text_column, patience_seconds=data.patience_seconds):
+                found = [ids for _, ids in tokenised(self._tokenizer, documents)[0]]
                 parts += found
                 missing -= sum(map(len, found))
                 if missing <= 0:

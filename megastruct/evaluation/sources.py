@@ -9,21 +9,23 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from megastruct.data.cache import FOLDER_NAME
+from megastruct.data.kept import tokenised
 from megastruct.data.mixture import source_names
 from megastruct.data.options import DataOptions
-from megastruct.data.sources.check import check_shards
-from megastruct.data.sources.find import find_shards
+from megastruct.data.sources.check import TEXT_COLUMNS, check_shards
+from megastruct.data.sources.place import Place
 from megastruct.data.sources.reading import read_patiently
 from megastruct.data.sources.shards import MANIFEST_NAME, TextShard
 from megastruct.data.split import is_validation
 from megastruct.data.text.held_out import held_out_tokens
+from megastruct.data.text.open import open_corpus
 from megastruct.data.text.stream import TextSource
 from megastruct.data.tokens.data import shard_rows
 from megastruct.data.tokens.manifest import SPLITS, check_files, load_manifest
@@ -86,7 +88,8 @@ class Sources:
         recorded: dict[str, Any] = read_description(run)
         self._commits = recorded.get("hub_commits", ())
         self._fraction = float(recorded.get("validation_fraction", loaded.config.data.validation_fraction))
-        self._column = selection.text_column or recorded.get("text_column", loaded.config.data.text_column)
+        column = recorded.get("text_column", loaded.config.data.text_column)
+        self._column = column if isinstance(column, str) else None  # a list, if the sources have different ones
 
     def given(self, data: Sequence[str]) -> list[Source]:
         """The sources of `--data`: each a PATH or NAME=PATH of token shards or text.
@@ -118,12 +121,12 @@ class Sources:
             UserError: data is missing or damaged, or the run has no held-out text.
         """
         paths, problems = [path for path, _ in self._config.data.sources], Problems()
-        open_source: Callable[[str, str], Source] = self._token_shards
+        open_source: Callable[[int, str, str], Source] = lambda _, name, path: self._token_shards(name, path)  # noqa: E731
         if self._config.data.kind == "text":
-            open_source = self._held_out if self._selection.split in (None, "validation") else self._text
+            open_source = self._held_out if self._selection.split in (None, "validation") else self._trained_on
         found = [
-            problems.collect(partial(open_source, name, path))
-            for name, path in zip(source_names(paths), paths, strict=True)
+            problems.collect(partial(open_source, index, name, path))
+            for index, (name, path) in enumerate(zip(source_names(paths), paths, strict=True))
         ]
         if problems:
             headline = f"the validation data of {self._run} cannot be used; --data PATH evaluates on other data"
@@ -169,43 +172,54 @@ class Sources:
         )
 
     def _text(self, name: str, path: str) -> Source:
-        shards = self._shards("--data", path)
+        # The run's column if the text has it: the text may be another corpus than the run's.
+        columns: tuple[str, ...] = (self._column, *TEXT_COLUMNS) if self._column else TEXT_COLUMNS
+        if self._selection.text_column:
+            columns = (self._selection.text_column,)
+        patience_seconds = self._config.data.patience_seconds
+        shards = Place(path, "--data", text_columns=columns).find(patience_seconds).shards
+        check_shards(shards, patience_seconds)
+        return Source(name, path, partial(self._text_chunks, shards), self._selection.max_tokens)
+
+    def _trained_on(self, index: int, name: str, path: str) -> Source:
+        """All of the text of a source of the run, or what is not held out of it."""
+        corpus = open_corpus(self._options(), index)
+        shards = [*corpus.shards, *(corpus.held_out_shards if self._selection.split == "all" else ())]
         return Source(name, path, partial(self._text_chunks, shards), self._selection.max_tokens)
 
     def _text_chunks(self, shards: Sequence[TextShard]) -> Iterator[np.ndarray]:
         split, patience_seconds = self._selection.split or "all", self._config.data.patience_seconds
+        is_wanted = lambda document: (  # noqa: E731
+            split == "all" or is_validation(document.content, self._fraction) == (split == "validation")
+        )
         for shard in shards:
-            for documents in read_patiently(shard, self._column, patience_seconds=patience_seconds):
-                texts = [
-                    document.text
-                    for document in documents
-                    if not document.broken
-                    and (split == "all" or is_validation(document.content, self._fraction) == (split == "validation"))
-                ]
-                for tokens in self._tokenizer.encode_documents(texts):
+            for documents in read_patiently(shard, shard.text_column, patience_seconds=patience_seconds):
+                for _, tokens in tokenised(self._tokenizer, documents, is_wanted)[0]:
                     yield tokens.astype(np.int64)
 
-    def _shards(self, where: str, path: str, cache_folder: Path | None = None, commit: Any = None) -> list[TextShard]:
-        patience_seconds = self._config.data.patience_seconds
-        shards = find_shards(path, where, patience_seconds, cache_folder, commit)
-        check_shards(shards, self._column, patience_seconds)
-        return shards
+    def _options(self) -> DataOptions:
+        return DataOptions.of(self._config, self._run / FOLDER_NAME, self._commits, self._column)
 
-    def _held_out(self, name: str, path: str) -> Source:
-        options, num_samples = DataOptions.of(self._config), self._config.evaluation.num_samples
-        index = options.mixture.names.index(name)
+    def _held_out(self, index: int, name: str, path: str) -> Source:
+        options, num_samples = self._options(), self._config.evaluation.num_samples
         num_tokens = int(options.mixture.consumed(num_samples)[index]) * options.seq_length + 1
         if self._selection.max_tokens:
             num_tokens = self._selection.max_tokens
         elif not num_samples:
             raise UserError(Problem("evaluation.num_samples", "0: the run has no validation", "--max-tokens 1000000"))
-        cache_folder = self._run / FOLDER_NAME
-        commits = dict(zip_longest(range(len(options.mixture.names)), self._commits))
-        shards = self._shards("data.path", path, cache_folder, commits.get(index))
-        source = TextSource(shards, self._tokenizer, self._column, self._fraction, options.seed, num_streams=1)
+        corpus = open_corpus(options, index)
+        source = TextSource(
+            shards=corpus.shards,
+            tokenizer=self._tokenizer,
+            validation_fraction=0.0 if corpus.held_out else self._fraction,
+            seed=options.seed,
+            num_streams=1,
+            patience_seconds=self._config.data.patience_seconds,
+            held_out_shards=corpus.held_out_shards,
+        )
 
         def begin() -> Iterator[np.ndarray]:
-            yield held_out_tokens(source, num_tokens, cache_folder).astype(np.int64)
+            yield held_out_tokens(source, num_tokens, options.cache_folder).astype(np.int64)
 
         return Source(name, path, begin)
 

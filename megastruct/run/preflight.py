@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from megastruct.config.checks import check_batch, check_evaluation
@@ -21,11 +23,16 @@ from megastruct.run.summary import check_memory
 from megastruct.run.validation import open_sources
 
 
-def preflight(config: Config, world_size: int, processes_here: int | None = None) -> tuple[Topology, TrainingData]:
+def preflight(
+    config: Config,
+    world_size: int,
+    processes_here: int | None = None,
+    report: Callable[[str], None] = lambda _: None,
+) -> tuple[Topology, TrainingData]:
     """Check layout, batch, packages, data and run folder for `world_size` processes.
 
     `processes_here`: how many of them share the memory of this machine; None: what their launcher says, else all; 0: it
-    runs elsewhere. Raises UserError with all problems.
+    runs elsewhere. `report` receives lines about the text that is read. Raises UserError with all problems.
     """
     parallel, problems = config.parallel, Problems([*check_guided_steps(config), *check_evaluation(config)])
     problems += check_wandb(config)
@@ -36,7 +43,7 @@ def preflight(config: Config, world_size: int, processes_here: int | None = None
     if topology and here and not problems:
         problems += check_memory(config, topology, _device_type(config), here)
     restore = problems.collect(lambda: _restored_files(config))
-    data = problems.collect(lambda: _open(config))
+    data = problems.collect(lambda: _open(config, report))
     if data and topology and not problems:
         folder = RunFolder(config)
         problems.collect(lambda: folder.check(data.describe()))
@@ -62,10 +69,13 @@ def _restored_files(config: Config) -> Restore:
     return restore
 
 
-def _open(config: Config) -> TrainingData:
+def _open(config: Config, report: Callable[[str], None]) -> TrainingData:
     folder = RunFolder(config)
-    commits = folder.described_data().get("hub_commits", ())
-    return open_data(DataOptions.of(config, folder.path / FOLDER_NAME, commits))
+    begun = folder.described_data()
+    column = begun.get("text_column")
+    column = column if isinstance(column, str) else None  # a list, if the sources have different ones
+    commits = begun.get("hub_commits", ())
+    return open_data(DataOptions.of(config, folder.path / FOLDER_NAME, commits, column, report))
 
 
 def _check_held_out(config: Config, data: TrainingData, topology: Topology) -> None:

@@ -116,9 +116,9 @@ def test_a_shard_that_changes_is_a_message_when_it_is_opened(tmp_path, tokenizer
     assert "a.parquet" in message and "gone" in message
 
 
-@pytest.mark.parametrize("name", ["nothing/here", "no*thing", "a/b/c", "file.txt"])
+@pytest.mark.parametrize("name", ["nothing/here", "no*thing", "a/b/c", "file.bin"])
 def test_paths_that_lead_nowhere(tmp_path, tokenizer_path, monkeypatch, name):
-    (tmp_path / "file.txt").write_text("x")
+    (tmp_path / "file.bin").write_text("x")
     monkeypatch.chdir(tmp_path)
     message = message_of(open_text, name, tokenizer_path)
     assert "data.path" in message and name.split("/")[-1] in message
@@ -132,12 +132,11 @@ def test_folder_without_shards_and_folder_of_tokens(tmp_path, tokenizer_path, to
 
 
 def test_sources(tmp_path, monkeypatch):
-    """Folders are searched to the bottom, parquet wins over notes in JSON, hidden files and odd names are handled."""
+    """Folders are searched to the bottom; hidden files and odd names are handled."""
     folder = tmp_path / "od[d] na*me"
     (folder / "sub").mkdir(parents=True)
     for name in ("b.parquet", "sub/a.parquet", ".hidden.parquet"):
         write_parquet(folder / name, GOOD)
-    (folder / "info.json").write_text("{}")
     shards = find_shards(str(folder), "data.path")
     assert [shard.name for shard in shards] == ["b.parquet", "sub/a.parquet"]
     monkeypatch.chdir(tmp_path)

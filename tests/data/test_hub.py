@@ -115,6 +115,78 @@ def test_other_columns_are_not_downloaded(hub, tokenizer_path, tmp_path):
     assert manifest.totals.train.num_documents + manifest.totals.validation.num_documents == 2000
 
 
+# Finds places one after the other and prints the names of their shards, or the message; and what the user is told.
+FIND = """
+import json, sys
+from pathlib import Path
+from megastruct.data.sources.choice import Choice
+from megastruct.data.sources.place import Place
+from megastruct.errors import UserError
+found = []
+for path, *choice, include in json.loads(sys.argv[1]):
+    try:
+        text = Place(path, "--input", Choice(*choice, tuple(include))).find(1.0, Path(sys.argv[2]))
+        found.append([[shard.name for shard in text.shards], text.shards[0].uri, text.lines()])
+    except UserError as error:
+        found.append(str(error))
+print(json.dumps(found))
+"""
+CARD = """---
+configs:
+- {config_name: en, data_files: [{split: train, path: en/t*.jsonl}, {split: validation, path: en/v*.jsonl}]}
+- {config_name: de, data_files: de/*.jsonl}
+---
+"""
+
+
+def find_at(hub, tmp_path, *places) -> list:
+    given = [[path, config, split, include] for path, config, split, include in places]
+    result = run(hub, tmp_path, "-c", FIND, json.dumps(given), tmp_path / "cache")
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_configurations_splits_and_parts_of_a_dataset(hub, tmp_path):
+    names = ["en/t0.jsonl", "en/t1.jsonl", "en/v0.jsonl", "de/a.jsonl", "raw/x/train.jsonl", "raw/x/test.jsonl"]
+    files = {name: json.dumps({"text": name}).encode() for name in names}
+    commit = hub.commit(NAME, files | {"README.md": CARD.encode()})
+    files = hub.commit(NAME, files, "plain")
+    places = [
+        (NAME, "en", "train", []),
+        (NAME, "de", None, []),
+        (NAME, None, None, ["en/t*"]),
+        (f"{NAME}/raw/x", None, "test", []),
+        (f"hf://datasets/{NAME}@plain/en", None, None, []),
+        (f"hf://datasets/{NAME}/en/v*.jsonl", None, None, []),
+        (f"{NAME}/de/a.jsonl", None, None, []),
+        (NAME, None, None, []),
+        (NAME, "en", None, []),
+        (f"{NAME}/raw", None, None, []),
+        (f"{NAME}/nowhere", None, None, []),
+    ]
+    found = find_at(hub, tmp_path, *places)
+    assert [each[0] for each in found[:7]] == [
+        ["en/t0.jsonl", "en/t1.jsonl"],
+        ["de/a.jsonl"],
+        ["en/t0.jsonl", "en/t1.jsonl"],
+        ["test.jsonl"],
+        ["t0.jsonl", "t1.jsonl", "v0.jsonl"],
+        ["v0.jsonl"],
+        ["a.jsonl"],
+    ]
+    assert found[3][1] == f"hf://datasets/{NAME}@{commit}/raw/x/test.jsonl"
+    line, *not_read = found[0][2]
+    assert f"at commit {commit}: 2 shards" in line and "configuration en, split train" in line and "'text'" in line
+    assert any("of another configuration or split: 4 files" in line for line in not_read)
+    assert "2 configurations" in found[7] and "en, de" in found[7] and "--config en" in found[7]
+    assert "train (2 files), validation (1 file)" in found[8] and "--split train" in found[8]
+    assert "train (1 file), test (1 file)" in found[9] and "has no nowhere among its 7 files" in found[10]
+
+    hub.requests.clear()
+    assert find_at(hub, tmp_path, *places[:2]) == found[:2]  # from the cache, with what the user is told
+    assert not hub.requests
+
+
 # Training ---------------------------------------------------------------------------------------------------------
 
 # Opens the data as a rank does and prints its samples, the cursor behind them and how many broken documents it met.

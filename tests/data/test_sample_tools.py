@@ -40,7 +40,7 @@ def test_corpus_is_refined_webs_schema_and_real_text(corpus):
 
 def test_corpus_again(corpus, tmp_path, capsys):
     make_sample_corpus.main(["--output", str(corpus), "--num-shards", "3"])
-    assert capsys.readouterr().out.startswith("already done")
+    assert "already done" in capsys.readouterr().out
     make_sample_corpus.main(["--output", str(tmp_path / "jsonl"), "--num-shards", "3", "--format", "jsonl"])
     for path in sorted(corpus.glob("*.parquet")):
         lines = (tmp_path / "jsonl" / f"{path.stem}.jsonl").read_text().splitlines()
@@ -66,7 +66,7 @@ def test_tokenizer_is_like_llamas_and_deterministic(corpus, tmp_path, capsys):
 
     capsys.readouterr()
     train_tokenizer.main([*options, "--output", str(tmp_path / "a")])
-    assert capsys.readouterr().out.startswith("already done")
+    assert "already done" in capsys.readouterr().out
     error = fails(train_tokenizer.main, [*options, "--vocab-size", "701", "--output", tmp_path / "a"], capsys)
     assert "vocab_size" in error
     (tmp_path / "mine.model").write_text("precious")

@@ -30,7 +30,7 @@ TEXTS = [text for shard in range(2) for text in make_texts(shard) if text and te
 class PlainText:
     """A file is a document."""
 
-    endings = (".txt",)
+    endings = (".doc",)
     damage = ()
 
     def check(self, shard: TextShard, text_column: str) -> Problem | None:
@@ -158,26 +158,28 @@ def test_a_new_format_is_read_as_the_others_are(plain_text, parquet_folder, toke
     folder = tmp_path / "plain"
     folder.mkdir()
     for index, text in enumerate(TEXTS):
-        (folder / f"{index:02}.txt").write_text(text)
+        (folder / f"{index:02}.doc").write_text(text)
     plain, parquet = open_here(folder, tokenizer_path), open_here(parquet_folder, tokenizer_path)
     assert read(plain) == read(parquet)
     for source in (folder, parquet_folder):
         prepare(str(source), tmp_path / f"{source.name}-tokens", str(tokenizer_path), report=lambda _: None)
     assert token_bytes(tmp_path / "plain-tokens") == token_bytes(tmp_path / "parquet-tokens")
 
-    (folder / "07.txt").write_bytes(b"\xff")  # a broken document, which is skipped and counted
+    (folder / "07.doc").write_bytes(b"\xff")  # a broken document, which is skipped and counted
     reader = open_here(folder, tokenizer_path, num_streams=1).train_reader(1, 1, 0, 1)
     while reader.cursor()[0, 0] < 2:
         next(reader)
     assert plain.skipped_documents(reader.cursor()) == 2
-    (folder / "09.txt").write_text("x" * 20_000)
-    with pytest.raises(UserError, match=r"09\.txt: is too large"):
+    (folder / "09.doc").write_text("x" * 20_000)
+    with pytest.raises(UserError, match=r"09\.doc: is too large"):
         open_here(folder, tokenizer_path)
 
 
 def test_without_its_entry_a_format_is_not_known(tokenizer_path, tmp_path):
-    (tmp_path / "a.txt").write_text("river")
-    with pytest.raises(UserError, match=r"no text shard .*\n.*\.parquet, \.jsonl, \.json, \.jsonl\.gz, \.json\.gz$"):
+    (tmp_path / "a.doc").write_text("river")
+    with pytest.raises(
+        UserError, match=r"no text shard .*\n.*\.parquet, .*\.jsonl, \.ndjson, \.json, \.jsonl\.gz, .*\.text\.xz$"
+    ):
         open_here(tmp_path, tokenizer_path)
 
 
@@ -185,11 +187,11 @@ def as_lines(texts: list[str]) -> bytes:
     return "".join(json.dumps({"content": text}) + "\n" for text in texts).encode()
 
 
-@pytest.mark.parametrize("ending", ["parquet", "jsonl", "txt"])
+@pytest.mark.parametrize("ending", ["parquet", "jsonl", "doc"])
 def test_a_new_storage_has_files_of_every_format(plain_text, bucket, parquet_folder, tokenizer_path, ending):
     for path in sorted(parquet_folder.iterdir()):
         text = TEXTS[int(path.stem)]
-        contents = {"parquet": path.read_bytes(), "jsonl": as_lines([text]), "txt": text.encode()}
+        contents = {"parquet": path.read_bytes(), "jsonl": as_lines([text]), "doc": text.encode()}
         bucket.files[f"{path.stem}.{ending}"] = contents[ending]
     data = open_here("bucket://corpus", tokenizer_path)
     assert read(data) == read(open_here(parquet_folder, tokenizer_path))

@@ -33,11 +33,11 @@ class Owner:
 
 
 def source_of(shards, tokenizer_path, patience_seconds=60.0) -> TextSource:
-    return TextSource(shards, open_tokenizer(tokenizer_path), "content", 0.0, 0, 1, patience_seconds)
+    return TextSource(shards, open_tokenizer(tokenizer_path), 0.0, 0, 1, patience_seconds)
 
 
 def shard_at(path) -> TextShard:
-    return TextShard(str(path), path.name, path.stat().st_size)
+    return TextShard(str(path), path.name, path.stat().st_size, text_column="content")
 
 
 def wait_for(condition, seconds=20.0):

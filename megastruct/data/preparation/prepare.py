@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,11 +21,11 @@ from pydantic import ValidationError
 from megastruct.data.preparation.shard import OutputError, ShardJob, ShardRecord
 from megastruct.data.preparation.workers import run_jobs
 from megastruct.data.protocols import Tokenizer
-from megastruct.data.sources.check import check_shards
-from megastruct.data.sources.find import find_shards
+from megastruct.data.sources.check import TEXT_COLUMNS, check_shards
+from megastruct.data.sources.choice import EVERYTHING, Choice
 from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS
+from megastruct.data.sources.place import Corpus, Place, find_corpus
 from megastruct.data.sources.shards import TextShard
-from megastruct.data.sources.storages import storage_of
 from megastruct.data.tokenizers.open import open_tokenizer
 from megastruct.data.tokenizers.options import TokenizerOptions
 from megastruct.data.tokens.manifest import (
@@ -47,18 +47,21 @@ from megastruct.data.tokens.manifest import (
 from megastruct.errors import Problem, Problems, UserError
 from megastruct.files import FileLock, LockHeldError, write_atomically
 
+DEFAULT_VALIDATION_FRACTION = 0.005
 PROGRESS_NAME = "progress"
 _LOCK_NAME = ".lock"
 _OUR_FILE = re.compile(r"\.?\d{5,}-\d{3,}\.bin(\.writing)?")
 
 
 def prepare(
-    input_path: str,
+    input_path: str | Sequence[str],
     output: Path,
     tokenizer_path: str,
     *,
-    text_column: str = "content",
-    validation_fraction: float = 0.005,
+    text_columns: tuple[str, ...] = TEXT_COLUMNS,
+    choice: Choice = EVERYTHING,
+    validation_split: str | None = None,
+    validation_fraction: float = DEFAULT_VALIDATION_FRACTION,
     num_workers: int = 1,
     max_shard_tokens: int = 2**29,
     patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
@@ -68,10 +71,12 @@ def prepare(
     """Make token shards in `output` from the text shards of `input_path`; a finished folder is left unchanged.
 
     Args:
-        input_path: folder, glob, file or Hugging Face name of text shards.
+        input_path: folder, glob, file or Hugging Face name of text shards, or several of them.
         output: folder of the token shards, which need not exist.
         tokenizer_path: SentencePiece model file, tokenizer.json, or a folder that has one.
-        text_column: column that holds the text.
+        text_columns: names of columns; the first that is there holds the text.
+        choice: the configuration, the split and the files that are meant, of every input.
+        validation_split: split of every input that is held out, in place of `validation_fraction`.
         validation_fraction: share of the documents to hold out, in [0, 1).
         num_workers: worker processes, at least 1.
         max_shard_tokens: largest number of tokens per file.
@@ -84,22 +89,25 @@ def prepare(
             died. Finished shards are kept.
     """
     tokenizer = open_tokenizer(tokenizer_path, "--tokenizer", tokenizer_options)
-    shards = find_shards(input_path, "--input", patience_seconds=patience_seconds)
-    if commit := storage_of(shards[0]).commit_of(shards[0]):
-        report(f"reading {input_path} at commit {commit}: {len(shards)} shards")
-    settings = _settings(tokenizer, shards, text_column, validation_fraction, max_shard_tokens)
+    paths = [input_path] if isinstance(input_path, str) else input_path
+    places = [Place(path, "--input", choice, text_columns) for path in paths]
+    corpus = find_corpus(places, validation_split, patience_seconds)
+    shards = [*corpus.shards, *corpus.held_out_shards]
+    for line in corpus.lines():
+        report(line)
+    settings = _settings(tokenizer, corpus, validation_fraction, max_shard_tokens)
     _refuse_other_contents(output)
     if done := _finished_before(output, settings, report):  # nothing is locked or written for it
         return done
+    check_shards(shards, patience_seconds)  # before the folder is made: a refusal leaves none behind
     with _output_errors(output), _locked(output):
         if done := _finished_before(output, settings, report):
             return done
-        check_shards(shards, text_column, patience_seconds)
         _begin(output, tokenizer, settings)
         jobs = _jobs(output, tokenizer, shards, settings, patience_seconds)
         manifest = _manifest(settings, _make_shards(jobs, num_workers, report))
         _remove_leftovers(output, manifest)
-        write_atomically(output / MANIFEST_NAME, manifest.model_dump_json(indent=1).encode() + b"\n")
+        write_atomically(output / MANIFEST_NAME, _json_of(manifest) + b"\n")
         shutil.rmtree(output / PROGRESS_NAME)
     report(f"done: {_summary(output, manifest)}")
     return manifest
@@ -127,13 +135,18 @@ def _output_errors(output: Path) -> Iterator[None]:
         raise OutputError.of(Path(error.filename or output), error) from None
 
 
-def _settings(
-    tokenizer: Tokenizer,
-    shards: list[TextShard],
-    text_column: str,
-    validation_fraction: float,
-    max_shard_tokens: int,
-) -> Settings:
+def _settings(tokenizer: Tokenizer, corpus: Corpus, validation_fraction: float, max_shard_tokens: int) -> Settings:
+    column = corpus.shards[0].text_column
+    sources = [
+        SourceRecord(
+            name=shard.name,
+            num_bytes=shard.num_bytes,
+            text_column=shard.text_column if shard.text_column != column else None,
+            held_out=held_out,
+        )
+        for shards, held_out in ((corpus.shards, False), (corpus.held_out_shards, True))
+        for shard in shards
+    ]
     return Settings(
         tokenizer=TokenizerRecord(
             file=tokenizer.file_name,
@@ -141,10 +154,10 @@ def _settings(
             vocab_size=tokenizer.vocab_size,
             eod_id=tokenizer.eod_id,
         ),
-        text_column=text_column,
-        validation_fraction=validation_fraction,
+        text_column=column,
+        validation_fraction=0.0 if corpus.held_out else validation_fraction,
         max_shard_tokens=max_shard_tokens,
-        sources=tuple(SourceRecord(name=shard.name, num_bytes=shard.num_bytes) for shard in shards),
+        sources=tuple(sources),
     )
 
 
@@ -210,9 +223,14 @@ def _begin(output: Path, tokenizer: Tokenizer, settings: Settings) -> None:
             _record_path(output, index).unlink(missing_ok=True)
     for folder in (PROGRESS_NAME, *SPLITS):
         (output / folder).mkdir(exist_ok=True)
-    write_atomically(path, settings.model_dump_json(indent=1).encode())
+    write_atomically(path, _json_of(settings))
     for name, content in tokenizer.files.items():
         write_atomically(output / name, content)
+
+
+def _json_of(record: Manifest | Settings) -> bytes:
+    """Without what has its default value, so that the file says only what is special about it."""
+    return record.model_dump_json(indent=1, exclude_defaults=True).encode()
 
 
 def _record_path(output: Path, index: int) -> Path:
@@ -229,13 +247,12 @@ def _jobs(
             output=output,
             record_path=_record_path(output, index),
             tokenizer=tokenizer,
-            text_column=settings.text_column,
-            validation_fraction=settings.validation_fraction,
+            validation_fraction=1.0 if source.held_out else settings.validation_fraction,
             max_shard_tokens=settings.max_shard_tokens,
             dtype=dtype_for(settings.tokenizer.vocab_size),
             patience_seconds=patience_seconds,
         )
-        for index, shard in enumerate(shards)
+        for index, (shard, source) in enumerate(zip(shards, settings.sources, strict=True))
     ]
 
 

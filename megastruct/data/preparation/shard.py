@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megastruct.data.kept import NO_TOKENS, tokenised
 from megastruct.data.protocols import Tokenizer
 from megastruct.data.sources.changes import refuse_changed
 from megastruct.data.sources.documents import BROKEN_REASONS
@@ -46,8 +47,7 @@ class ShardJob:
     output: Path
     record_path: Path
     tokenizer: Tokenizer
-    text_column: str
-    validation_fraction: float
+    validation_fraction: float  # 1: all documents are held out
     max_shard_tokens: int
     dtype: Literal["uint16", "uint32"]
     patience_seconds: float = DEFAULT_PATIENCE_SECONDS
@@ -90,21 +90,20 @@ def make_shard(job: ShardJob, on_progress: Callable[[int, int, int], None]) -> S
 
 def _make_files(job: ShardJob, version: str, on_progress: Callable[[int, int, int], None]) -> ShardRecord:
     writers = {split: _TokenWriter(job, split) for split in SPLITS}
-    skipped = Counter(dict.fromkeys(BROKEN_REASONS, 0))
+    skipped = Counter(dict.fromkeys((*BROKEN_REASONS, NO_TOKENS), 0))
     try:
         rows = num_documents(job.shard)
         left_bytes = job.shard.num_bytes  # a compressed shard holds more bytes of text than its file has
-        for documents in read_patiently(job.shard, job.text_column, patience_seconds=job.patience_seconds):
-            whole = [document for document in documents if not document.broken]
-            skipped.update(document.broken for document in documents if document.broken)
-            tokens = job.tokenizer.encode_documents([document.text for document in whole])
-            for document, ids in zip(whole, tokens, strict=True):
+        for documents in read_patiently(job.shard, job.shard.text_column, patience_seconds=job.patience_seconds):
+            kept, reasons = tokenised(job.tokenizer, documents)
+            skipped.update(reason for reason in reasons if reason)
+            for document, ids in kept:
                 split = SPLITS[is_validation(document.content, job.validation_fraction)]
                 writers[split].write(ids)
             num_bytes = sum(len(document.content) for document in documents)
             part = min(left_bytes, job.shard.num_bytes * len(documents) // rows if rows else num_bytes)
             left_bytes -= part
-            on_progress(len(documents), sum(map(len, tokens)), part)
+            on_progress(len(documents), sum(len(ids) for _, ids in kept), part)
         _refuse_changed(job, version)
         splits = Splits(**{split: tuple(writer.finish()) for split, writer in writers.items()})
     finally:

@@ -9,14 +9,14 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import sentencepiece
 
 from megastruct.data.sources.check import check_shards
-from megastruct.data.sources.find import find_shards
+from megastruct.data.sources.place import Place, find_corpus
 from megastruct.data.sources.reading import read_patiently
 from megastruct.data.sources.shards import TextShard
 from megastruct.errors import Problem, UserError
@@ -50,29 +50,40 @@ class Trained(NamedTuple):
     is_new: bool
 
 
-def train_tokenizer(input_path: str, output: str, vocab_size: int, text_column: str, max_characters: int) -> Trained:
-    """Train on about `max_characters` characters of the shards at `input_path`, unless that has been done before.
+def train_tokenizer(
+    places: Sequence[Place],
+    output: str,
+    vocab_size: int,
+    max_characters: int,
+    report: Callable[[str], None] = lambda _: None,
+) -> Trained:
+    """Train on about `max_characters` characters of the text of `places`, unless that has been done before.
 
     Args:
         output: FOLDER/ (for FOLDER/tokenizer.model) or PREFIX (for PREFIX.model).
         vocab_size: number of ids, including bytes and control tokens.
+        report: receives lines about what is read.
 
     Raises:
         UserError: the shards cannot be read, their text does not suit `vocab_size`, or another file is at `output`.
     """
-    shards = find_shards(input_path, "--input")
+    corpus = find_corpus(places, validation_split=None)
+    shards = corpus.shards
+    for line in corpus.lines():
+        report(line)
+    columns = sorted({shard.text_column for shard in shards})
     settings = {
         "vocab_size": vocab_size,
         "max_characters": max_characters,
-        "text_column": text_column,
+        "text_column": columns[0] if len(columns) == 1 else columns,
         "training_options": TRAINING_OPTIONS,
         "sources": [[shard.name, shard.num_bytes] for shard in shards],
     }
     model_path, record_path = _output_paths(output)
     if (fingerprint := _fingerprint_if_done(model_path, record_path, settings)) is not None:
         return Trained(model_path, fingerprint, is_new=False)
-    check_shards(shards, text_column)
-    model = _train(shards, text_column, vocab_size, max_characters)
+    check_shards(shards)
+    model = _train(shards, vocab_size, max_characters)
     fingerprint = hashlib.sha256(model).hexdigest()
     record = {"fingerprint": fingerprint, "settings": settings}
     model_path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,11 +92,11 @@ def train_tokenizer(input_path: str, output: str, vocab_size: int, text_column: 
     return Trained(model_path, fingerprint, is_new=True)
 
 
-def _sentences(shards: list[TextShard], text_column: str, max_characters: int) -> Iterator[str]:
+def _sentences(shards: list[TextShard], max_characters: int) -> Iterator[str]:
     """Lines of documents, with the same number of characters from each shard and about `max_characters` in all."""
     for index, shard in enumerate(shards):
         left = max_characters * (index + 1) // len(shards) - max_characters * index // len(shards)
-        for documents in read_patiently(shard, text_column):
+        for documents in read_patiently(shard, shard.text_column):
             if left <= 0:
                 break
             for line in (line for document in documents for line in document.text.split("\n")):
@@ -95,13 +106,13 @@ def _sentences(shards: list[TextShard], text_column: str, max_characters: int) -
                     yield line[start : start + MAX_SENTENCE_CHARACTERS]
 
 
-def _train(shards: list[TextShard], text_column: str, vocab_size: int, max_characters: int) -> bytes:
+def _train(shards: list[TextShard], vocab_size: int, max_characters: int) -> bytes:
     """The bytes of the model file.
 
     Raises:
         UserError: the vocabulary is too large or too small for the text, or there is no text.
     """
-    lines = _sentences(shards, text_column, max_characters)
+    lines = _sentences(shards, max_characters)
     first = next(lines, None)
     if first is None:
         raise UserError(

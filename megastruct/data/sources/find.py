@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from megastruct.data.sources.formats import FORMATS, all_endings
+from megastruct.data.sources.choice import EVERYTHING, Choice
 from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS
+from megastruct.data.sources.select import Selection
 from megastruct.data.sources.shards import TextShard
 from megastruct.data.sources.storages import OTHER_ADDRESSES, STORAGES
 from megastruct.errors import Problem, UserError
@@ -21,20 +23,35 @@ class Search:
     patience_seconds: float
     cache_folder: Path | None  # stores which commit and files a dataset name stood for on first use
     commit: str | None  # the commit to use if the cache has none
+    choice: Choice = EVERYTHING
+    notes: list[str] = field(default_factory=list)  # lines about the selection, for the user; filled by `text_names`
 
-    def text_names(self, names: list[str], what: str) -> list[str]:
-        """The names among `names` that are text shards, sorted: all files of the first registered format that has any.
+    def text_names(
+        self,
+        names: list[str],
+        what: str,
+        read: Callable[[str], bytes] | None = None,
+        is_explicit: bool = False,
+    ) -> list[str]:
+        """The names among `names` that are text shards of the chosen configuration and split, sorted.
 
-        JSONL files are used only if there is no parquet file, because next to parquet files they usually hold metadata.
+        What is not read is noted in `notes`.
+
+        Args:
+            names: of all files, relative to the place.
+            what: the place, for messages.
+            read: reads a small file of the place, for the dataset card.
+            is_explicit: whether the user gave the files themselves, as one file or by a pattern.
 
         Raises:
-            UserError: there is no text shard; `what` names the place that was searched.
+            UserError: there is no text shard, or there are several configurations or splits and none is chosen.
         """
-        for file_format in FORMATS:
-            if chosen := [name for name in names if name.endswith(file_format.endings)]:
-                return sorted(chosen)
-        found = f"{what} has no text shard among its {len(names)} files"
-        raise UserError(Problem(self.where, found, f"give files that end with {', '.join(all_endings())}"))
+        selection = Selection(names, what, self.where, self.choice, read, is_explicit)
+        chosen = [("configuration", selection.config), ("split", selection.split)]
+        if described := ", ".join(f"{key} {value}" for key, value in chosen if value):
+            self.notes.append(described)
+        self.notes.extend(selection.notes)
+        return selection.names
 
 
 def find_shards(
@@ -43,6 +60,8 @@ def find_shards(
     patience_seconds: float = DEFAULT_PATIENCE_SECONDS,
     cache_folder: Path | None = None,
     commit: str | None = None,
+    choice: Choice = EVERYTHING,
+    notes: list[str] | None = None,
 ) -> list[TextShard]:
     """All shards of `path`, sorted by name. `path` is a folder, a glob, a file, a Hugging Face dataset name,
     or an address such as s3://BUCKET/FOLDER.
@@ -54,11 +73,14 @@ def find_shards(
     Args:
         where: config key or option of the path, for messages.
         patience_seconds: how long to retry a hub that fails.
+        choice: the configuration, the split and the files that are meant.
+        notes: receives a line for what was chosen, and one for each kind of files that are not read.
 
     Raises:
-        UserError: nothing is found, no file has a known ending, or the hub cannot be reached.
+        UserError: nothing is found, no file has a known ending, the place has several configurations or splits of
+            which none is chosen, or the hub cannot be reached.
     """
-    search = Search(path, where, patience_seconds, cache_folder, commit)
+    search = Search(path, where, patience_seconds, cache_folder, commit, choice, [] if notes is None else notes)
     for storage in (*STORAGES.values(), OTHER_ADDRESSES):
         shards = storage.find(search)
         if shards is not None:

@@ -30,7 +30,7 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class JsonLines:
     """One JSON object per line; the index of a document is its line number from 0, including blank lines."""
 
-    endings = with_compressed(".jsonl", ".json")
+    endings = with_compressed(".jsonl", ".ndjson", ".json")
     damage = DAMAGE
 
     def check(self, shard: TextShard, text_column: str) -> Problem | None:
@@ -53,9 +53,7 @@ class JsonLines:
                 return None
             num_good += 1
             names |= dict.fromkeys(values)
-        if names:
-            return missing_column(shard, text_column, list(names))
-        return None if num_good else first_mistake
+        return missing_column(shard, text_column, list(names)) if num_good else first_mistake
 
     def num_documents(self, shard: TextShard) -> int | None:
         """As in `DocumentFormat`: always None."""

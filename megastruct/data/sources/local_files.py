@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import io
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,8 @@ class LocalFiles:
                 found = f"{local} holds token shards ({MANIFEST_NAME})"
                 suggestion = "train with data.kind=tokens, or give the text that the token shards were made from"
                 raise UserError(Problem(search.where, found, suggestion))
-            files = [Path(folder) / name for folder, _, names in os.walk(local) for name in names if name[0] != "."]
-            return _shards(search, files, local, f"the folder {local}")
+            files = [Path(folder) / name for folder, _, names in os.walk(local) for name in names]
+            return _shards(search, files, local, f"the folder {local}", is_explicit=False)
         if local.is_file():
             return _shards(search, [local], local.parent, str(local))
         if glob.has_magic(search.path) and "://" not in search.path:
@@ -65,6 +66,15 @@ class LocalFiles:
         return None
 
 
-def _shards(search: Search, files: list[Path], root: Path, what: str) -> list[TextShard]:
-    names = search.text_names([file.relative_to(root).as_posix() for file in files], what)
+def _shards(search: Search, files: list[Path], root: Path, what: str, is_explicit: bool = True) -> list[TextShard]:
+    names = [file.relative_to(root).as_posix() for file in files]
+    names = search.text_names(names, what, partial(_read, root), is_explicit)
     return [TextShard(str(root / name), name, (root / name).stat().st_size) for name in names]
+
+
+def _read(root: Path, name: str) -> bytes:
+    """The contents of a dataset card; empty if it cannot be read, because a dataset need not have one."""
+    try:
+        return (root / name).read_bytes()
+    except OSError:
+        return b""

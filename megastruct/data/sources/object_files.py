@@ -118,6 +118,11 @@ def _listed(system: Any, path: str) -> tuple[str, _Infos]:
     return posixpath.commonpath([posixpath.dirname(name) for name in infos]) if infos else path, infos
 
 
+def _content(system: Any, paths: dict[str, str], name: str) -> bytes:
+    with store_errors():
+        return system.cat_file(paths[name])
+
+
 def _objects(infos: _Infos) -> _Infos:
     return {name: info for name, info in infos.items() if info["type"] == "file" and not name.endswith("/")}
 
@@ -128,7 +133,9 @@ def _shards(search: Search, system: Any, root: str, infos: _Infos) -> list[TextS
         suggestion = "train with data.kind=tokens, or give the text that the token shards were made from"
         raise UserError(Problem(search.where, found, suggestion))
     names = {posixpath.relpath(name, root): name for name in infos if not posixpath.basename(name).startswith(".")}
-    chosen = {name: names[name] for name in search.text_names(list(names), search.path)}
+    is_explicit = root != search.path.rstrip("/").partition("://")[2]  # an object or a pattern
+    read = partial(_content, system, names)
+    chosen = {name: names[name] for name in search.text_names(list(names), search.path, read, is_explicit)}
     return [
         TextShard(system.unstrip_protocol(path), name, infos[path]["size"], version_of(infos[path]))
         for name, path in chosen.items()

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 
 from megastruct.data.sources.documents import (
     BYTES_PER_READ,
-    COLUMN_SUGGESTION,
     DOCUMENTS_PER_READ,
     Document,
-    document_from_bytes,
+    column_problem,
+    documents_of_column,
     missing_column,
 )
 from megastruct.data.sources.shards import TextShard
@@ -24,29 +24,19 @@ from megastruct.data.sources.storages import storage_of
 from megastruct.errors import Problem, UserError
 
 _BUFFER_BYTES = 1 << 20  # per column
-_TEXT_TYPES = ("string", "large_string", "string_view", "binary", "large_binary", "null")
 
 
 class Parquet:
     """One document per row; see `DocumentFormat`."""
 
-    endings = (".parquet",)
+    endings = (".parquet", ".pq")
     damage = (pa.ArrowException,)
 
     def check(self, shard: TextShard, text_column: str) -> Problem | None:
         """As in `DocumentFormat`: the footer is damaged, or has no such column of text."""
         with _open(shard) as file:
             schema = file.schema_arrow
-        if text_column not in schema.names:
-            return missing_column(shard, text_column, schema.names)
-        column_type = schema.field(text_column).type
-        if pa.types.is_dictionary(column_type):
-            column_type = column_type.value_type
-        if str(column_type) not in _TEXT_TYPES:
-            return Problem(
-                shard.uri, f"column {text_column!r} has the type {column_type}, which is not text", COLUMN_SUGGESTION
-            )
-        return None
+        return column_problem(shard, text_column, schema)
 
     def num_documents(self, shard: TextShard) -> int | None:
         """As in `DocumentFormat`: the number of rows in the footer."""
@@ -57,11 +47,8 @@ class Parquet:
         """As in `DocumentFormat`; row groups before `start` and other columns are not read."""
         index = start
         for column in _columns(shard, text_column, start):
-            null = pa.types.is_null(column.type)
-            # As bytes, because Arrow would reject a whole column for one value that is not UTF-8.
-            contents = [None] * len(column) if null else column.cast(pa.large_binary()).to_pylist()
-            yield [document_from_bytes(index + i, content) for i, content in enumerate(contents)]
-            index += len(contents)
+            yield documents_of_column(index, column)
+            index += len(column)
 
 
 def _open(shard: TextShard) -> pq.ParquetFile:

@@ -15,6 +15,7 @@ class TextShard:
     name: str  # the uri relative to its source, so that sorting by name does not depend on the location
     num_bytes: int
     content_id: str = ""  # a hash of the contents if the storage knows it
+    text_column: str = ""  # the column that holds the text; empty as long as it was not looked for
 
     @property
     def scheme(self) -> str:

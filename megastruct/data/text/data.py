@@ -12,7 +12,6 @@ from megastruct.data.batch import Batch, batch_from_rows
 from megastruct.data.mixture import Mixture
 from megastruct.data.protocols import Tokenizer
 from megastruct.data.reader import check_held_out_rows, describe_mixture, rows_of_sources, validation_samples
-from megastruct.data.sources.storages import storage_of
 from megastruct.data.text.held_out import held_out_tokens
 from megastruct.data.text.reader import TextReader
 from megastruct.data.text.stream import CURSOR_COLUMNS, TextSource
@@ -64,6 +63,7 @@ class TextData:
     def describe(self) -> dict[str, Any]:
         """As in `TrainingData`; numbers that are unknown before everything has been read are None."""
         first = self._sources[0]
+        columns = sorted({column for source in self._sources for column in source.text_columns})
         parts = [
             {
                 "num_shards": len(source.shards),
@@ -79,17 +79,22 @@ class TextData:
             "num_validation_tokens": None,
             "samples_per_epoch": None,
             "validation_fraction": first.validation_fraction,
-            "text_column": first.text_column,
+            "text_column": columns[0] if len(columns) == 1 else columns,
             "tokenizer_fingerprint": first.tokenizer.fingerprint,
             "vocab_size": first.tokenizer.vocab_size,
             **describe_mixture(self._mixture, parts),
+            **self._held_out_splits(),
             **self._hub_commits(),
         }
 
+    def _held_out_splits(self) -> dict[str, list[int]]:
+        """The bytes of the held-out split of every source, 0 if it has none; empty if no source has one."""
+        num_bytes = [sum(shard.num_bytes for shard in source.held_out_shards) for source in self._sources]
+        return {"held_out_bytes": num_bytes} if any(num_bytes) else {}
+
     def _hub_commits(self) -> dict[str, list[str | None]]:
-        """The commit of every source (None if it is not on the hub); empty if no source is on the hub."""
-        firsts = [source.shards[0] for source in self._sources]
-        commits = [storage_of(shard).commit_of(shard) for shard in firsts]
+        """The commit of every path of every source, None if it is not on the hub; empty if no path is on the hub."""
+        commits = [commit for source in self._sources for commit in source.commits]
         return {"hub_commits": commits} if any(commits) else {}
 
     def train_reader(
@@ -117,7 +122,8 @@ class TextData:
         own = validation_samples(num_samples, micro_batch_size, dp_rank, dp_size)
         tokens = self._held_out_tokens(num_samples)
         num_rows = [max(0, len(part) - 1) // self._seq_length for part in tokens]
-        check_held_out_rows(self._mixture, num_rows, num_samples, self._sources[0].validation_fraction)
+        fraction = self._sources[0].validation_fraction
+        check_held_out_rows(self._mixture, num_rows, num_samples, micro_batch_size * dp_size, fraction)
         row = np.arange(self._seq_length + 1)
         batches = []
         for part in own:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import zip_longest
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from megastruct.data.options import DataOptions
 from megastruct.data.order import default_num_streams, source_seed
 from megastruct.data.protocols import Tokenizer
 from megastruct.data.sources.check import check_shards
-from megastruct.data.sources.find import find_shards
+from megastruct.data.sources.place import Corpus, find_corpus
 from megastruct.data.sources.shards import TextShard
 from megastruct.data.text.data import TextData
 from megastruct.data.text.stream import TextSource
@@ -29,24 +28,45 @@ def open_text(options: DataOptions) -> TextData:
     """
     data, problems = options.data, Problems()
     tokenizer = problems.collect(lambda: _open_tokenizer(options))
-    known = zip_longest(options.paths, options.hub_commits[: len(options.paths)])
-    found = [problems.collect(partial(_open_shards, options, where, path, commit)) for (where, path), commit in known]
+    found = [problems.collect(partial(open_corpus, options, index)) for index in range(len(data.places))]
     problems.raise_if_any()
     assert tokenizer
-    shards_of_sources = [shards for shards in found if shards is not None]
     sources = [
         TextSource(
-            shards=shards,
+            shards=corpus.shards,
             tokenizer=tokenizer,
-            text_column=data.text_column,
-            validation_fraction=data.validation_fraction,
+            validation_fraction=0.0 if corpus.held_out else data.validation_fraction,
             seed=source_seed(options.seed, index),
-            num_streams=data.num_streams or default_num_streams(len(shards)),
+            num_streams=data.num_streams or default_num_streams(len(corpus.shards)),
             patience_seconds=data.patience_seconds,
+            held_out_shards=corpus.held_out_shards,
+            commits=tuple(text.commit for text in corpus.train),
         )
-        for index, shards in enumerate(shards_of_sources)
+        for index, corpus in enumerate(corpus for corpus in found if corpus is not None)
     ]
     return TextData(sources, options.mixture, options.seq_length, data.num_workers, options.cache_folder)
+
+
+def open_corpus(options: DataOptions, index: int) -> Corpus:
+    """Find and check the shards of source `index`, and report what is read.
+
+    Raises:
+        UserError: with everything that is missing or damaged.
+    """
+    data = options.data
+    corpus = find_corpus(
+        options.places(index), data.places[index].validation_split, data.patience_seconds, options.cache_folder
+    )
+    shards = [*corpus.shards, *corpus.held_out_shards]
+    key = key_of([(shard.uri, shard.num_bytes, shard.text_column) for shard in shards])
+    cached_array(options.cache_folder, f"checked-{key}", lambda: _checked(shards, data.patience_seconds))
+    if data.num_streams is not None and data.num_streams > len(corpus.shards):
+        found = f"{data.num_streams} is more than the number of text shards, {len(corpus.shards)}"
+        suggestion = f"set it to {len(corpus.shards)} or less, or leave it out"
+        raise UserError(Problem("data.num_streams", found, suggestion))
+    for line in corpus.lines():
+        options.report(line)
+    return corpus
 
 
 def _open_tokenizer(options: DataOptions) -> Tokenizer:
@@ -58,18 +78,7 @@ def _open_tokenizer(options: DataOptions) -> Tokenizer:
     return tokenizer
 
 
-def _open_shards(options: DataOptions, where: str, path: str, commit: str | None) -> list[TextShard]:
-    data = options.data
-    shards = find_shards(path, where, data.patience_seconds, options.cache_folder, commit)
-    key = key_of([(shard.uri, shard.num_bytes) for shard in shards], data.text_column)
-    cached_array(options.cache_folder, f"checked-{key}", lambda: _checked(shards, options))
-    if data.num_streams is not None and data.num_streams > len(shards):
-        found = f"{data.num_streams} is more than the number of text shards, {len(shards)}"
-        raise UserError(Problem("data.num_streams", found, f"set it to {len(shards)} or less, or leave it out"))
-    return shards
-
-
-def _checked(shards: list[TextShard], options: DataOptions) -> np.ndarray:
+def _checked(shards: list[TextShard], patience_seconds: float) -> np.ndarray:
     """The number of shards, after all of them were checked; this may read thousands of footers."""
-    check_shards(shards, options.data.text_column, options.data.patience_seconds)
+    check_shards(shards, patience_seconds)
     return np.array(len(shards))

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megastruct.data.kept import tokenised
 from megastruct.data.order import shard_order
 from megastruct.data.protocols import Tokenizer
 from megastruct.data.sources.documents import Document
@@ -35,7 +36,7 @@ class StreamCursor(NamedTuple):
     shard_position: int  # in the stream's order of that epoch
     document: int  # index within the shard
     token_offset: int  # in that document
-    skipped_documents: int  # broken documents that the stream has skipped before this place, in all epochs
+    skipped_documents: int  # broken or empty documents that the stream has skipped before this place, in all epochs
 
 
 CURSOR_COLUMNS = len(StreamCursor._fields)
@@ -46,13 +47,19 @@ START = StreamCursor(0, 0, 0, 0, 0)
 class TextSource:
     """One source of text: its shards, and the settings that all its streams share."""
 
-    shards: Sequence[TextShard]  # sorted
+    shards: Sequence[TextShard]  # sorted, with their text columns
     tokenizer: Tokenizer
-    text_column: str
     validation_fraction: float
     seed: int
     num_streams: int
     patience_seconds: float = DEFAULT_PATIENCE_SECONDS
+    held_out_shards: Sequence[TextShard] = ()  # all of their documents are held out, and `validation_fraction` is 0
+    commits: tuple[str | None, ...] = ()  # of each place of the source, None if it is not on the hub
+
+    @property
+    def text_columns(self) -> list[str]:
+        """The columns that hold the text of the shards, each once."""
+        return sorted({shard.text_column for shard in self.shards})
 
 
 class Placed(NamedTuple):
@@ -122,29 +129,30 @@ def tokenised_documents(
         num_documents = 0
         for position in range(first_position, len(order)):
             shard = source.shards[order[position]]
-            reading = read_patiently(shard, source.text_column, first_document, source.patience_seconds, watch)
+            reading = read_patiently(shard, shard.text_column, first_document, source.patience_seconds, watch)
             for documents in reading:
-                kept, skipped = _to_train_on(source, documents, epoch, position, skipped)
-                num_documents += len(kept)
-                tokens = source.tokenizer.encode_documents([document.text for _, document in kept])
-                yield [Placed(place, ids) for (place, _), ids in zip(kept, tokens, strict=True)]
+                placed, skipped = _placed(source, documents, epoch, position, skipped)
+                num_documents += len(placed)
+                yield placed
             first_document = 0
         if not num_documents and not first_position:
             _refuse_empty(source, stream, order)
         epoch, first_position = epoch + 1, 0
 
 
-def _to_train_on(
+def _placed(
     source: TextSource, documents: list[Document], epoch: int, position: int, skipped: int
-) -> tuple[list[tuple[StreamCursor, Document]], int]:
-    """The documents of the training split with their places, and the number of broken documents so far."""
-    kept = []
-    for document in documents:
-        if document.broken:
-            skipped += 1
-        elif not is_validation(document.content, source.validation_fraction):
-            kept.append((StreamCursor(epoch, position, document.index, 0, skipped), document))
-    return kept, skipped
+) -> tuple[list[Placed], int]:
+    """The tokenised documents to train on, and the number of documents that were skipped so far."""
+    is_wanted = lambda document: not is_validation(document.content, source.validation_fraction)  # noqa: E731
+    kept, reasons = tokenised(source.tokenizer, documents, is_wanted)
+    ids_of = {document.index: ids for document, ids in kept}
+    placed = []
+    for document, reason in zip(documents, reasons, strict=True):
+        skipped += reason is not None
+        if document.index in ids_of:
+            placed.append(Placed(StreamCursor(epoch, position, document.index, 0, skipped), ids_of[document.index]))
+    return placed, skipped
 
 
 def _refuse_empty(source: TextSource, stream: int, order: np.ndarray) -> None:

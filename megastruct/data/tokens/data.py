@@ -222,7 +222,8 @@ class TokenData:
         own = validation_samples(num_samples, micro_batch_size, dp_rank, dp_size)
         rows = [source.validation for source in self._sources]
         fraction = self._sources[0].validation_fraction
-        check_held_out_rows(self._mixture, [part.num_rows for part in rows], num_samples, fraction)
+        num_rows = [part.num_rows for part in rows]
+        check_held_out_rows(self._mixture, num_rows, num_samples, micro_batch_size * dp_size, fraction)
         places = np.stack(self._mixture.locate(own), axis=-1)
         return [batch_from_rows(read_places(rows, part)) for part in places]
 

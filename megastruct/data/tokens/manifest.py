@@ -59,6 +59,8 @@ class SourceRecord(Record):
 
     name: str
     num_bytes: Count
+    text_column: str | None = None  # None: that of the settings
+    held_out: bool = False  # whether all of its documents are held out
 
 
 class Settings(Record):

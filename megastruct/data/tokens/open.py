@@ -58,7 +58,7 @@ def _open_megatron(options: DataOptions, path: Path, pairs: Sequence[Pair]) -> t
     files = open_pairs(pairs, tokenizer, fraction, "data.tokenizer")
     train, validation = files.rows(options.seq_length, options.vocab_size)
     num_bytes = sum(file.stat().st_size for file in files.paths)
-    source = TokenSource(path, train, validation, len(pairs), num_bytes, fraction, options.data.text_column)
+    source = TokenSource(path, train, validation, len(pairs), num_bytes, fraction, options.data.text_column or "")
     return source, tokenizer
 
 

@@ -62,12 +62,14 @@ def check_ffn(config: Config) -> Iterator[Problem]:
     if ffn.structure not in STRUCTURES:
         found = f"{ffn.structure!r} is not one of {', '.join(map(repr, STRUCTURES))}"
         yield Problem("ffn.structure", found, f"ffn.structure={nearest_name(ffn.structure)}")
-        return
-    numbers = STRUCTURES[ffn.structure].numbers
-    foreign = {key: value for key, value in ffn.sizes.items() if key not in numbers.sizes}
+    sizes = STRUCTURES[ffn.structure].numbers.sizes if ffn.structure in STRUCTURES else known_sizes()
+    foreign = {key: value for key, value in ffn.sizes.items() if key not in sizes}
     owners = {key: [name for name, other in STRUCTURES.items() if key in other.numbers.sizes] for key in foreign}
     known = [*FFNConfig.model_fields, *known_sizes()]
     yield from _foreign_keys("ffn", "structure", ffn.structure, foreign, owners, known)
+    if ffn.structure not in STRUCTURES:
+        return
+    numbers = STRUCTURES[ffn.structure].numbers
     given = {key: value for key, value in ffn.sizes.items() if key in numbers.sizes}
     problems = list(numbers.size_problems(widths, given))
     yield from problems
@@ -146,17 +148,17 @@ def check_tensor_parallel(config: Config) -> Iterator[Problem]:
 
 def check_optimizer(config: Config) -> Iterator[Problem]:
     """A known optimizer, its keys and no others, and values within their bounds."""
-    optimizer = config.optimizer
-    if optimizer.kind not in OPTIMIZERS:
+    optimizer, chosen = config.optimizer, OPTIMIZERS.get(config.optimizer.kind)
+    if chosen is None:
         found = f"{optimizer.kind!r} is none of {', '.join(map(repr, OPTIMIZERS))}"
         yield Problem("optimizer.kind", found, f"optimizer.kind={nearest_optimizer(optimizer.kind)}")
-        return
-    chosen = OPTIMIZERS[optimizer.kind]
-    yield from chosen.problems("optimizer.", optimizer.settings)
     owners = {key: [name for name, other in OPTIMIZERS.items() if key in other.keys] for key in optimizer.settings}
-    foreign = {key: value for key, value in optimizer.settings.items() if key not in chosen.keys}
-    known = [*type(optimizer).model_fields, *chosen.keys]
-    yield from _foreign_keys("optimizer", "kind", optimizer.kind, foreign, owners, known)
+    keys = chosen.keys if chosen else {key: None for key, names in owners.items() if names}
+    foreign = {key: value for key, value in optimizer.settings.items() if key not in keys}
+    yield from _foreign_keys("optimizer", "kind", optimizer.kind, foreign, owners, [*type(optimizer).model_fields, *keys])
+    if chosen is None:
+        return
+    yield from chosen.problems("optimizer.", optimizer.settings)
     width = config.model.base_width
     if width and chosen.learning_rate_scale(width, width) is None:
         found = f"{width}, but how learning rates of {chosen.name} depend on widths is not known"
@@ -175,7 +177,8 @@ def _foreign_keys(
     for key, value in foreign.items():
         where = f"{section}.{key}"
         if others := owners.get(key):
-            suggestion = f"{section}.{choice}={' or '.join(others)}, or no {where} ({where}=null)"
+            choices = [f"{section}.{choice}={other}" for other in others]
+            suggestion = ", or ".join([*choices, f"no {where} ({where}=null)"])
             yield Problem(where, f"{value}, but {section}.{choice} is {chosen}", suggestion)
         else:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)

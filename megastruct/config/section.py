@@ -6,8 +6,12 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Size = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+MAX_INTEGER = 10**18  # what follows from such numbers stays within the range of a float
+MAX_TENSOR_SIZE = 2**24  # 16.8 million: more than the largest width, vocabulary, sequence or batch in use
+
+Size = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
+Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+TensorSize = Annotated[int, Field(ge=1, le=MAX_TENSOR_SIZE)]  # a dimension of tensors in memory
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 

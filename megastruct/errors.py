@@ -23,8 +23,8 @@ EXIT_CODE_START_AGAIN = 75  # EX_TEMPFAIL: the run was asked to stop and has sav
 class Problem:
     """One mistake. `where` is the path of a config key or of a file; `suggestion` is something that works.
 
-    `parts`: the mistakes that `found` sums up, shown below it. `places`: where the values at fault were set, each a file
-    with a line, or an override.
+    `parts`: the mistakes that `found` sums up, shown below it. `places`: where the values at fault were set, each a
+    file with a line, or an override.
     """
 
     where: str

@@ -155,7 +155,9 @@ def check_optimizer(config: Config) -> Iterator[Problem]:
     owners = {key: [name for name, other in OPTIMIZERS.items() if key in other.keys] for key in optimizer.settings}
     keys = chosen.keys if chosen else {key: None for key, names in owners.items() if names}
     foreign = {key: value for key, value in optimizer.settings.items() if key not in keys}
-    yield from _foreign_keys("optimizer", "kind", optimizer.kind, foreign, owners, [*type(optimizer).model_fields, *keys])
+    yield from _foreign_keys(
+        "optimizer", "kind", optimizer.kind, foreign, owners, [*type(optimizer).model_fields, *keys]
+    )
     if chosen is None:
         return
     yield from chosen.problems("optimizer.", optimizer.settings)

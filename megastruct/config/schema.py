@@ -1,60 +1,46 @@
 """The config of a run: one class per section of the YAML file, one line per key.
 
 Values are frozen, and their types and ranges are checked here. Checks of several keys at once are in `checks.py`.
-Letters in descriptions: d = hidden_size, f = ffn_hidden_size, S = seq_length.
+`reference.py` makes the page of all keys from the types, defaults and descriptions, and from the unit that a name ends
+with or that `json_schema_extra` gives.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag
 
-from megastruct.config.model import FFNConfig, ModelConfig
-from megastruct.config.section import Count, Fraction, Section, Size
-from megastruct.optimizers import ADAMW, OPTIMIZERS
+from megastruct.config.model import FFNConfig, GuidedConfig, ModelConfig
+from megastruct.config.optimizer import OptimizerConfig
+from megastruct.config.section import MAX_SECONDS, Count, Fraction, Section, Size, TensorSize
+from megastruct.config.system import HardwareConfig, ParallelConfig, ReliabilityConfig
 
 
 class RunConfig(Section):
     """The name of the run, the folder that holds its folder, and the seed of all randomness."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        description="name of the run's folder, below `folder`"
+        description="name of the run's folder in run.folder: letters, digits, dots, hyphens and underscores. Another "
+        "name starts another run"
     )
-    folder: str = "runs"
-    seed: Count = 1234
-
-
-class GuidedConfig(Section):
-    """Self-guided training: a dense guide W beside every structured linear S, o = alpha W x + (1 - alpha) S x.
-
-    alpha falls from 1 to 0 over the guided steps. Source: arXiv 2406.16450, section 3.
-    """
-
-    schedule: Literal["off", "fixedstep", "fixedflop"] = Field(
-        "off", description="fixedflop: the data of the guided steps is read again at the end, without the guide"
+    folder: str = Field(
+        "runs", description="folder that holds the folders of runs. On several machines it must be a shared folder"
     )
-    fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="guided steps / base steps; left out: 0.5 (fixedstep), computed to match FLOPs (fixedflop)"
+    seed: Count = Field(
+        1234,
+        description="seed of the initial weights, the data order and the random choices of self-guided training. The "
+        "same seed gives the same run on any number of processes",
     )
-    alpha: Literal["cosine", "linear"] = "cosine"
-    skip: Literal["rows", "coin", "none"] = Field(
-        "rows",
-        description="rows: W sees a share alpha of the tokens; coin: all with probability alpha; none: all always",
-    )
-    levels: Size = Field(16, description="rows: the share is rounded to a multiple of 1 / levels")
-
-    @field_validator("schedule", mode="before")
-    @classmethod
-    def _plain_off(cls, value: object) -> object:
-        return "off" if value is False else value  # YAML reads a plain `off` as false
 
 
 class DataSource(Section):
     """One source of a mixture, with its relative weight."""
 
-    path: Annotated[str, Field(min_length=1)]
-    weight: Annotated[float, Field(gt=0)]
+    path: Annotated[str, Field(min_length=1)] = Field(description="as data.path, for one source")
+    weight: Annotated[float, Field(gt=0)] = Field(
+        description="share of the samples, relative to the other sources' weights"
+    )
 
 
 def _path_kind(value: object) -> str:
@@ -65,26 +51,39 @@ class DataConfig(Section):
     """The training data and its tokenizer."""
 
     kind: Literal["tokens", "text"] = Field(
-        description="tokens: shards of token ids from megastruct-prepare; text: shards of documents"
+        description="tokens: shards of token ids, made by tools/prepare_data.py, for full speed from the first step. "
+        "text: shards of documents, tokenised during training"
     )
     path: Annotated[
         Annotated[str, Tag("-path")] | Annotated[list[DataSource], Field(min_length=1), Tag("-list")],
         Discriminator(_path_kind),
     ] = Field(
-        description="tokens: folder of shards; text: folder, glob, file or dataset name on the hub; or a list of "
-        "{path, weight}: samples are drawn from each in proportion to its weight"
+        description="tokens: a folder of shards. text: a folder, pattern, file or dataset name on the hub. A mixture "
+        "is a list of {path, weight}: samples are drawn from each source in proportion to its weight"
     )
     tokenizer: str | None = Field(
-        None, description="SentencePiece model; required for text, compared with the data for tokens"
+        None,
+        description="SentencePiece model. Required with data.kind=text; token shards contain a copy, which a given "
+        "model must equal",
     )
-    text_column: str = "content"
-    validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.005
+    text_column: str = Field("content", description="with data.kind=text: column that holds the documents")
+    validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.005,
+        description="with data.kind=text: share of the documents that is held out for validation; token shards have "
+        "theirs fixed. Large corpora need less, small ones such as a tutorial's more (0.02)",
+    )
     num_streams: Size | None = Field(
-        None, description="text: streams of shards that are read in parallel; left out: follows from the data"
+        None,
+        description="with data.kind=text: streams of shards that are read in turn. Left out: follows from the number "
+        "of shards",
     )
-    num_workers: Count = Field(1, description="text: processes per rank that tokenise ahead; 0: a thread instead")
-    patience_seconds: Annotated[float, Field(ge=0)] = Field(
-        300.0, description="text: how long reading a shard that cannot be reached is retried"
+    num_workers: Count = Field(
+        1,
+        description="with data.kind=text: processes per rank that tokenise ahead. 0: a thread of the rank. Take more "
+        "if data_wait_seconds in the metrics is not near 0",
+    )
+    patience_seconds: Annotated[float, Field(ge=0, le=MAX_SECONDS)] = Field(
+        300.0, description="with data.kind=text: how long reading a shard that cannot be reached is retried"
     )
 
     @property
@@ -98,17 +97,44 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """Batch sizes, length and precision of the training."""
 
-    seq_length: Size
-    global_batch_size: Size = Field(description="sequences per optimizer step, summed over all replicas")
-    micro_batch_size: Size = Field(description="sequences per forward on one replica")
-    num_steps: Size | None = Field(None, description="length of the run; set either num_steps or num_tokens")
-    num_tokens: Size | None = None
-    precision: Literal["fp32", "bf16"] = "bf16"
-    document_attention: Literal["crossed", "separate"] = Field(
-        "crossed", description="separate: a token attends only to earlier tokens of its own document"
+    seq_length: TensorSize = Field(
+        description="tokens per sequence; the longest context that the model sees", json_schema_extra={"unit": "tokens"}
     )
-    activation_checkpointing: bool = False
-    compile: bool = Field(False, description="torch.compile every block and the loss")
+    global_batch_size: TensorSize = Field(
+        description="sequences per optimizer step, summed over all replicas; a multiple of micro_batch_size x replicas",
+        json_schema_extra={"unit": "sequences"},
+    )
+    micro_batch_size: TensorSize = Field(
+        description="sequences per forward on one replica. The largest that fits into memory is usually fastest; with "
+        "pipeline stages, leave at least as many micro-batches per step as there are stages",
+        json_schema_extra={"unit": "sequences"},
+    )
+    num_steps: Size | None = Field(
+        None, description="length of the run in optimizer steps; set either num_steps or num_tokens"
+    )
+    num_tokens: Size | None = Field(
+        None, description="length of the run in tokens, rounded to whole steps; set either num_steps or num_tokens"
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16",
+        description="arithmetic of forward and backward. bf16 on GPUs (masters and optimizer stay fp32); fp32 on CPUs "
+        "and for comparisons",
+    )
+    document_attention: Literal["crossed", "separate"] = Field(
+        "crossed",
+        description="crossed: a token attends to all earlier tokens of its packed row, as in the paper. separate: "
+        "only to those of its own document, for corpora of short documents",
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="keep only the inputs of blocks and compute the rest again in the backward. true saves memory and "
+        "costs about a third more compute",
+    )
+    compile: bool = Field(
+        False,
+        description="compile every block and the loss with torch.compile. true is faster on GPUs, after a slower "
+        "first step",
+    )
 
     @property
     def tokens_per_step(self) -> int:
@@ -121,103 +147,40 @@ class TrainingConfig(Section):
         return self.num_steps or max(1, round((self.num_tokens or 0) / self.tokens_per_step))
 
 
-class OptimizerConfig(Section):
-    """What all optimizers have, and the keys of the one that is chosen: its `Optimizer.keys`, such as `beta1`.
-
-    Such a key that is null or left out has its default. Weight decay is on matrices only, not on norms and biases.
-    """
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Any] = Field(init=False)
-
-    kind: str = ADAMW
-    learning_rate: Annotated[float, Field(gt=0)]
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    gradient_clipping: Annotated[float, Field(ge=0)] = Field(1.0, description="global norm; 0 = off")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_defaults(cls, values: object) -> object:
-        if not isinstance(values, dict):
-            return values
-        chosen = OPTIMIZERS.get(str(values.get("kind", ADAMW)))
-        given = {key: value for key, value in values.items() if value is not None or key in cls.model_fields}
-        return (chosen.settings({}) if chosen else {}) | given
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The values of the optimizer's own keys, as its record takes them."""
-        return dict(self.__pydantic_extra__)
-
-
 class ScheduleConfig(Section):
     """Linear warm-up, then a cosine to `min_learning_rate_fraction` of the peak at the last step."""
 
-    warmup_fraction: Fraction = 0.1
-    min_learning_rate_fraction: Fraction = 0.1
-
-
-class ParallelConfig(Section):
-    """How the ranks are divided into pipeline stages, tensor-parallel groups and replicas, and the ZeRO stage."""
-
-    pp: Size = Field(1, description="pipeline stages")
-    tp: Size = Field(1, description="ranks that share every block's weights and split activations along the sequence")
-    dp: Size | None = Field(None, description="replicas; left out: as many as the processes allow")
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    warmup_fraction: Fraction = Field(
+        0.1, description="share of the run's steps in which the learning rate rises from 0 to its peak"
+    )
+    min_learning_rate_fraction: Fraction = Field(
+        0.1, description="learning rate at the last step, as a share of the peak"
+    )
 
 
 class EvaluationConfig(Section):
     """When and on how much held-out data the loss is computed."""
 
-    interval_steps: Count = Field(0, description="0 = only after the last step")
-    num_samples: Count = Field(0, description="held-out sequences; 0 = no validation")
+    interval_steps: Count = Field(0, description="steps between two validations. 0: only after the last step")
+    num_samples: Count = Field(0, description="held-out sequences per validation. 0: no validation")
 
 
 class LoggingConfig(Section):
     """How often metrics are written, and whether a progress bar is shown."""
 
-    interval_steps: Size = 10
-    progress_bar: bool = True
+    interval_steps: Size = Field(10, description="steps between two records of metrics")
+    progress_bar: bool = Field(True, description="whether a progress bar is shown")
 
 
 class CheckpointConfig(Section):
     """How often checkpoints are saved, and how many are kept."""
 
-    interval_steps: Count = Field(0, description="0 = only after the last step")
-    keep: Size = Field(2, description="number of complete checkpoints to keep")
-
-
-class ReliabilityConfig(Section):
-    """Limits after which a run ends itself and names the cause.
-
-    Causes are a dead, stopped or hanging rank, skipped steps and loss spikes; see docs/reliability.md.
-    """
-
-    silence_seconds: Annotated[float, Field(gt=0)] = Field(
-        60.0, description="a rank that sends no heartbeat for this long ends the run"
+    interval_steps: Count = Field(
+        0,
+        description="steps between two checkpoints. 0: only after the last step. Choose what you can afford to lose "
+        "in a crash",
     )
-    collective_seconds: Annotated[float, Field(gt=0)] = Field(
-        1800.0, description="longest time that ranks wait for each other, such as for a slow save, compilation or disk"
-    )
-    max_skipped_steps: Count = Field(
-        0, description="steps with a loss or gradient that is not finite; one more ends the run"
-    )
-    spike_factor: Annotated[float, Field(ge=0)] = Field(
-        0.0,
-        description="after a loss above this x the recent median, the run goes back to the newest checkpoint and skips "
-        "data; 0 = off",
-    )
-    spike_window_steps: Size = Field(50, description="number of recent losses in the median")
-    max_spikes: Count = Field(3, description="how often a run goes back; one more spike ends it")
-
-
-class HardwareConfig(Section):
-    """The device, and its peak for model FLOPs utilisation (MFU)."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="peak of one device in TFLOP/s, for MFU; left out: from a table of GPUs"
-    )
+    keep: Size = Field(2, description="complete checkpoints that are kept; older ones are deleted")
 
 
 class Config(Section):

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MAX_INTEGER = 10**18  # what follows from such numbers stays within the range of a float
 MAX_TENSOR_SIZE = 2**24  # 16.8 million: more than the largest width, vocabulary, sequence or batch in use
+MAX_SECONDS = 1e9  # 31 years; timers of the operating system take no more than a few hundred
 
 Size = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
 Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]

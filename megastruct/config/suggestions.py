@@ -1,7 +1,7 @@
 """Suggestions of a config's problems are tried out before they are shown.
 
 A suggestion names alternatives; an alternative may hold an override. Such an override stays only if the problem is gone
-with it and no other appears. If it needs further overrides for that, they are added: `ffn.structure=lowrank ffn.rank=32`.
+with it and no other appears. If that needs further overrides, they are added: `ffn.structure=lowrank ffn.rank=32`.
 """
 
 from __future__ import annotations

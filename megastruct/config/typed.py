@@ -49,9 +49,7 @@ def typed(value: Any, annotation: Any) -> Any:
         model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
         fields = model.model_fields if model else {}
         values_of = next((get_args(kind)[1] for kind in kinds if get_origin(kind) is dict), Any)
-        return {
-            key: typed(item, fields[key].annotation if key in fields else values_of) for key, item in value.items()
-        }
+        return {key: typed(item, fields[key].annotation if key in fields else values_of) for key, item in value.items()}
     return value
 
 

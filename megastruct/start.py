@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 
 from megastruct.config import Config, load_config
+from megastruct.config.load import places_in_errors
+from megastruct.config.reference import PrintKeys
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.launch.deepspeed import LaunchOptions, deepspeed_command, hostfile_slots, run_launcher
 from megastruct.launch.environment import free_port
@@ -35,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors_exit():
         config = load_config(args.config, args.overrides)
         options, world_size = _launch_options(config, args)
-        preflight(config, world_size)
+        with places_in_errors(args.config, args.overrides):
+            preflight(config, world_size)
         command = deepspeed_command(options, [args.config, *args.overrides])
     folder = RunFolder(config).path
     finished = RunFolder(config).finished_steps()
@@ -59,6 +62,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=prog, description="Train a model with the deepspeed launcher.")
     parser.add_argument("config", help="YAML file, for example configs/run/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--keys", nargs="?", action=PrintKeys, metavar="SECTION", help="print the keys of configs")
     parser.add_argument(
         "--num-gpus",
         type=int,

@@ -10,11 +10,38 @@ from math import lcm
 from megastruct.config.schema import Config, FFNConfig
 from megastruct.errors import Problem
 from megastruct.optimizers import ADAMW, OPTIMIZERS, nearest_optimizer
-from megastruct.parallel.sizes import multiple_problems, nearest_divisor, nearest_multiple, vocabulary_problems
+from megastruct.parallel.sizes import (
+    divisors,
+    multiple_problems,
+    nearest_divisor,
+    nearest_multiple,
+    vocabulary_problems,
+)
 from megastruct.structures import STRUCTURES, known_sizes, nearest_name
 from megastruct.structures.numbers import Widths
 
 Check = Callable[[Config], Iterator[Problem]]
+
+MAX_PARAMETERS = 10**15  # with 16 bytes each for weights and optimizer, more than the largest cluster's memory
+MAX_ACTIVATIONS = 10**13  # of a micro-batch, in one tensor on one rank: 20 TB in bf16
+
+
+def check_memory(config: Config) -> Iterator[Problem]:
+    """Sizes that some machine can hold: at least the embedding, the attention and one tensor of activations."""
+    model, training = config.model, config.training
+    kv_width = model.kv_heads * model.attention_head_dim
+    attention = 2 * model.hidden_size * (model.attention_width + kv_width)
+    ffn = model.hidden_size * model.ffn_hidden_size if config.ffn.is_dense else 0
+    parameters = model.vocab_size * model.hidden_size + model.num_layers * (attention + ffn)
+    if parameters > MAX_PARAMETERS:
+        found = f"about {parameters:.0e} parameters, more than any machine can hold"
+        yield Problem("model.hidden_size, model.num_layers, model.vocab_size", found, "sizes as in configs/model/")
+    widest = max(model.hidden_size, model.attention_width)
+    values = training.micro_batch_size * training.seq_length * widest // config.parallel.tp
+    if values > MAX_ACTIVATIONS:
+        found = f"{training.micro_batch_size} sequences of {training.seq_length} tokens with {widest} features"
+        fix = "training.micro_batch_size=1, or a shorter training.seq_length"
+        yield Problem("training.micro_batch_size", f"{found} are more than any device can hold", fix)
 
 
 def check_attention(config: Config) -> Iterator[Problem]:
@@ -47,7 +74,8 @@ def fitting_heads(config: Config) -> int | None:
     step = lcm(tp, model.num_key_value_heads or 1)
     if model.head_dim:
         return nearest_multiple(model.num_attention_heads, step)
-    fitting = [heads for heads in range(step, model.hidden_size // 2 + 1, step) if model.hidden_size % (2 * heads) == 0]
+    most = model.hidden_size // 2  # a head has two features at least
+    fitting = [heads for heads in divisors(most) if heads % step == 0] if model.hidden_size % 2 == 0 else []
     return min(fitting, key=lambda heads: abs(heads - model.num_attention_heads), default=None)
 
 
@@ -234,4 +262,4 @@ CHECKS: tuple[Check, ...] = (
 
 def cross_field_problems(config: Config) -> list[Problem]:
     """All problems between keys of a config whose keys are valid one by one."""
-    return [problem for check in CHECKS for problem in check(config)]
+    return list(check_memory(config)) or [problem for check in CHECKS for problem in check(config)]

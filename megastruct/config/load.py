@@ -48,7 +48,7 @@ def places_in_errors(path: str | Path, overrides: Iterable[str] = ()) -> Iterato
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML, which `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
 def _located(problem: Problem, sources: Sources) -> Problem:
@@ -59,7 +59,7 @@ def _located(problem: Problem, sources: Sources) -> Problem:
     places = [
         place if key == problem.where or place.startswith("the override") else f"{place} ({key})"
         for key in named
-        if (place := sources.place(key))
+        if not problem.where.startswith(f"{key}.") and (place := sources.place(key))
     ]
     parts = tuple(_located(part, sources) for part in problem.parts)
     return replace(problem, places=tuple(dict.fromkeys(places)), parts=parts)

@@ -13,13 +13,13 @@ from pydantic_core import PydanticCustomError
 
 from megastruct.config.activations import ACTIVATIONS
 from megastruct.config.section import Section, TensorSize
-from megastruct.structures import DENSE
+from megastruct.structures import DENSE, STRUCTURES
 
 MAX_LAYERS = 2**16
 
 
 class ModelConfig(Section):
-    """The decoder of the paper, section "Models"; the defaults are the paper's."""
+    """The decoder. The defaults are those of arXiv 2406.16450, section "Models"."""
 
     hidden_size: TensorSize = Field(
         description="width d of the residual stream, the input and output of every block",
@@ -58,6 +58,7 @@ class ModelConfig(Section):
         "gelu",
         description="function between the two feed-forward linears. gelu as in the paper; swiglu is gated and has a "
         "third weight matrix",
+        json_schema_extra=lambda schema: schema.update(enum=[*ACTIVATIONS]),
     )
     norm: Literal["layernorm", "rmsnorm"] = Field(
         "layernorm",
@@ -147,6 +148,7 @@ class FFNConfig(Section):
         DENSE,
         description="structure of the weight matrices. Start with lowrank; take blockdense where the rank is the "
         "limit, blockshuffle where full rank is wanted",
+        json_schema_extra=lambda schema: schema.update(enum=[*STRUCTURES]),
     )
     dense_first_block: bool = Field(
         True,

@@ -11,15 +11,20 @@ from megastruct.optimizers import ADAMW, OPTIMIZERS
 
 
 class OptimizerConfig(Section):
-    """What all optimizers have, and the keys of the one that is chosen: its `Optimizer.keys`, such as `beta1`.
+    """The optimizer, and the keys that it has of its own.
 
-    Such a key that is null or left out has its default. Weight decay is on matrices only, not on norms and biases.
+    These are its `Optimizer.keys`, such as `beta1`. One that is null or left out has its default. Weight decay is on
+    matrices only, not on norms and biases.
     """
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Any] = Field(init=False)
 
-    kind: str = Field(ADAMW, description="optimizer")
+    kind: str = Field(
+        ADAMW,
+        description="optimizer of all parameters",
+        json_schema_extra=lambda schema: schema.update(enum=[*OPTIMIZERS]),
+    )
     learning_rate: Annotated[float, Field(gt=0)] = Field(
         description="peak learning rate, reached at the end of the warm-up. The paper's: 6e-4 for size s down to 2e-4 "
         "for xl"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megastruct.config.yaml_text import Mapping, Plain, YAMLSyntaxError, parse_yaml
+from megastruct.config.yaml_text import NULLS, Mapping, Plain, YAMLSyntaxError, parse_yaml
 from megastruct.errors import Problem, UserError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -150,14 +150,14 @@ def _override(sources: Sources, override: str) -> Problem | None:
     if not equals or not all(keys) or len(keys) != 2:
         return Problem(override, "is not a valid override", "section.key=value, for example training.num_steps=100")
     section = sources.values.setdefault(keys[0], {})
-    if isinstance(section, Plain) and not section:
+    if isinstance(section, Plain) and section in NULLS:
         section = sources.values[keys[0]] = {}
     if not isinstance(section, dict):
         found, place = f"{section!r} is not a section", sources.places.get(keys[0], "")
         return _at(Problem(keys[0], found, f"remove it from the file to set {path}"), place)
     section[keys[1]] = override_value(text)
     sources.places = {key: at for key, at in sources.places.items() if not f"{key}.".startswith(f"{path}.")}
-    sources.places[path] = f"the override {override}"
+    sources.places[path] = f"the override {override if len(override) <= 120 else f'{override[:120]}...'}"
     sources.places.setdefault(keys[0], sources.places[path])
     return None
 

@@ -13,14 +13,14 @@ from decimal import Decimal
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from megastruct.config.schema import Config
 from megastruct.config.section import MAX_INTEGER
-from megastruct.config.yaml_text import Plain, YAMLSyntaxError, parse_yaml
+from megastruct.config.yaml_text import NULLS, Plain, YAMLSyntaxError, parse_yaml
 from megastruct.optimizers import OPTIMIZERS
 from megastruct.structures import known_sizes
 
-_NULLS = ("", "~", "null", "Null", "NULL")
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _INTEGER = re.compile(r"[-+]?[0-9][0-9_]*")
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]{1,4})?")
@@ -32,7 +32,7 @@ def typed_values(values: dict[str, Any]) -> dict[str, Any]:
     return {
         section: {key: typed(value, annotation_of(section, key)) for key, value in keys.items()}
         if isinstance(keys, dict)
-        else ({} if keys in _NULLS and isinstance(keys, Plain) else keys)  # `ffn:` with nothing below it
+        else ({} if keys in NULLS and isinstance(keys, Plain) else keys)  # `ffn:` with nothing below it
         for section, keys in values.items()
     }
 
@@ -55,9 +55,9 @@ def typed(value: Any, annotation: Any) -> Any:
 
 def annotation_of(section: str, key: str) -> Any:
     """The type of a key; Any if there is no such key."""
-    model = section_class(section)
-    if key in model.model_fields:
-        return model.model_fields[key].annotation
+    fields = fields_of(section)
+    if key in fields:
+        return fields[key].annotation
     if section == "ffn" and key in known_sizes():
         return int | None
     if section == "optimizer":
@@ -71,6 +71,11 @@ def section_class(section: str) -> type[BaseModel]:
     field = Config.model_fields.get(section)
     found = field.annotation if field else None
     return found if isinstance(found, type) and issubclass(found, BaseModel) else BaseModel
+
+
+def fields_of(section: str) -> dict[str, FieldInfo]:
+    """The fields of a section by their names in YAML."""
+    return {field.alias or name: field for name, field in section_class(section).model_fields.items()}
 
 
 def _kinds(annotation: Any) -> Iterator[Any]:
@@ -90,7 +95,7 @@ def _kinds(annotation: Any) -> Iterator[Any]:
 def _from_text(text: Plain, kinds: list[Any]) -> Any:
     if Any in kinds:  # a key that does not exist, or one of any type
         kinds = [type(None), bool, int, float, str]
-    if text == "" or (type(None) in kinds and text in _NULLS):
+    if text == "" or (type(None) in kinds and text in NULLS):
         return None
     if text.startswith("[") and any(get_origin(kind) is list for kind in kinds):  # in an override
         items = _list(text)

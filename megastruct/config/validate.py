@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
 from megastruct.config.checks import cross_field_problems
+from megastruct.config.model import MAX_LAYERS
 from megastruct.config.schema import Config
 from megastruct.config.section import MAX_TENSOR_SIZE
-from megastruct.config.typed import annotation_of, section_class, typed_values
+from megastruct.config.typed import annotation_of, fields_of, typed_values
 from megastruct.errors import Problem
 
 Location = tuple[int | str, ...]
@@ -53,7 +54,7 @@ _STAND_IN_SIZE = 5040  # a multiple of most small sizes, so that few checks fail
 
 def _stand_in(values: dict[str, Any], path: Location) -> None:
     if len(path) == 2 and str(path[1]) in _known_keys(path[:1]):
-        field = section_class(str(path[0])).model_fields[str(path[1])]
+        field = fields_of(str(path[0]))[str(path[1])]
         if field.is_required():
             values.setdefault(str(path[0]), {})[path[1]] = _STAND_INS.get(str(path[1]), _STAND_IN_SIZE)
 
@@ -77,8 +78,8 @@ def _explain(item: Any) -> Problem:
         return Problem(where, "unknown key", suggestion)
     if item["type"] == "missing":
         return Problem(where, "missing", f"{where}=..." if "." in where else f"a section `{where}:`")
-    if item.get("ctx", {}).get("le") == MAX_TENSOR_SIZE:
-        found = f"{_shown(item['input'])} is more than any machine can hold (at most {MAX_TENSOR_SIZE})"
+    if (most := item.get("ctx", {}).get("le")) in (MAX_TENSOR_SIZE, MAX_LAYERS):
+        found = f"{_shown(item['input'])} is more than any machine can hold (at most {most})"
         return Problem(where, found, "a size such as those in configs/model/")
     found = "a section" if isinstance(item["input"], Mapping) else _shown(item["input"])
     return Problem(where, f"{found}: {message}", _value_that_is_right(item))
@@ -91,7 +92,7 @@ def _shown(value: object) -> str:
 
 def _value_that_is_right(item: Any) -> str:
     """An override with a valid value: the word that was meant, else the key's default, else the bound that was
-    exceeded.
+    exceeded; and one that leaves the key out, if that is possible.
 
     Empty if there is none of them.
     """
@@ -99,13 +100,16 @@ def _value_that_is_right(item: Any) -> str:
     if len(path) != 2:
         return ""
     section, key = map(str, path)
-    field, bounds = section_class(section).model_fields.get(key), item.get("ctx", {})
-    words = _words(annotation_of(section, key))
-    meant = [bounds["meant"]] if "meant" in bounds else difflib.get_close_matches(str(item["input"]), words, n=1)
+    field, bounds = fields_of(section).get(key), item.get("ctx", {})
+    choices = _words(annotation_of(section, key))
+    meant = [bounds["meant"]] if "meant" in bounds else difflib.get_close_matches(str(item["input"]), choices, n=1)
     default = None if field is None or field.default is PydanticUndefined else field.default
     values = (*meant, default, bounds.get("ge"), bounds.get("le"))
     value = next((v for v in values if isinstance(v, bool | int | float | str)), None)
-    return "" if value is None else f"{section}.{key}={str(value).lower() if isinstance(value, bool) else value}"
+    words = [] if value is None else [str(value).lower() if isinstance(value, bool) else str(value)]
+    if type(None) in get_args(annotation_of(section, key)):
+        words.append("null")
+    return ", or ".join(f"{section}.{key}={word}" for word in words)
 
 
 def _words(annotation: Any) -> list[str]:
@@ -126,7 +130,7 @@ def _is_union_tag(key: int | str) -> bool:
 
 
 def _known_keys(path: Location) -> list[str]:
-    return list(section_class(str(path[0])).model_fields if path else Config.model_fields)
+    return list(fields_of(str(path[0])) if path else Config.model_fields)
 
 
 def _without(values: dict[str, Any], paths: Iterable[Location]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+NULLS = ("", "~", "null", "Null", "NULL")  # what leaves a value out, without quotes
+
 
 class Plain(str):
     """A scalar that was written without quotes."""

@@ -6,6 +6,7 @@ Every document ends with the end-of-document token, so text and the token shards
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megastruct.checkpoint.agreement import rank_in
 from megastruct.data.cache import FOLDER_NAME
 from megastruct.data.mixture import source_names
 from megastruct.data.options import DataOptions
@@ -30,6 +32,7 @@ from megastruct.data.tokens.manifest import SPLITS, Manifest, check_files, load_
 from megastruct.errors import Problem, Problems, UserError
 from megastruct.inference.load import Loaded, described_data
 
+OVERALL = "overall"  # the name under which reports give all sources together
 Split = Literal["train", "validation", "all"]
 _TOKENS_AT_ONCE = 1 << 20
 
@@ -99,6 +102,9 @@ class Sources:
             for name in dict.fromkeys(names)
             if names.count(name) > 1
         )
+        if OVERALL in names:
+            taken = f"a source has the name {OVERALL}, which is that of all sources together"
+            problems.append(Problem("--data", taken, "give it another name: NAME=PATH"))
         found = [
             problems.collect(partial(self._open, name, path)) for name, (_, path) in zip(names, named, strict=True)
         ]
@@ -154,12 +160,14 @@ class Sources:
 
     def _text(self, name: str, path: str) -> Source:
         shards = self._shards("--data", path)
-        return Source(name, path, partial(self._text_chunks, shards), self._selection.max_tokens)
+        return Source(name, path, partial(self._text_chunks, path, shards), self._selection.max_tokens)
 
-    def _text_chunks(self, shards: Sequence[TextShard]) -> Iterator[np.ndarray]:
+    def _text_chunks(self, path: str, shards: Sequence[TextShard]) -> Iterator[np.ndarray]:
         split, patience_seconds = self._selection.split or "all", self._config.data.patience_seconds
+        num_broken = 0
         for shard in shards:
             for documents in read_patiently(shard, self._column, patience_seconds=patience_seconds):
+                num_broken += sum(bool(document.broken) for document in documents)
                 texts = [
                     document.text
                     for document in documents
@@ -168,6 +176,8 @@ class Sources:
                 ]
                 for tokens in self._tokenizer.encode_documents(texts):
                     yield tokens.astype(np.int64)
+        if num_broken and rank_in() == 0:
+            print(f"{path}: {num_broken:,} documents without text were left out", file=sys.stderr)
 
     def _shards(self, where: str, path: str, cache_folder: Path | None = None, commit: Any = None) -> list[TextShard]:
         patience_seconds = self._config.data.patience_seconds

@@ -81,7 +81,10 @@ class RunFolder:
         """The description of the data from when the run was started; empty if it was not started yet."""
         path = self.path / DATA_FILE
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            described = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(described, dict):
+                raise ValueError("it is not a JSON object")
+            return described
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except OSError as error:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train. ./launch.sh                                         the quick start: sets up, makes data, trains, generates
 #        ./launch.sh CONFIG.yaml [section.key=value ...]     any config; --help lists the launcher's options
+#        ./launch.sh --keys [section]                        the keys of configs, with types, defaults and meanings
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 "$root/tools/setup.sh"

@@ -25,7 +25,7 @@ setup(
     description="Pretrain transformers whose feed-forward layers are structured matrices, on DeepSpeed",
     packages=[*find_packages(include=["megastruct", "megastruct.*"]), CONFIGS],
     package_dir={CONFIGS: "configs"},
-    package_data={CONFIGS: ["*/*.yaml"]},
+    package_data={CONFIGS: ["*/*.yaml", "schema.json"]},
     entry_points={
         "console_scripts": [f"megastruct-{command} = megastruct.{module}:main" for command, module in COMMANDS.items()]
     },
@@ -62,6 +62,7 @@ setup(
             "hypothesis",
             "moto[s3,server]>=5.0",
             "boto3",
+            "jsonschema>=4.0",
             "ruff",
             "mypy",
             "types-PyYAML",

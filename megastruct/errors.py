@@ -23,13 +23,15 @@ EXIT_CODE_START_AGAIN = 75  # EX_TEMPFAIL: the run was asked to stop and has sav
 class Problem:
     """One mistake. `where` is the path of a config key or of a file; `suggestion` is something that works.
 
-    `parts`: the mistakes that `found` sums up, shown below it.
+    `parts`: the mistakes that `found` sums up, shown below it. `places`: where the values at fault were set, each a
+    file with a line, or an override.
     """
 
     where: str
     found: str
     suggestion: str = ""
     parts: tuple[Problem, ...] = ()
+    places: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.text()
@@ -37,6 +39,7 @@ class Problem:
     def text(self, depth: int = 0) -> str:
         """`depth`: how many headlines stand above it."""
         lines = ["  " * depth + (f"{self.where}: {self.found}" if self.where else self.found)]
+        lines += ["  " * max(depth + 1, 2) + f"at: {place}" for place in self.places]
         if self.suggestion:
             lines.append("  " * max(depth + 1, 2) + f"try: {self.suggestion}")
         return "\n".join([*lines, *(part.text(depth + 1) for part in self.parts)])

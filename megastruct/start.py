@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megastruct.config import Config, load_config
+from megastruct.config.load import places_in_errors
+from megastruct.config.reference import PrintKeys
 from megastruct.console import lasting_command
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.launch.deepspeed import LaunchOptions, deepspeed_command
@@ -49,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         finished = run.finished_steps()
         if finished < total:
             options, world_size, here = _launch_options(config, args)
-            preflight(config, world_size, here)
+            with places_in_errors(args.config, args.overrides):
+                preflight(config, world_size, here)
             finished = run.finished_steps()  # the mirror may have had more
         if finished >= total:
             if not args.node_rank:
@@ -79,6 +82,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=prog, description="Train a model with the deepspeed launcher.")
     parser.add_argument("config", help="YAML file, for example configs/run/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--keys", nargs="?", action=PrintKeys, metavar="SECTION", help="print the keys of configs")
     parser.add_argument(
         "--num-gpus",
         type=int,

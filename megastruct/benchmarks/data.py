@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megastruct.config.schema import DataConfig
+from megastruct.config.data import DataConfig
 from megastruct.data import Tokenizer, open_data, open_tokenizer
 from megastruct.data.options import DataOptions
 from megastruct.data.preparation.prepare import prepare

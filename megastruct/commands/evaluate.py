@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     process = current_process()
     with user_errors_exit(print_message=process.local_rank == 0):  # the same on all ranks of a node
         _check(args)
-        tasks = Tasks(args.tasks.split(","), args.include_path) if args.tasks else None
+        tasks = Tasks(args.tasks.split(","), args.include_path) if args.tasks is not None else None
     with user_errors_exit(rank=process.rank):
         text = _measure(args, _join(process, args.device), tasks)
         if process.world_size > 1:
@@ -116,6 +116,14 @@ def _check(args: argparse.Namespace) -> None:
         Problem(_option(name), f"{given[name]} is less than {least}", f"{_option(name)} {least} or more")
         for name, least in numbers
         if given[name] is not None and given[name] < least
+    ]
+    problems += [
+        Problem(option, "an empty name", suggestion)
+        for option, words, suggestion in (
+            ("--tasks", None if args.tasks is None else args.tasks.split(","), "--tasks lambada_openai,piqa"),
+            ("--data", args.data, "--data PATH"),
+        )
+        if words is not None and not all(map(str.strip, words))
     ]
     unused = ("data", "split", "text_column", "max_tokens") if args.tasks else ("include_path", "num_fewshot", "limit")
     because = "is not used with --tasks" if args.tasks else "is used with --tasks only"

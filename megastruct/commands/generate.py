@@ -6,7 +6,8 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 from typing import get_args
 
@@ -15,7 +16,7 @@ from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.inference.forms import Form
 from megastruct.inference.load import DTYPES, load
 from megastruct.inference.sampling import SAMPLING_FIELDS, Sampling, option
-from megastruct.inference.text import Text, TextGenerator
+from megastruct.inference.text import Text, TextGenerator, refuse_stops
 from megastruct.paths import option_path
 
 DEFAULT_PROMPT = "The "
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         # Compiling takes longer than making a few texts does.
         generator = TextGenerator(loaded, compiled=None if args.compile else False)
+        refuse_stops(args.stop, args.stop_id, loaded.config.model.vocab_size)
         if args.interactive:
             return _interact(generator, args, sampling)
         show = _Printer(prompts, args.json)
@@ -61,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=defaults.top_p, help="only the likeliest of this share (default: %(default)s)")
     add("--min-p", type=float, default=defaults.min_p, help="least share of the likeliest's (default: %(default)s)")
     add("--repetition-penalty", type=float, default=defaults.repetition_penalty, help="default: %(default)s")
-    add("--seed", type=int, default=defaults.seed, help="seed of the sampling (default: %(default)s)")
+    add("--seed", type=int, default=defaults.seed, help="+1 for each interactive prompt (default: %(default)s)")
     add("--stop", action="append", default=[], help="a string that ends the text, may be repeated")
     add("--stop-id", type=int, action="append", default=[], help="a token id that ends the text, may be repeated")
     add("--batch-size", type=int, default=16, help="prompts that are continued together (default: %(default)s)")
@@ -102,7 +104,7 @@ class _Printer:
 
 
 def _interact(generator: TextGenerator, args: argparse.Namespace, sampling: Sampling) -> None:
-    while True:
+    for turn in count():
         try:
             prompt = input("> " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
@@ -110,9 +112,8 @@ def _interact(generator: TextGenerator, args: argparse.Namespace, sampling: Samp
             return
         show = _Printer([prompt], args.json)
         try:
-            show.finish(
-                generator([prompt], args.max_new_tokens, sampling, args.stop, args.stop_id, on_text=show.stream)
-            )
+            drawn = replace(sampling, seed=sampling.seed + turn)  # the same prompt again is continued in another way
+            show.finish(generator([prompt], args.max_new_tokens, drawn, args.stop, args.stop_id, on_text=show.stream))
         except UserError as error:  # of this prompt; the next one may do
             print(f"error: {error}", file=sys.stderr)
 

@@ -8,15 +8,43 @@ from collections.abc import Callable, Iterator, Mapping
 from math import lcm
 
 from megastruct.config.batch_sizes import BatchRamp
-from megastruct.config.schema import Config, FFNConfig, TextChoice
+from megastruct.config.data import TextChoice
+from megastruct.config.schema import Config, FFNConfig
 from megastruct.config.training_checks import TRAINING_CHECKS
 from megastruct.errors import Problem
 from megastruct.optimizers import ADAMW, OPTIMIZERS, nearest_optimizer
-from megastruct.parallel.sizes import multiple_problems, nearest_divisor, nearest_multiple, vocabulary_problems
+from megastruct.parallel.sizes import (
+    divisors,
+    multiple_problems,
+    nearest_divisor,
+    nearest_multiple,
+    vocabulary_problems,
+)
 from megastruct.structures import STRUCTURES, known_sizes, nearest_name
 from megastruct.structures.numbers import Widths
 
 Check = Callable[[Config], Iterator[Problem]]
+
+MAX_PARAMETERS = 10**15  # with 16 bytes each for weights and optimizer, more than the largest cluster's memory
+MAX_ACTIVATIONS = 10**13  # of a micro-batch, in one tensor on one rank: 20 TB in bf16
+
+
+def check_memory(config: Config) -> Iterator[Problem]:
+    """Sizes that some machine can hold: at least the embedding, the attention and one tensor of activations."""
+    model, training = config.model, config.training
+    kv_width = model.kv_heads * model.attention_head_dim
+    attention = 2 * model.hidden_size * (model.attention_width + kv_width)
+    ffn = model.hidden_size * model.ffn_hidden_size if config.ffn.is_dense else 0
+    parameters = model.vocab_size * model.hidden_size + model.num_layers * (attention + ffn)
+    if parameters > MAX_PARAMETERS:
+        found = f"about {parameters:.0e} parameters, more than any machine can hold"
+        yield Problem("model.hidden_size, model.num_layers, model.vocab_size", found, "sizes as in configs/model/")
+    widest = max(model.hidden_size, model.attention_width)
+    values = training.micro_batch_size * training.seq_length * widest // config.parallel.tp
+    if values > MAX_ACTIVATIONS:
+        found = f"{training.micro_batch_size} sequences of {training.seq_length} tokens with {widest} features"
+        fix = "training.micro_batch_size=1, or a shorter training.seq_length"
+        yield Problem("training.micro_batch_size", f"{found} are more than any device can hold", fix)
 
 
 def check_attention(config: Config) -> Iterator[Problem]:
@@ -49,7 +77,8 @@ def fitting_heads(config: Config) -> int | None:
     step = lcm(tp, model.num_key_value_heads or 1)
     if model.head_dim:
         return nearest_multiple(model.num_attention_heads, step)
-    fitting = [heads for heads in range(step, model.hidden_size // 2 + 1, step) if model.hidden_size % (2 * heads) == 0]
+    most = model.hidden_size // 2  # a head has two features at least
+    fitting = [heads for heads in divisors(most) if heads % step == 0] if model.hidden_size % 2 == 0 else []
     return min(fitting, key=lambda heads: abs(heads - model.num_attention_heads), default=None)
 
 
@@ -64,12 +93,14 @@ def check_ffn(config: Config) -> Iterator[Problem]:
     if ffn.structure not in STRUCTURES:
         found = f"{ffn.structure!r} is not one of {', '.join(map(repr, STRUCTURES))}"
         yield Problem("ffn.structure", found, f"ffn.structure={nearest_name(ffn.structure)}")
-        return
-    numbers = STRUCTURES[ffn.structure].numbers
-    foreign = {key: value for key, value in ffn.sizes.items() if key not in numbers.sizes}
+    sizes = STRUCTURES[ffn.structure].numbers.sizes if ffn.structure in STRUCTURES else known_sizes()
+    foreign = {key: value for key, value in ffn.sizes.items() if key not in sizes}
     owners = {key: [name for name, other in STRUCTURES.items() if key in other.numbers.sizes] for key in foreign}
     known = [*FFNConfig.model_fields, *known_sizes()]
     yield from _foreign_keys("ffn", "structure", ffn.structure, foreign, owners, known)
+    if ffn.structure not in STRUCTURES:
+        return
+    numbers = STRUCTURES[ffn.structure].numbers
     given = {key: value for key, value in ffn.sizes.items() if key in numbers.sizes}
     problems = list(numbers.size_problems(widths, given))
     yield from problems
@@ -186,17 +217,19 @@ def check_tensor_parallel(config: Config) -> Iterator[Problem]:
 
 def check_optimizer(config: Config) -> Iterator[Problem]:
     """A known optimizer, its keys and no others, and values within their bounds."""
-    optimizer = config.optimizer
-    if optimizer.kind not in OPTIMIZERS:
+    optimizer, chosen = config.optimizer, OPTIMIZERS.get(config.optimizer.kind)
+    if chosen is None:
         found = f"{optimizer.kind!r} is none of {', '.join(map(repr, OPTIMIZERS))}"
         yield Problem("optimizer.kind", found, f"optimizer.kind={nearest_optimizer(optimizer.kind)}")
-        return
-    chosen = OPTIMIZERS[optimizer.kind]
-    yield from chosen.problems("optimizer.", optimizer.settings)
     owners = {key: [name for name, other in OPTIMIZERS.items() if key in other.keys] for key in optimizer.settings}
-    foreign = {key: value for key, value in optimizer.settings.items() if key not in chosen.keys}
-    known = [*type(optimizer).model_fields, *chosen.keys]
-    yield from _foreign_keys("optimizer", "kind", optimizer.kind, foreign, owners, known)
+    keys = chosen.keys if chosen else {key: None for key, names in owners.items() if names}
+    foreign = {key: value for key, value in optimizer.settings.items() if key not in keys}
+    yield from _foreign_keys(
+        "optimizer", "kind", optimizer.kind, foreign, owners, [*type(optimizer).model_fields, *keys]
+    )
+    if chosen is None:
+        return
+    yield from chosen.problems("optimizer.", optimizer.settings)
     width = config.model.base_width
     if width and chosen.learning_rate_scale(width, width) is None:
         found = f"{width}, but how learning rates of {chosen.name} depend on widths is not known"
@@ -215,7 +248,8 @@ def _foreign_keys(
     for key, value in foreign.items():
         where = f"{section}.{key}"
         if others := owners.get(key):
-            suggestion = f"{section}.{choice}={' or '.join(others)}, or no {where} ({where}=null)"
+            choices = [f"{section}.{choice}={other}" for other in others]
+            suggestion = ", or ".join([*choices, f"no {where} ({where}=null)"])
             yield Problem(where, f"{value}, but {section}.{choice} is {chosen}", suggestion)
         else:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -271,4 +305,4 @@ CHECKS: tuple[Check, ...] = (
 
 def cross_field_problems(config: Config) -> list[Problem]:
     """All problems between keys of a config whose keys are valid one by one."""
-    return [problem for check in CHECKS for problem in check(config)]
+    return list(check_memory(config)) or [problem for check in CHECKS for problem in check(config)]

@@ -17,8 +17,13 @@ def _path(text: str) -> str:
         raise PydanticCustomError("path", str(error).replace("{", "{{")) from None
 
 
-Size = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+MAX_INTEGER = 10**18  # what follows from such numbers stays within the range of a float
+MAX_TENSOR_SIZE = 2**24  # 16.8 million: more than the largest width, vocabulary, sequence or batch in use
+MAX_SECONDS = 1e9  # 31 years; timers of the operating system take no more than a few hundred
+
+Size = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
+Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+TensorSize = Annotated[int, Field(ge=1, le=MAX_TENSOR_SIZE)]  # a dimension of tensors in memory
 PathText = Annotated[str, AfterValidator(_path)]  # a path, or the name or pattern of data; never read here
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megastruct.config.schema import Config, DataConfig, DataSource
+from megastruct.config.data import DataConfig, DataSource
+from megastruct.config.schema import Config
 from megastruct.data.mixture import Mixture
 from megastruct.data.sources.check import TEXT_COLUMNS
 from megastruct.data.sources.choice import Choice

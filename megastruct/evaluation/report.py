@@ -7,8 +7,8 @@ import math
 from typing import Any
 
 from megastruct.evaluation.loss import Score, sum_of
+from megastruct.evaluation.sources import OVERALL
 
-OVERALL = "overall"
 HEADER = ("source", "tokens", "loss", "perplexity", "bits per byte")
 
 

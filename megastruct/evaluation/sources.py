@@ -6,6 +6,7 @@ Every document ends with the end-of-document token, so text and the token shards
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megastruct.checkpoint.agreement import rank_in
 from megastruct.data.cache import FOLDER_NAME
 from megastruct.data.kept import tokenised
 from megastruct.data.mixture import source_names
@@ -36,6 +38,7 @@ from megastruct.inference.load import Loaded
 from megastruct.paths import expanded_at
 from megastruct.run.run_folder import read_description
 
+OVERALL = "overall"  # the name under which reports give all sources together
 Split = Literal["train", "validation", "all"]
 
 
@@ -105,6 +108,9 @@ class Sources:
             for name in dict.fromkeys(names)
             if names.count(name) > 1
         )
+        if OVERALL in names:
+            taken = f"a source has the name {OVERALL}, which is that of all sources together"
+            problems.append(Problem("--data", taken, "give it another name: NAME=PATH"))
         found = [
             problems.collect(partial(self._open, name, path)) for name, (_, path) in zip(names, named, strict=True)
         ]
@@ -179,23 +185,28 @@ class Sources:
         patience_seconds = self._config.data.patience_seconds
         shards = Place(path, "--data", text_columns=columns).find(patience_seconds).shards
         check_shards(shards, patience_seconds)
-        return Source(name, path, partial(self._text_chunks, shards), self._selection.max_tokens)
+        return Source(name, path, partial(self._text_chunks, path, shards), self._selection.max_tokens)
 
     def _trained_on(self, index: int, name: str, path: str) -> Source:
         """All of the text of a source of the run, or what is not held out of it."""
         corpus = open_corpus(self._options(), index)
         shards = [*corpus.shards, *(corpus.held_out_shards if self._selection.split == "all" else ())]
-        return Source(name, path, partial(self._text_chunks, shards), self._selection.max_tokens)
+        return Source(name, path, partial(self._text_chunks, path, shards), self._selection.max_tokens)
 
-    def _text_chunks(self, shards: Sequence[TextShard]) -> Iterator[np.ndarray]:
+    def _text_chunks(self, path: str, shards: Sequence[TextShard]) -> Iterator[np.ndarray]:
         split, patience_seconds = self._selection.split or "all", self._config.data.patience_seconds
         is_wanted = lambda document: (  # noqa: E731
             split == "all" or is_validation(document.content, self._fraction) == (split == "validation")
         )
+        num_skipped = 0
         for shard in shards:
             for documents in read_patiently(shard, shard.text_column, patience_seconds=patience_seconds):
-                for _, tokens in tokenised(self._tokenizer, documents, is_wanted)[0]:
+                kept, reasons = tokenised(self._tokenizer, documents, is_wanted)
+                num_skipped += sum(reason is not None for reason in reasons)
+                for _, tokens in kept:
                     yield tokens.astype(np.int64)
+        if num_skipped and rank_in() == 0:
+            print(f"{path}: {num_skipped:,} documents without text were left out", file=sys.stderr)
 
     def _options(self) -> DataOptions:
         return DataOptions.of(self._config, self._run / FOLDER_NAME, self._commits, self._column)

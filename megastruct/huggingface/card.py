@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megastruct.config.schema import Config
-from megastruct.planning.cost import ffn_parameters, mean_guide_share, total_parameters, training_flops_per_token
+from megastruct.errors import UserError
+from megastruct.metrics.records import FLOPS, read_runs
+from megastruct.planning.cost import ffn_parameters, total_parameters
 from megastruct.planning.steps import guided_steps, total_steps
+from megastruct.run.origin import origin
+from megastruct.run.run_folder import ENVIRONMENT_FILE, read_description, read_record
 
 _COUNTS = {"num_train_tokens": "training tokens", "num_shards": "shards", "num_bytes": "bytes"}
 
@@ -19,8 +22,7 @@ def model_card(run: Path, step: int, config: Config, form: str, architecture: st
 
     `form`: merged or structured. `version`: of megastruct. What the run folder does not contain is left out.
     """
-    environment = _read_json(run / "environment.json")
-    results = _last_results(run / "metrics.jsonl", step)
+    environment, results = read_record(run / ENVIRONMENT_FILE), _last_results(run, step)
     facts = {
         "class": f"`{architecture}`" + ("" if form == "merged" else " (in this folder, `trust_remote_code=True`)"),
         "weights": f"{dtype}, from float32 master weights",
@@ -29,9 +31,13 @@ def model_card(run: Path, step: int, config: Config, form: str, architecture: st
         "tokens": f"{config.training.tokens(step):,}",
         **({"training loss": f"{results['loss']:.4f}"} if "loss" in results else {}),
         **({"validation loss": f"{results['validation_loss']:.4f}"} if "validation_loss" in results else {}),
-        "training FLOPs": f"{training_flops(config, step):.3e} (matrix products, forward and backward)",
+        **(
+            {"training FLOPs": f"{results[FLOPS]:.3e} (matrix products, forward and backward)"}
+            if FLOPS in results
+            else {}
+        ),
         "context": f"{config.training.seq_length:,} tokens",
-        **_data_facts(_read_json(run / "data.json"), config),
+        **_data_facts(read_description(run), config),
         **({"trained with": _trained_with(environment)} if environment else {}),
         "exported with": f"megastruct {version}",
     }
@@ -45,8 +51,8 @@ tags: [megastruct, {config.ffn.structure}]
 
 # {config.run.name}
 
-A language model trained from scratch with megastruct, exported in its {form} form.
-
+A language model trained {_beginning(run)} with megastruct, exported in its {form} form.
+{_guided_note(config, step)}
 | | |
 |---|---|
 {rows}
@@ -64,12 +70,23 @@ print(tokenizer.decode(ids[0]))
 """
 
 
-def training_flops(config: Config, step: int) -> float:
-    """FLOPs of the first `step` steps; guides count for the mean share of tokens that they see."""
-    guided = min(step, guided_steps(config))
-    per_token = (training_flops_per_token(config, mean_guide_share(config)), training_flops_per_token(config))
-    tokens = config.training.tokens(guided)
-    return tokens * per_token[0] + (config.training.tokens(step) - tokens) * per_token[1]
+def _beginning(run: Path) -> str:
+    began = origin(run)
+    if began is None:
+        return "from scratch"
+    if began.get("kind") == "run":
+        return f"from step {began.get('step'):,} of the run `{Path(str(began.get('folder'))).name}`"
+    return f"from the weights of `{began.get('folder')}`"
+
+
+def _guided_note(config: Config, step: int) -> str:
+    guided = guided_steps(config)
+    if step >= guided:
+        return ""
+    return (
+        f"\nThe checkpoint is from inside the guided phase (step {step:,} of {guided:,}): while it was trained, dense "
+        "guides, which are not in this folder, produced part of the output. The losses below include them.\n"
+    )
 
 
 def _model_facts(config: Config, form: str) -> dict[str, str]:
@@ -114,26 +131,15 @@ def _documents_note(config: Config) -> str:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _last_results(run: Path, step: int) -> dict[str, float]:
+    """The newest value of each metric up to `step`, and the training FLOPs."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _last_results(path: Path, step: int) -> dict[str, float]:
-    """The newest value of each metric up to `step`."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
+        [records] = read_runs([str(run)])
+    except UserError:  # there are none
         return {}
     found: dict[str, float] = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:  # the line that was being written when the run was killed
-            continue
+    for record in records.records:
         if record.get("step", step + 1) <= step:
             found |= {key: value for key, value in record.items() if isinstance(value, int | float)}
-    return found
+    flops = records.value({**found, "step": step}, FLOPS)
+    return found | ({} if flops is None else {FLOPS: flops})

@@ -7,8 +7,7 @@ This file is part of exported models and needs torch and transformers only. Stru
     blockdense     y = U V_b x              V_b block-diagonal, v [B, R/B, N/B], U [M, R]
     blockshuffle   y = f^-1 U_b f V_b x     both block-diagonal, v [B, K/B, N/B], u [B, M/B, K/B], K = min(N, M)
 
-Source: arXiv 2406.16450. Comments give shapes in these letters: b batch, s tokens, t tokens with those in the cache,
-d hidden size, dh head_dim.
+Source: arXiv 2406.16450. Letters: b batch, s tokens, t tokens with those in the cache, d hidden size, dh head_dim.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
@@ -170,7 +170,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """x + attention(norm x), then x + mlp(norm x)."""
 
     def __init__(self, config: MegastructConfig, index: int) -> None:
@@ -190,6 +190,7 @@ class MegastructForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = MegastructConfig
     _no_split_modules = ["Block"]  # noqa: RUF012
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: MegastructConfig) -> None:
         super().__init__(config)
@@ -212,17 +213,28 @@ class MegastructForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,  # the name of `cache` in older versions of transformers
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         **_: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits [b, s, vocab_size] of input_ids [b, s], of which only the last `logits_to_keep` if that is not 0,
         or those at its positions. The loss is the mean over labels, or their sum divided by `num_items_in_batch`:
         transformers' Trainer passes it the labels of all accumulated batches, and expects it to be used.
 
         `attention_mask` [b, t]: 0 for padding, including the tokens in the cache. `position_ids` [b, s]: where they
         start again, so does a document, and attention does not cross its border (without cache and padding only).
+        `output_hidden_states`: also the input of each block and of the head, [b, s, d] each. `return_dict` False: a
+        tuple. Raises ValueError for a cache of fixed size, and if attention weights are asked for.
         """
+        if output_attentions:
+            raise ValueError("this model does not return attention weights; leave output_attentions out")
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds  # [b, s, d]
         cache = past_key_values if cache is None else cache
+        if getattr(cache, "is_compileable", False):
+            raise ValueError("this model needs a cache that grows; leave cache_implementation out")
+        if self.training and self.blocks[0].gradient_checkpointing:
+            cache, use_cache = None, False  # a block that is computed again would add its keys again
         if cache is None and use_cache:
             cache = DynamicCache()
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -230,21 +242,24 @@ class MegastructForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
+        keeps = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states: Any = ()
         for block in self.blocks:
+            states += (x,) if keeps else ()
             x = block(x, rotary, mask, cache)
+        x = self.final_norm(x)
+        states = (*states, x) if keeps else None
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             x = x[:, logits_to_keep] if isinstance(logits_to_keep, Tensor) else x[:, -logits_to_keep:]
-        x = self.final_norm(x)
         x = x if self.config.logit_scale == 1.0 else x * self.config.logit_scale
         logits = F.linear(x, self.embedding.weight if self.head is None else self.head.weight)
         loss = None
         if labels is not None:
             predicted, wanted = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-            if num_items_in_batch is None:
-                loss = F.cross_entropy(predicted, wanted)
-            else:
-                loss = F.cross_entropy(predicted, wanted, reduction="sum") / num_items_in_batch
-        return CausalLMOutputWithPast(loss, logits, cache)
+            loss = F.cross_entropy(predicted, wanted, reduction="mean" if num_items_in_batch is None else "sum")
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
+        output, as_dict = CausalLMOutputWithPast(loss, logits, cache, states), self.config.return_dict
+        return output if (as_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""

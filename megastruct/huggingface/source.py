@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,7 +92,11 @@ def open_source(folder: Path) -> Source:
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type not in CLASSES:
         found = f"model_type is {model_type!r}, but only {', '.join(CLASSES)} can be imported"
-        raise UserError(Problem(f"{folder}/config.json", found))
+        close = difflib.get_close_matches(str(model_type), CLASSES, n=1, cutoff=0.0)
+        raise UserError(Problem(f"{folder}/config.json", found, f"a model of another type, such as {close[0]}"))
+    if values.get("quantization_config"):
+        found = f"quantization_config is {str(values['quantization_config'])[:80]}: the weights are quantised"
+        raise UserError(Problem(f"{folder}/config.json", found, "the folder of the model before it was quantised"))
     try:
         from transformers import AutoConfig
     except ModuleNotFoundError:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from megastruct.checkpoint.reading import SafeFileSystemReader
 from megastruct.checkpoint.store import load_state, load_tensors, step_of
 from megastruct.config.load import load_config
 from megastruct.config.schema import Config
@@ -17,6 +18,8 @@ from megastruct.data.tokenizers.options import OPTIONS_FILE, options_beside
 from megastruct.errors import Problem, UserError
 from megastruct.inference.forms import Form, use_form
 from megastruct.models.gpt import GPT
+from megastruct.models.guidance import is_guide
+from megastruct.optimizers import MASTER
 from megastruct.planning.steps import guided_steps
 from megastruct.run.find import find_checkpoint
 from megastruct.run.run_folder import CONFIG_FILE, read_description
@@ -43,7 +46,7 @@ class Loaded(NamedTuple):
 def load(
     path: str | os.PathLike[str],
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     *,
     form: Form = "structured",
     tokenizer: str | os.PathLike[str] | None = None,
@@ -58,14 +61,15 @@ def load(
     Args:
         path: a run folder, such as `runs/quickstart`, or `RUN/checkpoints/NAME`.
         device: where the model goes; None: the GPU if there is one.
-        dtype: of the weights.
+        dtype: of the weights; also by its name, such as "bfloat16".
         form: how structured linears are computed, see `forms.use_form`.
         tokenizer: a tokenizer file instead of the run's own.
         allow_guided: load a checkpoint from inside the guided phase.
 
     Raises:
         UserError: there is no run or intact checkpoint, the checkpoint is from inside the guided phase and
-            `allow_guided` is false, the tokenizer is not the run's, or there is no such device.
+            `allow_guided` is false, it has weights that the config's model lacks, the tokenizer is not the run's, or
+            there is no such device or dtype.
     """
     run, checkpoint = find_checkpoint(path)
     config = load_config(run / CONFIG_FILE)
@@ -94,7 +98,7 @@ def _open_tokenizer(run: Path, given: str | os.PathLike[str] | None, config: Con
 def load_model(
     path: str | os.PathLike[str],
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     *,
     form: Form = "structured",
     allow_guided: bool = False,
@@ -109,11 +113,11 @@ def _read(
     checkpoint: Path,
     config: Config,
     device: str | torch.device | None,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     form: Form,
     allow_guided: bool,
 ) -> GPT:
-    target = available_device(device)
+    target, kind = available_device(device), _dtype(dtype)
     step = int(load_state(checkpoint)["step"])
     if step < guided_steps(config) and not allow_guided:
         raise UserError(
@@ -125,10 +129,28 @@ def _read(
             )
         )
     model = GPT(config, init=False)
-    load_tensors(checkpoint, {f"master.{name}": parameter.detach() for name, parameter in model.named_parameters()})
+    tensors = {f"{MASTER}.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    load_tensors(checkpoint, tensors)
+    _refuse_other_weights(checkpoint, set(tensors))
     # Merged on the device, which is fast, and from the fp32 weights, which is exact.
-    use_form(model.to(target).eval().requires_grad_(False), form, dtype)
-    return model.to(dtype)
+    use_form(model.to(target).eval().requires_grad_(False), form, kind)
+    return model.to(kind)
+
+
+def _refuse_other_weights(checkpoint: Path, wanted: set[str]) -> None:
+    """Raises UserError if the checkpoint has weights that the model lacks, other than guides."""
+    stored = SafeFileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    other = sorted(name for name in stored if name.startswith(f"{MASTER}.") and not {name} & wanted)
+    if other := [name for name in other if not is_guide(name)]:
+        found = f"has {len(other)} weights that the model of {CONFIG_FILE} lacks, such as {other[0]}"
+        raise UserError(Problem(str(checkpoint), found, f"the {CONFIG_FILE} with which the run was trained"))
+
+
+def _dtype(wanted: torch.dtype | str) -> torch.dtype:
+    dtype = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(Problem("--dtype", f"{wanted!r} is no dtype of weights", f"one of {', '.join(DTYPES)}"))
+    return dtype
 
 
 def available_device(wanted: str | torch.device | None) -> torch.device:
@@ -137,8 +159,10 @@ def available_device(wanted: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
+        if device.type == "meta":
+            raise RuntimeError("its tensors have no values")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(Problem("--device", f"{wanted} cannot be used: {reason}", "--device cpu")) from None
     return device

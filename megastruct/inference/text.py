@@ -43,12 +43,15 @@ class TextGenerator:
     ) -> list[Text]:
         """Continue each of `prompts`. `on_text(prompt's index, new text)` is called as soon as text is certain.
 
-        An empty prompt starts a new document. Raises UserError for prompts that do not fit the context, and for numbers
-        below 1.
+        An empty prompt starts a new document. Raises UserError for prompts that are no strings or do not fit the
+        context, for numbers below 1, and for stop strings or ids that cannot occur.
         """
         _refuse_numbers(max_new_tokens=max_new_tokens, batch_size=batch_size)
         if isinstance(prompts, str):  # which is a sequence of strings, too: its characters
             prompts = [prompts]
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise UserError(Problem("--prompt", "not a list of strings", "continue_ids, which takes token ids"))
+        refuse_stops(stop, stop_ids, self.loaded.config.model.vocab_size)
         tokenizer = self.loaded.tokenizer
         ids = [begun(tokenizer, found.tolist()) for found in tokenizer.encode(list(prompts))]
         _refuse_long(prompts, ids, self.loaded.config.training.seq_length)
@@ -70,9 +73,14 @@ class TextGenerator:
     ) -> list[tuple[str, Continuation]]:
         """(text, tokens and reason) of what follows each prompt, given as at least one token id.
 
-        Raises ValueError for a prompt that leaves no room for a token in the context.
+        Raises ValueError for a prompt that leaves no room for a token in the context, UserError for ids that are not
+        one list for each prompt, and for stop strings or ids that cannot occur.
         """
         tokenizer, config = self.loaded.tokenizer, self.loaded.config
+        ids = [own.tolist() if hasattr(own, "tolist") else own for own in ids]
+        if not all(isinstance(own, Sequence) and not isinstance(own, str) for own in ids):
+            raise UserError(Problem("ids", "not a list of ids for each prompt", "[ids] for a single prompt"))
+        refuse_stops(stop, stop_ids, config.model.vocab_size)
         streams = [TextStream(tokenizer, own, stop) for own in ids]
 
         def accept(prompt: int, token: int) -> bool:
@@ -145,6 +153,18 @@ def _refuse_numbers(**numbers: int) -> None:
         Problem(option(name), f"{value} is less than 1", f"{option(name)} 16")
         for name, value in numbers.items()
         if value < 1
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def refuse_stops(stop: Sequence[str], stop_ids: Sequence[int], vocab_size: int) -> None:
+    """Raises UserError for empty stop strings and ids that are not in the vocabulary."""
+    problems = [Problem("--stop", "an empty string, which would end every text", "leave it out")] * ("" in stop)
+    problems += [
+        Problem("--stop-id", f"{token} is not an id of the vocabulary", f"--stop-id from 0 to {vocab_size - 1}")
+        for token in stop_ids
+        if not 0 <= token < vocab_size
     ]
     if problems:
         raise UserError(problems)

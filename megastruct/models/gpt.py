@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megastruct.config.activations import ACTIVATIONS
 from megastruct.config.schema import Config, ModelConfig
+from megastruct.errors import Problem, UserError
 from megastruct.layers.norm import LayerNorm, RMSNorm
 from megastruct.layers.vocabulary import VocabParallelEmbedding, VocabParallelHead
 from megastruct.models.attention import Attention
@@ -86,7 +87,11 @@ class GPT(nn.Module):
         eod_id: int | None = None,
         init: bool = True,
     ) -> None:
+        """Raises UserError if `config` is no Config."""
         super().__init__()
+        if not isinstance(config, Config):
+            found = f"{type(config).__name__} instead of a Config"
+            raise UserError(Problem("config", found, "megastruct.load_config(PATH)"))
         layers = named_layers(config, tp, guided=guidance is not None)
         self.guidance, self.eod_id, self.head_dim = guidance, eod_id, config.model.attention_head_dim
         self.layer_names = [layer.name for layer in layers]

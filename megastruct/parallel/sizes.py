@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isqrt
 
 from megastruct.errors import Problem
 
@@ -16,8 +17,13 @@ def nearest_multiple(value: int, divisor: int) -> int:
 
 def nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of `number` nearest to `wanted`; of two equally near, the smaller."""
-    divisors = [k for k in range(1, number + 1) if number % k == 0]
-    return min(divisors, key=lambda k: (abs(k - wanted), k))
+    return min(divisors(number), key=lambda k: (abs(k - wanted), k))
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, in ascending order."""
+    small = [divisor for divisor in range(1, isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
 
 
 def words_per_rank(vocab_size: int, tp_size: int) -> int:

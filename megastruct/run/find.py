@@ -13,7 +13,12 @@ from megastruct.run.run_folder import CHECKPOINTS, CONFIG_FILE
 
 
 def run_of(path: str | os.PathLike[str]) -> Path:
-    """The run folder of a run folder or of a checkpoint folder in one; any other path as it is, absolute."""
+    """The run folder of a run folder or of a checkpoint folder in one; any other path as it is, absolute.
+
+    Raises UserError if it is no path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(Problem("path", f"{path!r} is no path", "the folder of a run, for example runs/quickstart"))
     path = Path(path).absolute()
     run = path.parent.parent
     return run if is_checkpoint(path) and (run / CONFIG_FILE).exists() else path

@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megastruct.files import write_atomically
+from megastruct.run.run_folder import read_record
 
 ORIGIN_FILE = "origin.json"
 
 
 def origin(run: Path) -> dict[str, Any] | None:
     """What the run began with; None if it began with random weights, or if that is not known."""
-    try:
-        values = json.loads((run / ORIGIN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values if isinstance(values, dict) else None
+    return read_record(run / ORIGIN_FILE) or None
 
 
 def write_origin(run: Path, values: dict[str, Any]) -> None:

@@ -32,10 +32,16 @@ LOCK_FILE = ".lock"
 
 def read_description(run: Path) -> dict[str, Any]:
     """What the record of the run in the folder `run` says of its data; empty if there is no record."""
+    return read_record(run / DATA_FILE)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a run folder; empty if there is none that can be read."""
     try:
-        return json.loads((run / DATA_FILE).read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return values if isinstance(values, dict) else {}
 
 
 class RunFolder:
@@ -102,7 +108,10 @@ class RunFolder:
         """The description of the data from when the run was started; empty if it was not started yet."""
         path = self.path / DATA_FILE
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            described = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(described, dict):
+                raise ValueError("it is not a JSON object")
+            return described
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except OSError as error:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from math import gcd, lcm
 
 from megastruct.errors import Problem
-from megastruct.parallel.sizes import multiple_problems, nearest_multiple
+from megastruct.parallel.sizes import divisors, multiple_problems, nearest_multiple
 from megastruct.structures.numbers import Sizes, Widths
 
 TILE = 128  # features; the width of a tile of a GPU's matrix product
@@ -80,11 +80,7 @@ def blocks_divide(nblocks: int, tp_size: int) -> bool:
 
 def nearest_nblocks(nblocks: int, tp_size: int, divided: list[int]) -> int:
     """The number of blocks nearest to `nblocks` that divides all of `divided` and fits `tp_size`; 1 always does."""
-    fitting = [
-        blocks
-        for blocks in range(1, min(divided) + 1)
-        if blocks_divide(blocks, tp_size) and not any(size % blocks for size in divided)
-    ]
+    fitting = [blocks for blocks in divisors(gcd(*divided)) if blocks_divide(blocks, tp_size)]
     return min(fitting, key=lambda blocks: (abs(blocks - nblocks), blocks))
 
 
@@ -100,11 +96,6 @@ def nearest_rank(widths: Widths, share: float, share_of: Callable[[int], float],
         if rank <= widths.full_rank and abs(rank / exact - 1) <= 0.05:
             break
     return min(rank, widths.full_rank)
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors of a positive number, in ascending order."""
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def rank_tile_warnings(widths: Widths, given: Sizes) -> Iterator[str]:

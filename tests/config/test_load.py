@@ -156,7 +156,7 @@ def test_sizes_and_structures_that_there_are_not() -> None:
     found = problems(QUICKSTART, "ffn.structure=lowrnk", "ffn.rnak=32", "model.hiden_size=4")
     assert "try: ffn.structure=lowrank" in found["ffn.structure"]
     found = problems(QUICKSTART, "ffn.rnak=32", "ffn.rank=null")
-    assert found["ffn.rnak"] == "ffn.rnak: unknown key\n    try: ffn.rank" and "ffn.rank=32" in found["ffn.rank"]
+    assert found["ffn.rnak"].endswith("\n    try: ffn.rank") and "ffn.rank=32" in found["ffn.rank"]
     assert "greater than or equal to 1" in problems(QUICKSTART, "ffn.rank=0")["ffn.rank"]
 
 

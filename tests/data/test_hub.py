@@ -194,7 +194,7 @@ TRAIN = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from megastruct.config.schema import DataConfig
+from megastruct.config.data import DataConfig
 from megastruct.data import open_data
 from megastruct.data.options import DataOptions
 from megastruct.errors import user_errors_exit

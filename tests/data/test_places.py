@@ -17,7 +17,7 @@ import pytest
 
 from megastruct.commands import prepare as prepare_data
 from megastruct.commands import train_tokenizer
-from megastruct.config.schema import DataConfig
+from megastruct.config.data import DataConfig
 from megastruct.data import open_data
 from megastruct.data.options import DataOptions
 from megastruct.data.preparation.prepare import prepare

@@ -7,7 +7,7 @@ import pytest
 
 from megastruct.commands import prepare as prepare_data
 from megastruct.config.checks import check_data
-from megastruct.config.schema import DataConfig
+from megastruct.config.data import DataConfig
 from megastruct.data.cache import cached_json, key_of
 from megastruct.data.preparation.prepare import prepare
 from megastruct.data.sources.choice import Choice

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import sentencepiece
 
-from megastruct.config.schema import DataConfig
+from megastruct.config.data import DataConfig
 from megastruct.data import open_data
 from megastruct.data.options import DataOptions
 

@@ -130,7 +130,9 @@ def test_a_run_folder_of_another_config(config: Path, tmp_path: Path, capsys: An
     assert text.splitlines() == [
         f"error: {run} holds a run of another config",
         "  run.seed: 3, but the run was started with 1234",
+        "    at: the override run.seed=3",
         "  optimizer.learning_rate: 0.5, but the run was started with 0.01",
+        "    at: the override optimizer.learning_rate=0.5",
         "  a run folder holds one run",
         "    try: run.name=test-2 for a new run",
     ]

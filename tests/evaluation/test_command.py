@@ -48,7 +48,7 @@ def refused(capsys: pytest.CaptureFixture[str], alone: None) -> Any:
         with pytest.raises(SystemExit) as exit_:
             main(list(map(str, words)))
         error = capsys.readouterr().err
-        assert exit_.value.code == 2 and error.startswith("error: ") and error.count("error: ") == 1
+        assert exit_.value.code == 2 and error.count("error: ") == 1 and "Traceback" not in error
         return error
 
     return run
@@ -109,6 +109,19 @@ def test_options_that_do_not_fit(refused: Any, material: Material) -> None:
     assert "--data: is not used with --tasks" in refused(material.run(), "--tasks", "piqa", "--data", "x")
     assert "--include-path" in refused(material.run(), "--tasks", "piqa", "--include-path", "/nowhere")
     assert "--device cpu" in refused(material.run(), "--device", "qpu")
+    assert "--tasks: an empty name" in refused(material.run(), "--tasks", "")
+    assert "--data: an empty name" in refused(material.run(), "--data", "", "x")
+    assert "the name overall" in refused(material.run(), "--data", f"overall={material.text('web')}")
+
+
+def test_documents_that_are_left_out_are_counted(alone: None, material: Material, tmp_path: Path, capsys: Any) -> None:
+    path = write_jsonl(tmp_path / "some.jsonl", ["river stone", None, " ", "light"])
+    with path.open("a") as file:
+        file.write("{broken\n")
+    main([str(material.run()), "--data", str(path), "--json"])
+    printed = capsys.readouterr()
+    assert f"{path}: 3 documents without text were left out" in printed.err
+    assert list(json.loads(printed.out)["sources"]) == ["some"]
 
 
 def test_data_that_cannot_be_used(refused: Any, material: Material, tmp_path: Path) -> None:
@@ -116,7 +129,8 @@ def test_data_that_cannot_be_used(refused: Any, material: Material, tmp_path: Pa
     error = refused(run, "--data", tmp_path / "none", tmp_path / "no.jsonl", material.tokens("web"))
     assert f"--data: {tmp_path / 'none'} does not exist" in error and "no.jsonl does not exist" in error
     empty = write_jsonl(tmp_path / "empty.jsonl", [None, " "])
-    assert f"{empty}: has no tokens" in refused(run, "--data", empty)
+    error = refused(run, "--data", empty)
+    assert f"{empty}: 2 documents without text" in error and f"{empty}: has no tokens" in error
     (tmp_path / "nothing.jsonl").write_text("")
     assert "the file is empty (0 bytes)" in refused(run, "--data", tmp_path / "nothing.jsonl")
     assert "two sources have the name a" in refused(run, "--data", f"a={empty}", f"a={material.text('web')}")

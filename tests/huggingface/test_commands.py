@@ -103,7 +103,7 @@ def test_the_model_card_is_filled_from_the_run(run: Path, tmp_path: Path) -> Non
         "| trained with | torch 2.9, commit abc123 |",
     ):
         assert row in card.splitlines(), row
-    assert "also across documents" in card
+    assert "also across documents" in card and "trained from scratch" in card and "guided phase" not in card
 
 
 def test_an_output_that_is_not_empty_is_refused(run: Path, tmp_path: Path, capsys: Any) -> None:
@@ -131,6 +131,7 @@ def test_a_run_without_a_checkpoint_and_one_in_its_guided_phase_are_refused(toke
     assert not (tmp_path / "out").exists()
     export_command.main([str(run), str(tmp_path / "out"), "--allow-guided"])
     assert (tmp_path / "out/model.safetensors").exists()
+    assert "inside the guided phase (step 5 of 10)" in (tmp_path / "out/README.md").read_text()
     [file] = (run / "checkpoints/step_00000005").glob("*.distcp")
     file.write_bytes(file.read_bytes()[:-1])
     assert "damaged" in refused(capsys, run, tmp_path / "other")

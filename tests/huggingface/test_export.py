@@ -99,6 +99,36 @@ def test_the_structured_form_keeps_the_factors(structure: str, model: Any, trans
         assert theirs(ids, logits_to_keep=1).logits.shape == (2, 1, 330)
 
 
+def test_the_modelling_file_does_what_transformers_asks(transformers: Any, tokenizer: Path, ids: Any, tmp_path):
+    trained = drawn(tmp_path, tokenizer, exported_config("lowrank"))
+    export(trained, tmp_path / "out", "structured")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with torch.no_grad():
+        output = model(ids, output_hidden_states=True)
+    assert len(output.hidden_states) == trained.config.model.num_layers + 1
+    assert torch.equal(output.hidden_states[0], model.embedding(ids))
+    weight = model.embedding.weight if model.head is None else model.head.weight
+    assert error(output.hidden_states[-1] @ weight.detach().T, output.logits) < BOUND
+    loss, logits = model(ids, labels=ids, return_dict=False)[:2]
+    assert torch.equal(logits, output.logits) and loss.dim() == 0
+    with pytest.raises(ValueError, match="attention weights"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="cache that grows"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static")
+
+    def gradients() -> list[Any]:
+        model.zero_grad()
+        model.train()(ids, labels=ids, use_cache=True).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    plain, calls = gradients(), []
+    model.gradient_checkpointing_enable()
+    model.blocks[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    for ours, theirs in zip(gradients(), plain, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert len(calls) == 2  # in the forward, and again in the backward
+
+
 @pytest.mark.parametrize("form", ["merged", "structured"])
 def test_generate_continues_as_our_greedy_loop_does(form: Any, transformers: Any, tokenizer: Path, tmp_path):
     """Prompts of unequal length in one batch, padded on the left; words without a piece are never taken."""

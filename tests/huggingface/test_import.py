@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from exports import BOUND, STRUCTURES, drawn, error, exported_config, llama_tokenizer
 from megastruct.checkpoint.store import load_state, load_tensors
+from megastruct.commands import export as export_command
 from megastruct.commands import import_model
 from megastruct.config.load import dump_config
 from megastruct.config.schema import Config
@@ -177,6 +178,8 @@ def test_biases_and_another_tokenizer_are_refused(tokenizer: Path, tmp_path: Pat
     ("key", "value", "message"),
     [
         ("model_type", "gpt2", "model_type is 'gpt2'"),
+        ("model_type", "mistrall", "another type, such as mistral"),
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "the weights are quantised"),
         ("hidden_act", "gelu", "hidden_act is 'gelu'"),
         ("sliding_window", 16, "sliding_window is 16"),
         ("rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}, "rope_type is 'linear'"),
@@ -256,6 +259,8 @@ def test_the_command_writes_a_checkpoint_of_step_0(guided: str, tokenizer: Path,
     for name in guides:
         dense = source.model.get_submodule(name.removesuffix("_guide.weight")).weight
         assert torch.equal(expected[name], dense)
+    export_command.main([str(run), str(tmp_path / "again"), "--allow-guided"])
+    assert f"trained from the weights of `{tmp_path / 'out'}`" in (tmp_path / "again/README.md").read_text()
     model, _ = load_model(run, "cpu", allow_guided=True)
     assert torch.equal(model.get_submodule("blocks.0.mlp.fc1").u, expected["blocks.0.mlp.fc1.u"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import subprocess
@@ -232,6 +233,15 @@ def test_python_use_is_checked(tmp_path: Path) -> None:
     assert generator("river", 3, greedy) == generator(["river"], 3, greedy)
     with pytest.raises(megastruct.UserError, match=r"max-new-tokens: 0 is less than 1[^$]*batch-size: -1"):
         generator(["river"], max_new_tokens=0, batch_size=-1)
+    with pytest.raises(megastruct.UserError, match="--stop: an empty string"):
+        generator("river", stop=[""])
+    for ids in (-1, 330):
+        with pytest.raises(megastruct.UserError, match=f"--stop-id: {ids} is not an id of the vocabulary"):
+            generator("river", stop_ids=[ids])
+    with pytest.raises(megastruct.UserError, match="continue_ids, which takes token ids"):
+        generator([1, 2, 3])  # type: ignore[list-item]
+    with pytest.raises(megastruct.UserError, match=r"\[ids\] for a single prompt"):
+        generator.continue_ids([1, 2, 3], 3, greedy)  # type: ignore[list-item]
 
 
 def lines(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
@@ -262,6 +272,12 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     )  # fmt: skip
     assert talk.stdout.splitlines()[0] == talk.stdout.splitlines()[1] == alone[0]
     assert "must fit into the 64 of the model" in talk.stderr
+    monkeypatch.setattr("sys.stdin", io.StringIO("river\nriver\n"))
+    first, second = lines(capsys, run, "--device", "cpu", "--temperature", 2, "--interactive", "--json", "--seed", 7)
+    assert first != second
+    monkeypatch.setattr("sys.stdin", io.StringIO("river\n"))
+    again = lines(capsys, run, "--device", "cpu", "--temperature", 2, "--interactive", "--json", "--seed", 8)
+    assert again == [second]
 
 
 @pytest.mark.parametrize(
@@ -275,6 +291,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         (["--prompt-file", "nothing.txt"], ["--prompt-file", "No such file"]),
         (["--prompt", "a", "--interactive"], ["--interactive", "together with --prompt"]),
         (["--device", "cuda:99"], ["--device", "cannot be used"]),
+        (["--stop", "", "--stop-id", "-1", "--interactive"], ["--stop: an empty", "--stop-id: -1"]),
     ],
 )
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], found: list[str]) -> None:

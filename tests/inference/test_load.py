@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,14 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert "--form" in refusal(run, form="dense")
     assert "--device" in refusal(run, "cuda:77")
     assert "--device" in refusal(run, "toaster")
+    assert "its tensors have no values" in refusal(run, "meta")
+    assert "--dtype" in refusal(run, "cpu", "bfloat17") and "--dtype" in refusal(run, "cpu", torch.int8)
+    assert "None is no path" in refusal(None)
+    for record in ("[]", "null", "{"):
+        (run / "data.json").write_text(record)
+        assert megastruct.load(run, "cpu", "bfloat16").model.embedding.weight.dtype == torch.bfloat16
+    with pytest.raises(megastruct.UserError, match="dict instead of a Config"):
+        megastruct.GPT({})  # type: ignore[arg-type]
     train_model(tmp_path / "large.model", vocab_size=400, more_lines=[f"word{i} is number {i}" for i in range(300)])
     assert "400 pieces, but the model has 330 words" in refusal(run, tokenizer=tmp_path / "large.model")
     (run / "tokenizer.model").rename(run / "away")
@@ -117,6 +126,14 @@ def test_what_is_refused(tmp_path: Path) -> None:
         path.unlink()
     checkpoint.rmdir()
     assert "has no complete checkpoint" in refusal(run)
+
+
+def test_a_config_with_fewer_layers_is_refused(tmp_path: Path) -> None:
+    run = saved_run(model_config(tmp_path))
+    text = (run / "config.yaml").read_text()
+    layers = int(re.findall("num_layers: (.*)", text)[0])
+    (run / "config.yaml").write_text(text.replace(f"num_layers: {layers}", f"num_layers: {layers - 1}"))
+    assert f"weights that the model of config.yaml lacks, such as master.blocks.{layers - 1}." in refusal(run)
 
 
 def test_a_guided_checkpoint_is_refused_unless_asked_for(tmp_path: Path) -> None:

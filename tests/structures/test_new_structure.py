@@ -64,7 +64,12 @@ def test_config_with_its_size(tmp_path: Path) -> None:
     [
         ({"order": 5}, 1, "ffn.order", "ffn.order=4"),
         ({"order": None}, 1, "ffn.order", "ffn.order=4"),
-        ({"rank": 8}, 1, "ffn.rank", "ffn.structure=lowrank or blockdense, or no ffn.rank (ffn.rank=null)"),
+        (
+            {"rank": 8},
+            1,
+            "ffn.rank",
+            "ffn.structure=lowrank, or ffn.structure=blockdense, or no ffn.rank (ffn.rank=null)",
+        ),
         ({"structure": "kroneker"}, 1, "ffn.structure", "ffn.structure=kronecker"),
         (
             {"structure": "lowrank", "rank": 8},

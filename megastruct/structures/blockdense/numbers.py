@@ -11,6 +11,7 @@ from typing import ClassVar
 from typing_extensions import override
 
 from megastruct.errors import Problem
+from megastruct.parallel.sizes import divisors
 from megastruct.structures.numbers import Exchange, Form, Numbers, Sizes, Widths
 from megastruct.structures.sizes import (
     NBLOCKS,
@@ -19,7 +20,6 @@ from megastruct.structures.sizes import (
     block_problems,
     block_shard_problems,
     block_tile_warnings,
-    divisors,
     fitting_blocks,
     inner_width_problems,
     nearest_rank,

@@ -1,0 +1,68 @@
+"""The sections of a config about machines: the layout of ranks, the limits of a healthy run, and the device."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megastruct.config.section import MAX_SECONDS, Count, Section, Size, TensorSize
+
+
+class ParallelConfig(Section):
+    """How the ranks are divided into pipeline stages, tensor-parallel groups and replicas, and the ZeRO stage."""
+
+    pp: TensorSize = Field(
+        1, description="pipeline stages: groups of blocks on different devices. For models too large for one machine"
+    )
+    tp: TensorSize = Field(
+        1,
+        description="ranks that share every block's weights and split activations along the sequence. Keep it within "
+        "one machine, whose links are fast",
+    )
+    dp: TensorSize | None = Field(None, description="replicas of the model. Left out: as many as the processes allow")
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(
+        1,
+        description="what replicas share out: 0 nothing (fp32 only), 1 the optimizer's state, 2 gradients too, 3 "
+        "weights too. 1 for pipelines and most runs; 2 and 3, without a pipeline, save memory and cost "
+        "communication",
+    )
+
+
+class ReliabilityConfig(Section):
+    """Limits after which a run ends itself and names the cause.
+
+    Causes are a dead, stopped or hanging rank, skipped steps and loss spikes; see docs/reliability.md.
+    """
+
+    silence_seconds: Annotated[float, Field(gt=0, le=MAX_SECONDS)] = Field(
+        60.0, description="a rank that sends no heartbeat for this long is lost and ends the run"
+    )
+    collective_seconds: Annotated[float, Field(gt=0, le=MAX_SECONDS)] = Field(
+        1800.0,
+        description="longest time that ranks wait for each other. Raise it for very slow saves, compilations or disks",
+    )
+    max_skipped_steps: Count = Field(
+        0,
+        description="steps with a loss or gradient that is not finite, which are skipped; one more ends the run",
+        json_schema_extra={"unit": "steps"},
+    )
+    spike_factor: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="after a loss above this x the recent median, the run goes back to the newest checkpoint and "
+        "skips the data in between. 0: off. 2 catches real spikes; needs checkpoint.interval_steps",
+    )
+    spike_window_steps: Size = Field(50, description="recent losses in the median")
+    max_spikes: Count = Field(3, description="how often a run goes back after a spike; one more spike ends it")
+
+
+class HardwareConfig(Section):
+    """The device, and its peak for model FLOPs utilisation (MFU)."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where the run trains. auto: on GPUs where there are any. cuda refuses a machine without"
+    )
+    peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="peak of one device in the run's precision, for the metric mfu. Left out: from a table of GPUs",
+    )

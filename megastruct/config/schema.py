@@ -65,7 +65,8 @@ class DataConfig(Section):
     """The training data and its tokenizer."""
 
     kind: Literal["tokens", "text"] = Field(
-        description="tokens: shards of token ids from megastruct-prepare; text: shards of documents"
+        description="tokens: shards of token ids from megastruct-prepare, or files of Megatron-LM; text: shards of "
+        "documents"
     )
     path: Annotated[
         Annotated[str, Tag("-path")] | Annotated[list[DataSource], Field(min_length=1), Tag("-list")],

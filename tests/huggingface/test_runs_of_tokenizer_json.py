@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 from exports import exported_config
-from json_tokenizers import KINDS, write_folder
+from json_tokenizers import KINDS, MARKUP, TEXTS, write_folder
 from megastruct.commands import evaluate, generate, import_model, prepare
 from megastruct.data import open_tokenizer
 from megastruct.data.tokenizers.options import TokenizerOptions
@@ -24,7 +24,6 @@ from megastruct.inference.load import load
 from megastruct.inference.text import TextGenerator, TextStream
 from megastruct.models.gpt import GPT
 from megatron_files import write_pair
-from test_tokenizer_json import MARKUP, TEXTS
 from tiny_data import make_texts, train_model, write_parquet
 from trained import redraw, saved_run
 

@@ -11,6 +11,7 @@ from configs import tiny_config
 from megastruct.checkpoint.store import save_checkpoint
 from megastruct.config.load import dump_config
 from megastruct.config.schema import Config
+from megastruct.data import open_tokenizer
 from megastruct.models.gpt import GPT
 from megastruct.planning.steps import total_steps
 from tiny_data import train_model
@@ -53,7 +54,8 @@ def saved_run(config: Config, step: int | None = None, tokenizer: Path | None = 
     if tokenizer is None:
         train_model(run / "tokenizer.model")
     else:
-        (run / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+        for name, content in open_tokenizer(tokenizer).files.items():
+            (run / name).write_bytes(content)
     tensors = {
         f"master.{name}": p.detach() for name, p in (model or redraw(GPT(config, init=False))).named_parameters()
     }

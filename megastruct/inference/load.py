@@ -92,7 +92,10 @@ def _open_tokenizer(run: Path, given: str | os.PathLike[str] | None, config: Con
     if given is None:
         return open_tokenizer(run)
     options = tokenizer_options_of(config.data).over(options_beside(run / OPTIONS_FILE))
-    return open_tokenizer(Path(given), "--tokenizer", options)
+    try:
+        return open_tokenizer(Path(given), "--tokenizer", options)
+    except UserError:  # another tokenizer need not have these tokens; `load` compares
+        return open_tokenizer(Path(given), "--tokenizer")
 
 
 def load_model(

@@ -105,13 +105,15 @@ def begun(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
 class TextStream:
     """The text of a continuation, token by token. What may still become part of a stop string is held back.
 
-    A few tokens are decoded together with those before them, because a token's text depends on what it follows: a
-    character may take several tokens, and the space before a word is lost at the beginning of a text.
+    Tokens are decoded together with a few before them, because a token's text depends on what it follows: a character
+    may take several tokens, and the space before a word is lost at the beginning of a text. What is decoded together
+    begins with a whole character, because some decoders lose every byte behind one that they do not understand.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop, self.text, self.stopped = tokenizer, [each for each in stop if each], "", False
-        self._ids, self._done = list(prompt)[-8:], len(list(prompt)[-8:])  # decoded: `_ids[:_done]`
+        self._ids = _last_characters(tokenizer, prompt)
+        self._done = len(self._ids)  # decoded: `_ids[:_done]`
         self._held = ""
 
     def add(self, token: int) -> str:
@@ -120,7 +122,8 @@ class TextStream:
         before, after = (self.tokenizer.decode(ids) for ids in (self._ids[: self._done], self._ids))
         if after.endswith(REPLACEMENT) and len(self._ids) - self._done < 8:
             return ""  # more bytes of the character follow
-        self._ids = self._ids[-8:]
+        if len(after) > len(before):  # a special token has no text that keeps the space after it
+            self._ids = self._ids[self._done :]
         self._done = len(self._ids)
         self._held += after[len(before) :]
         ends = [place for each in self.stop if (place := self._held.find(each)) >= 0]
@@ -141,6 +144,13 @@ class TextStream:
     def _release(self, text: str, held: str) -> str:
         self.text, self._held = self.text + text, held
         return text
+
+
+def _last_characters(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """Up to 8 of the last tokens, from the beginning of a character on."""
+    last = list(ids)[-8:]
+    starts = [start for start in range(len(last)) if not tokenizer.decode(last[start:]).startswith(REPLACEMENT)]
+    return last[starts[0] :] if starts else []
 
 
 def _overlap(text: str, stop: str) -> int:

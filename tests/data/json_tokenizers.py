@@ -13,6 +13,36 @@ SPLIT = (
 CODE = ["def f(x):\n    return x", "if x:\n        y = [1, 2]\n", "It's 12345 o'clock, don't you'll we've."] * 10
 LINES = [text for shard in range(NUM_SHARDS) for text in make_texts(shard) if text] + CODE
 
+SPECIAL = [
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|begin_of_text|>",
+    "<|im_start|>",
+    "</s>",
+    "<s>",
+    "<unk>",
+    "<|eot_id|>",
+]
+MARKUP = ["<tool_call>", "<|fim_prefix|>"]
+TEXTS = [
+    "",
+    " ",
+    "   ",
+    "\n",
+    "river stone light",
+    " river  stone   light    garden\n\nwinter\t\tletter \n market\r\n  silver ",
+    "def f(x):\n    if x > 0:\n\t\treturn [i ** 2 for i in range(x)]  # squares\n\n\nprint(f(10))\n",
+    "It's 3.14159 or 1,000,000 -- ISN'T it? don't you'll we've 12345 1 22 333 4444",
+    "unmerged words unmerged",
+    "e\u0301 \u0301 a\u0308\u0323 \ufb01 \u00bd \u1100\u1161\u11a8 \u212b",
+    "\x00 nul \x7f \u00a0 no-break\u200bzero \ufeff \x1c \x1f\x85 \u2028 \u3000 wide",
+    "日本語のテキスト。中文文本,한국어 🙂 👩‍👩‍👧‍👦 🇩🇪 𝔘𝔫𝔦",
+    "Привет, мир! שלום עולם مرحبا नमस्ते",
+    "a\u2581b \u2581 c \ufffd",
+    "\n".join(f"{' ' * indent}x = {indent}" for indent in range(40)),
+    *(f"inside{token}of {token} text{token}" for token in [*SPECIAL, *MARKUP]),
+]
+
 
 def train_json(special, normalizer=None, split=None, vocab_size=400):
     """Byte-level BPE; `split`: the expression of its own, in place of GPT-2's."""

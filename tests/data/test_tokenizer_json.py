@@ -13,42 +13,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from json_tokenizers import KINDS, write_folder
+from json_tokenizers import KINDS, MARKUP, SPECIAL, TEXTS, write_folder
 from megastruct.data import open_tokenizer
 from megastruct.data.tokenizers.options import TokenizerOptions
 from megastruct.data.tokenizers.words import WordCache
 from megastruct.errors import UserError
 from tiny_data import WORDS, train_model
-
-SPECIAL = [
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|begin_of_text|>",
-    "<|im_start|>",
-    "</s>",
-    "<s>",
-    "<unk>",
-    "<|eot_id|>",
-]
-MARKUP = ["<tool_call>", "<|fim_prefix|>"]
-TEXTS = [
-    "",
-    " ",
-    "   ",
-    "\n",
-    "river stone light",
-    " river  stone   light    garden\n\nwinter\t\tletter \n market\r\n  silver ",
-    "def f(x):\n    if x > 0:\n\t\treturn [i ** 2 for i in range(x)]  # squares\n\n\nprint(f(10))\n",
-    "It's 3.14159 or 1,000,000 -- ISN'T it? don't you'll we've 12345 1 22 333 4444",
-    "unmerged words unmerged",
-    "e\u0301 \u0301 a\u0308\u0323 \ufb01 \u00bd \u1100\u1161\u11a8 \u212b",
-    "\x00 nul \x7f \u00a0 no-break\u200bzero \ufeff \x1c \x1f\x85 \u2028 \u3000 wide",
-    "日本語のテキスト。中文文本,한국어 🙂 👩‍👩‍👧‍👦 🇩🇪 𝔘𝔫𝔦",
-    "Привет, мир! שלום עולם مرحبا नमस्ते",
-    "a\u2581b \u2581 c \ufffd",
-    "\n".join(f"{' ' * indent}x = {indent}" for indent in range(40)),
-    *(f"inside{token}of {token} text{token}" for token in [*SPECIAL, *MARKUP]),
-]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -94,7 +64,7 @@ MORE = st.sampled_from(["1", "22", "4444", "'s", "'LL", ".", ")\n", "/", "日本
 TEXT = st.lists(PARTS | MORE | st.text(" \n\ta1.'s", max_size=6), max_size=25)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(parts=TEXT, joint=st.sampled_from(["", " ", "\n"]))
 def test_words_one_by_one_give_the_ids_of_the_whole(tokenizer, library, parts, joint):
     text = joint.join(parts)

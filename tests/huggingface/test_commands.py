@@ -188,7 +188,7 @@ def test_another_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:
     class Bytes:
         path, vocab_size, eod_id = Path("bytes"), 256, 0
 
-    with pytest.raises(UserError, match="only SentencePiece models can be exported"):
+    with pytest.raises(UserError, match=r"only SentencePiece models and tokenizer\.json can be"):
         write_tokenizer(tmp_path, Bytes(), 8)  # type: ignore[arg-type]
 
 

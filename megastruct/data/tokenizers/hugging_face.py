@@ -67,12 +67,17 @@ class HuggingFaceTokenizer(FileTokenizer):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of `ids` [num_tokens]; special tokens such as `eod_id` produce no text."""
-        ids = np.asarray(ids, np.int64)
-        return self._library.decode(ids[~self._is_silent[ids]].tolist(), skip_special_tokens=False)
+        known = self._known(ids)
+        return self._library.decode(known[~self._is_silent[known]].tolist(), skip_special_tokens=False)
 
     def num_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
         """As in `Tokenizer`."""
-        return super().num_bytes(ids) if self._lengths is None else int(self._lengths[np.asarray(ids, np.int64)].sum())
+        return super().num_bytes(ids) if self._lengths is None else int(self._lengths[self._known(ids)].sum())
+
+    def _known(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Those of `ids` that are tokens: a model may have more words than its tokenizer."""
+        found = np.asarray(ids, np.int64)
+        return found[found < self.vocab_size]
 
     def pieces(self) -> dict[str, int]:
         """As in `Tokenizer`."""

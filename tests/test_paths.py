@@ -36,8 +36,7 @@ def test_what_expands_and_what_does_not(tmp_path: Path) -> None:
 def test_the_paths_of_a_config(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("model: {hidden_size: 32}")
     path = tmp_path / "config.yaml"
-    path.write_text("include: $HOME/base.yaml
-" + dump_config(tiny_config()))
+    path.write_text("include: $HOME/base.yaml\n" + dump_config(tiny_config()))
     data = "data.path=[{path: ~/a, weight: 1}, {path: $PLACE/b, weight: 1}]"
     config = load_config("~/config.yaml", ["run.folder=~/runs", "data.tokenizer=$PLACE/t.model", data])
     assert RunFolder(config).path == tmp_path / "runs" / "tiny" and config.data.tokenizer == "/scratch/t.model"

@@ -48,11 +48,12 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib>=3.8"],
+        "wandb": ["wandb>=0.19"],
         "benchmark": ["tokenizers>=0.20"],
         "huggingface": ["transformers>=4.57", "safetensors>=0.5", "tokenizers>=0.20"],
         "lm-eval": ["megastruct[huggingface]", "lm_eval>=0.4.9", "pytablewriter>=1.0", "accelerate>=1.0"],
         "test": [
-            "megastruct[plot,benchmark,huggingface,lm-eval]",
+            "megastruct[plot,wandb,benchmark,huggingface,lm-eval]",
             "pytest",
             "pytest-timeout",
             "hypothesis",

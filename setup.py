@@ -51,12 +51,13 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib>=3.8"],
+        "wandb": ["wandb>=0.19"],
         "huggingface": ["transformers>=4.57", "safetensors>=0.5"],
         "lm-eval": ["megastruct[huggingface]", "lm_eval>=0.4.9", "pytablewriter>=1.0", "accelerate>=1.0"],
         "s3": ["s3fs>=2024.6"],
         "gs": ["gcsfs"],  # each release asks for the fsspec of the same day
         "test": [
-            "megastruct[plot,huggingface,lm-eval,s3]",
+            "megastruct[plot,wandb,huggingface,lm-eval,s3]",
             "pytest",
             "pytest-timeout",
             "hypothesis",

@@ -8,18 +8,22 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any
 
-from megastruct.config import load_config
+from megastruct.config import Config, load_config
 from megastruct.console import command
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.import_path import import_variables_set
 from megastruct.launch.slurm import Resources, TrainingJob, job_text, run_here, submit
+from megastruct.planning.plan import make_plan
 from megastruct.run.preflight import preflight
 from megastruct.run.run_folder import RunFolder
 
 JOBS_FOLDER = "jobs"
+CPUS_PER_GPU = 4  # a rank's threads for the loop, NCCL, saving and the data
+HOST_BYTES = 4 * 2**30  # of the libraries of one process, with CUDA
 
 
 @command
@@ -34,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(
                 Problem("--nodes, --gpus-per-node", "one of them is less than 1", "--nodes 1 --gpus-per-node 8")
             )
-        preflight(config, args.nodes * args.gpus_per_node)
+        if args.local and args.setup:
+            raise UserError(Problem("--setup", "is for jobs of sbatch", "run the lines in this shell, without --setup"))
+        preflight(config, args.nodes * args.gpus_per_node, args.gpus_per_node if args.local else 0)
         job = TrainingJob([args.config, *args.overrides], args.nodes, args.gpus_per_node)
         resources = Resources(
             nodes=args.nodes,
@@ -43,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             name=config.run.name,
             folder=RunFolder(config).path / JOBS_FOLDER,
             uses_gpus=config.hardware.device != "cpu",
-            cpus_per_task=args.cpus_per_node,
+            cpus_per_task=args.cpus_per_node or _cpus(config, args.gpus_per_node, slurm),
             signal_seconds=args.signal_seconds,
             max_timeouts=args.max_requeues,
-            slurm=slurm,
+            slurm=_memory(config, args.nodes, args.gpus_per_node, slurm) | slurm,
+            setup=tuple(args.setup),
         )
         if args.dry_run:
             print(job_text(resources, job), end="")
@@ -77,8 +84,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--account")
     parser.add_argument("--qos")
     parser.add_argument("--constraint")
-    parser.add_argument("--mem", help="memory per node as sbatch accepts it, for example 500G")
-    parser.add_argument("--cpus-per-node", type=int)
+    parser.add_argument("--mem", help="memory per node as sbatch accepts it, such as 500G (default: from the plan)")
+    parser.add_argument(
+        "--cpus-per-node",
+        type=int,
+        help=f"default: {CPUS_PER_GPU} per GPU (1 per process on CPUs), and data.num_workers",
+    )
+    parser.add_argument(
+        "--setup",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="a line of shell before the run, such as 'module load cuda'; may be repeated",
+    )
     parser.add_argument(
         "--slurm", action="append", default=[], metavar="OPTION=VALUE", help="any other option of sbatch"
     )
@@ -97,6 +115,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="print the job script without submitting it")
     parser.add_argument("--local", action="store_true", help="run the job on this machine and wait for it")
     return parser
+
+
+def _cpus(config: Config, processes: int, given: Mapping[str, Any]) -> int | None:
+    """CPUs per node, which sbatch would take to be 1; None if an option for it is given."""
+    if any(name.startswith("cpus-per") for name in given):
+        return None
+    workers = config.data.num_workers if config.data.kind == "text" else 0
+    return processes * ((1 if config.hardware.device == "cpu" else CPUS_PER_GPU) + workers)
+
+
+def _memory(config: Config, nodes: int, processes: int, given: Mapping[str, Any]) -> dict[str, str]:
+    """The option `mem` for the host's memory of a node; none if an option for it is given.
+
+    A process needs room for its libraries, and while it saves a copy of the optimizer's state (twice that where it is
+    page-locked, docs/runs.md); on a CPU also for all that it trains with.
+    """
+    if any(name.startswith("mem") for name in given):
+        return {}
+    stages = make_plan(config, nodes * processes)["stages"]
+    copy = 2 * max(stage["memory_bytes"]["optimizer"] for stage in stages)
+    trained = max(stage["total_memory_bytes"] for stage in stages) if config.hardware.device == "cpu" else 0
+    return {"mem": f"{ceil(processes * (HOST_BYTES + copy + trained) / 2**30)}G"}
 
 
 def _minutes(text: str) -> int:

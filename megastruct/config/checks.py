@@ -160,7 +160,7 @@ def check_batch(config: Config, dp_size: int | None = None) -> Iterator[Problem]
 def check_evaluation(config: Config) -> Iterator[Problem]:
     """Validation at an interval needs samples, unless guides are measured there.
 
-    It is for starts only: what an older run without samples has trained must stay readable.
+    Only a warning: no samples is also how validation is turned off.
     """
     interval, samples = config.evaluation.interval_steps, config.evaluation.num_samples
     if interval and not samples and config.guided.schedule == "off":

@@ -5,6 +5,8 @@ submitit pickles the job into its folder and unpickles it on the nodes, so only 
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -41,20 +43,23 @@ class Resources:
     signal_seconds: int = 120
     max_timeouts: int = 1000
     slurm: dict[str, Any] | None = None
+    setup: tuple[str, ...] = ()  # lines of shell before the run
 
 
 class TrainingJob:
     """What runs on every node of a job. submitit calls it, and calls `checkpoint` before the job is preempted."""
 
-    def __init__(self, arguments: list[str], nodes: int, processes_per_node: int) -> None:
-        """`arguments`: the config and overrides, as for `megastruct.start`."""
-        self.arguments, self.nodes, self.processes = arguments, nodes, processes_per_node
+    def __init__(self, arguments: list[str], nodes: int, processes_per_node: int, devices: str | None = None) -> None:
+        """`arguments`: the config and overrides, as for `megastruct.start`. `devices`: CUDA_VISIBLE_DEVICES, if it is
+        not the scheduler's."""
+        self.arguments, self.nodes, self.processes, self.devices = arguments, nodes, processes_per_node, devices
         self.process: Any = None
         self.code: int | None = None
 
     def __call__(self) -> str:
         """Train until the run is finished or a user stops it. Raises RuntimeError if it fails."""
-        self.process = subprocess.Popen(self.command(submitit.JobEnvironment()))
+        environment = os.environ | ({} if self.devices is None else {"CUDA_VISIBLE_DEVICES": self.devices})
+        self.process = subprocess.Popen(self.command(submitit.JobEnvironment()), env=environment)
         threading.Thread(target=self._note_end, daemon=True).start()
         self._wait()
         if self.code == EXIT_CODE_START_AGAIN:
@@ -75,7 +80,7 @@ class TrainingJob:
             self._wait()
             if self.code not in (0, EXIT_CODE_START_AGAIN):
                 raise RuntimeError(f"not requeued: the run ended with exit code {self.code} instead of saving")
-        return DelayedSubmission(TrainingJob(self.arguments, self.nodes, self.processes))
+        return DelayedSubmission(TrainingJob(self.arguments, self.nodes, self.processes, self.devices))
 
     def command(self, environment: Any) -> list[str]:
         """The command that starts this node's ranks; with several nodes each starts its own, without ssh."""
@@ -111,7 +116,8 @@ def job_text(resources: Resources, job: TrainingJob) -> str:
     """The text that `submit` would pass to sbatch, and the command that the job would run."""
     executor = _slurm(resources, _AnySlurm)
     text = executor._make_submission_file_text(executor._submitit_command_str, "dry")
-    return f"{text}\n# on each of {resources.nodes} nodes:\n#   megastruct.start {job.arguments!r}\n"
+    command = shlex.join(["megastruct-train", *job.arguments, "--num-gpus", str(job.processes)])
+    return f"{text}\n# on each of {resources.nodes} nodes:\n#   {command}\n"
 
 
 def submit(resources: Resources, job: TrainingJob) -> submitit.Job[str]:
@@ -134,6 +140,7 @@ def run_here(resources: Resources, job: TrainingJob) -> submitit.Job[str]:
         raise UserError(Problem("--nodes", f"{resources.nodes} with --local", "--nodes 1"))
     _private(resources.folder)
     executor = submitit.LocalExecutor(resources.folder, max_num_timeout=resources.max_timeouts)
+    job.devices = os.environ.get("CUDA_VISIBLE_DEVICES")  # submitit would number them
     executor.update_parameters(
         timeout_min=resources.minutes,
         gpus_per_node=resources.gpus_per_node if resources.uses_gpus else 0,
@@ -155,6 +162,7 @@ def _slurm(resources: Resources, kind: type[submitit.SlurmExecutor]) -> submitit
         "cpus_per_task": resources.cpus_per_task,
         "signal_delay_s": resources.signal_seconds,
         "stderr_to_stdout": True,
+        "setup": list(resources.setup) or None,
         "additional_parameters": {"requeue": True, **(resources.slurm or {})},
     }
     executor._internal_update_parameters(**{key: value for key, value in parameters.items() if value is not None})

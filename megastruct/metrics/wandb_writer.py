@@ -10,9 +10,10 @@ import importlib.util
 import json
 import os
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ class WandbWriter:
         """Send what is left, for at most `_PATIENCE_SECONDS`."""
         if self._run:
             self._attempt(lambda: self._run.finish())
+        if self._run:
+            self._leave()
 
     def _start(self, config: Config, folder: Path) -> None:
         import wandb
@@ -85,9 +88,23 @@ class WandbWriter:
         try:
             action()
         except Exception as error:  # of a service that the run must not depend on
-            self._run = None
+            self._leave()
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             print(f"warning: the run goes on without Weights & Biases: {line}", file=sys.stderr, flush=True)
+
+    def _leave(self) -> None:
+        """End the service. Its own hook, at the end of this process, would wait without a limit, or fail there."""
+        self._run = None
+        thread = threading.Thread(target=_end_service, name="wandb", daemon=True)
+        thread.start()
+        thread.join(_PATIENCE_SECONDS)
+
+
+def _end_service() -> None:
+    import wandb
+
+    with suppress(Exception, SystemExit):  # it exits with the code of a service that has failed
+        wandb.teardown()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from megastruct.config.checks import check_batch, check_evaluation
+from megastruct.config.checks import check_batch
 from megastruct.config.schema import Config
 from megastruct.data import TrainingData, open_data
 from megastruct.data.cache import FOLDER_NAME
@@ -34,7 +34,7 @@ def preflight(
     `processes_here`: how many of them share the memory of this machine; None: what their launcher says, else all; 0: it
     runs elsewhere. `report` receives lines about the text that is read. Raises UserError with all problems.
     """
-    parallel, problems = config.parallel, Problems([*check_guided_steps(config), *check_evaluation(config)])
+    parallel, problems = config.parallel, Problems(check_guided_steps(config))
     problems += check_wandb(config)
     topology = problems.collect(lambda: Topology.of_world(world_size, parallel.pp, parallel.dp, parallel.tp))
     if topology:

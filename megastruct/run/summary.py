@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from megastruct.config.checks import check_evaluation
 from megastruct.config.schema import Config
 from megastruct.data import TrainingData
 from megastruct.errors import Problem
@@ -40,6 +41,7 @@ def summary(config: Config, topology: Topology, data: TrainingData, device: torc
         ("training", f"{steps}, {count(plan['tokens'])} tokens, {plan['training_flops']:.3g} FLOPs"),
         ("memory", f"{size(planned)} planned per {each}, {size(there)} {_where(device.type)}{too_much}"),
         ("output", os.path.join(config.run.folder, config.run.name)),
+        *(("warning", f"{found.where}: {found.found}; try: {found.suggestion}") for found in check_evaluation(config)),
     ]
     return "\n".join(f"{title:<10}{text}" for title, text in lines)
 

@@ -75,13 +75,18 @@ class Started:
     """A run in a process group of its own."""
 
     def __init__(
-        self, run: Path, *arguments: Any, below: Sequence[str] = (), extra: Mapping[str, str] | None = None
+        self,
+        run: Path,
+        *arguments: Any,
+        below: Sequence[str] = (),
+        extra: Mapping[str, str] | None = None,
+        module: str = "megastruct.start",
     ) -> None:
         """`below`: a command that runs it; `extra`: more of an environment."""
         self.run, self.checkpoints = run, run / "checkpoints"
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as this object
         self.process = subprocess.Popen(
-            [*below, sys.executable, "-m", "megastruct.start", *map(str, arguments)],
+            [*below, sys.executable, "-m", module, *map(str, arguments)],
             cwd=ROOT,
             env={**environment(), **(extra or {})},
             start_new_session=True,

@@ -7,10 +7,11 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from forked import Forked, train_forked
-from processes import Corpus, Started, last_step, losses
+from processes import Corpus, Started, last_step, losses, start
 
 # Long enough to be met in the middle, and saved only where it stops.
 RUN = ("parallel.pp=2", "training.num_steps=200", "checkpoint.interval_steps=0", "evaluation.num_samples=0")
@@ -37,6 +38,14 @@ def test_stopped_and_resumed_is_the_undisturbed_run(config: Path, tmp_path: Path
     assert code == 75, stderr
     assert "SIGTERM received: the ranks finish their step, save and exit" in stderr
     steps.append(stopped_step(run, stderr))
+    lines = stderr.splitlines()
+    assert lines[-1].startswith("stopped by SIGTERM")  # nothing after it
+    assert lines[0].endswith("checking the config, the data and the devices")
+    titles = ["model", "layout", "devices", "data", "tokenizer", "training", "memory", "output", "warning"]
+    assert [line.split()[0] for line in lines[1:10]] == titles
+    assert "2 processes" in lines[3] and "200 steps, 51.2 k tokens" in lines[6] and str(run) in lines[8]
+    assert "evaluation.num_samples: 0 with evaluation.interval_steps = 6: nothing would be validated" in lines[9]
+    assert "  step 2/200  loss " in lines[11]
 
     def one_rank(forked: Forked) -> None:
         forked.signal(1, signal.SIGUSR1)
@@ -59,6 +68,31 @@ def test_stopped_and_resumed_is_the_undisturbed_run(config: Path, tmp_path: Path
     train_forked(tmp_path, run, 2, config, *RUN)
     train_forked(tmp_path, tmp_path / "runs" / "undisturbed", 2, config, *RUN, "run.name=undisturbed")
     assert losses(run) == losses(tmp_path / "runs" / "undisturbed")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("killed", ["the command", "the launcher"])
+def test_no_rank_outlives_its_command(config: Path, tmp_path: Path, killed: str) -> None:
+    started = Started(tmp_path / "runs" / "test", config, *RUN, "training.num_steps=100000")
+    started.wait_for_step(1)
+    ranks = [started.rank(rank) for rank in (0, 1)]
+    (ranks[0].parent() if killed == "the launcher" else started.process).kill()
+    _, alive = psutil.wait_procs(ranks, timeout=30)
+    assert not alive
+    assert started.end()[0] == (137 if killed == "the launcher" else -9)
+
+
+@pytest.mark.soak
+def test_torchrun_has_our_exit_codes(config: Path, tmp_path: Path) -> None:
+    """Of a mistake, which is one message, and of a stop, after which nothing is printed."""
+    torchrun = ("--standalone", "--nproc-per-node=2", "-m", "megastruct.train", config)
+    result = start(*torchrun, "model.hiden_size=3", module="megastruct.torchrun")
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 3
+    started = Started(tmp_path / "runs" / "test", *torchrun, *RUN, module="megastruct.torchrun")
+    started.wait_for_step(2)
+    started.signal_all(signal.SIGTERM)
+    code, stderr = started.end()
+    assert code == 75 and stderr.splitlines()[-1].startswith("stopped by SIGTERM"), stderr
 
 
 @pytest.mark.soak

@@ -35,6 +35,7 @@ def test_a_dry_run_shows_the_job_and_leaves_nothing(config: Path, tmp_path: Path
     options = ("--nodes", "2", "--gpus-per-node", "4", "--time", "1-02:00:30", "--partition", "a; touch /tmp/x")
     options += ("--slurm", "exclude=n[1-3]", "--signal-seconds", "300")
     options += ("training.global_batch_size=16", "evaluation.num_samples=16")
+    options += ("--setup", "module load cuda", "--setup", "export X='a b'")
     result = run(config, *options, "--dry-run")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -48,8 +49,11 @@ def test_a_dry_run_shows_the_job_and_leaves_nothing(config: Path, tmp_path: Path
         "#SBATCH --job-name=test",
         "#SBATCH --partition='a; touch /tmp/x'",
         "#SBATCH --exclude='n[1-3]'",
+        "#SBATCH --cpus-per-task=16",
+        "#SBATCH --mem=17G",  # 4 GiB for each process, and a copy of this tiny model's state
     ):
         assert line in lines, f"{line}\n{result.stdout}"
+    assert lines.index("module load cuda") + 1 == lines.index("export X='a b'") < lines.index("# command")
     srun = next(line for line in lines if line.startswith("srun "))
     assert shlex.split(srun)[-4:] == ["-u", "-m", "submitit.core._submit", str(tmp_path / "runs" / "test" / "jobs")]
     assert [path for path in sorted(tmp_path.rglob("*")) if path not in before and path.name != ".lock"] == [
@@ -65,6 +69,7 @@ def test_a_dry_run_shows_the_job_and_leaves_nothing(config: Path, tmp_path: Path
         (["--time", "60", "--nodes", "3"], "training.global_batch_size"),
         (["--time", "60", "--slurm", "exclude"], "--slurm"),
         (["--time", "60", "--nodes", "2", "--local"], "--nodes 1"),
+        (["--time", "60", "--local", "--setup", "module load cuda"], "--setup"),
         (["--time", "60"], "--dry-run"),  # no Slurm here
     ],
 )
@@ -75,6 +80,13 @@ def test_mistakes(config: Path, options: list[str], part: str, capsys: pytest.Ca
         submit.main([str(config), "--gpus-per-node", "2", *options])
     assert exit_.value.code == 2
     assert part in capsys.readouterr().err
+
+
+def test_defaults_make_room_for_the_options_that_are_given(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--slurm", "mem-per-cpu=4G", "--slurm", "cpus-per-gpu=8"]
+    submit.main([str(config), "--gpus-per-node", "2", "--time", "60", *given, "--dry-run"])
+    text = capsys.readouterr().out
+    assert "--mem=" not in text and "--cpus-per-task" not in text and "--mem-per-cpu=4G" in text
 
 
 @pytest.mark.soak

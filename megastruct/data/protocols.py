@@ -49,7 +49,7 @@ class Storage(Protocol):
     def find(self, search: Search) -> list[TextShard] | None:
         """The shards that `search.path` stands for, sorted by name; None if the path does not belong to this storage.
 
-        Use `search.text_names` to select the shards among all files.
+        Use `search.text_names` to select the shards among all files: it chooses the configuration and the split.
 
         Raises:
             UserError: there is no shard, or the storage cannot be reached. The message names `search.where`.

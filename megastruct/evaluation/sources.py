@@ -183,9 +183,12 @@ class Sources:
         if self._selection.text_column:
             columns = (self._selection.text_column,)
         patience_seconds = self._config.data.patience_seconds
-        shards = Place(path, "--data", text_columns=columns).find(patience_seconds).shards
-        check_shards(shards, patience_seconds)
-        return Source(name, path, partial(self._text_chunks, path, shards), self._selection.max_tokens)
+        text = Place(path, "--data", text_columns=columns).find(patience_seconds)
+        check_shards(text.shards, patience_seconds)
+        if rank_in() == 0:
+            for note in text.notes:
+                print(f"{path}: {note}", file=sys.stderr)
+        return Source(name, path, partial(self._text_chunks, path, text.shards), self._selection.max_tokens)
 
     def _trained_on(self, index: int, name: str, path: str) -> Source:
         """All of the text of a source of the run, or what is not held out of it."""

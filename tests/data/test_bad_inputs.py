@@ -291,6 +291,17 @@ def test_too_few_held_out_rows_says_how_many_there_are(text_folder, token_folder
     assert "fill only 0" in message_of(none.validation_batches, 1, 1, 0, 1)
 
 
+def test_the_suggested_number_of_held_out_rows_works(text_folder, token_folder, tokenizer_path):
+    """It is a multiple of a micro-batch on all replicas; where there is not one, no validation is suggested."""
+    for data in (open_text(text_folder, tokenizer_path, validation_fraction=0.15), open_tokens(token_folder)):
+        suggested = int(message_of(data.validation_batches, 7 * 10_000, 7, 0, 5).split("set it to ")[1].split()[0])
+        assert suggested % 35 == 0 and data.validation_batches(suggested, 7, 0, 5)
+        with pytest.raises(UserError):
+            data.validation_batches(suggested + 35, 7, 0, 5)
+        message = message_of(data.validation_batches, 1000, 1000, 0, 1)
+        assert "less than one micro-batch" in message and "set it to 0" in message
+
+
 # Token shards -----------------------------------------------------------------------------------------------------
 
 

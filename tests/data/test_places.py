@@ -164,6 +164,13 @@ def test_a_text_file_that_is_too_large_for_a_document_is_refused(tmp_path, monke
     assert "is one document" in message_of(texts_of, [first]) and texts_of([second]) == ["x" * 1000]
 
 
+def test_a_file_that_is_given_is_read_whatever_its_name_is(tmp_path):
+    write(tmp_path, {"LICENSE.txt": b"MIT", ".hidden.jsonl": lines_of(TEXTS)})
+    assert texts_of(find(tmp_path / "LICENSE.txt").shards) == ["MIT"]
+    assert texts_of(find(tmp_path / ".hidden.jsonl").shards) == TEXTS
+    assert "no text shard" in message_of(find, tmp_path)
+
+
 def test_folders_of_save_to_disk(tmp_path):
     """The rows as `datasets` has them, without the caches that `map` leaves there; splits are the saved ones."""
 

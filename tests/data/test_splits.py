@@ -70,7 +70,7 @@ def test_a_choice_has_the_files_that_datasets_takes(dataset, choice, names):
     [
         (Choice(), "3 configurations, .*default .its default., sample, nested", "--config default"),
         (Choice("samples"), "no configuration samples; it has: default, sample, nested", "--config sample"),
-        (Choice("nested"), r"train \(1 file\), validation \(1 file\)", "--split train .*validation-split validation"),
+        (Choice("nested"), r"train \(1 file\), validation \(1 file\)", "--split train, or --split all"),
         (Choice("nested", "dev"), "no split dev; it has: train", "--split train"),
         (Choice(include=("nothing/*",)), "no text shard among the 0 that match files nothing", "end with"),
     ],
@@ -125,8 +125,9 @@ def test_a_card_without_configurations_is_no_obstacle(tmp_path, card):
     assert "has no configurations" in message
 
 
-def test_a_card_that_datasets_refuses_is_a_message(tmp_path):
-    entry = "{config_name: en, data_files: [{split: train}]}"
+@pytest.mark.parametrize("files", ["[{split: train}]", "3", "[{split: train, path: [1]}]"])
+def test_a_card_that_datasets_refuses_is_a_message(tmp_path, files):
+    entry = f"{{config_name: en, data_files: {files}}}"
     write(tmp_path, {"README.md": f"---\nconfigs: [{entry}]\n---".encode(), "a.jsonl": lines_of(TEXTS)})
     assert "dataset card" in message_of(find, tmp_path)
 

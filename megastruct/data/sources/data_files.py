@@ -52,8 +52,13 @@ class DataFiles:
         from datasets.data_files import sanitize_patterns
 
         keys = self._configs[config]
-        folder, patterns = str(keys.get("data_dir") or "").strip("/"), keys.get("data_files")
-        return self._resolved(folder, None if patterns is None else sanitize_patterns(patterns))
+        folder, given = str(keys.get("data_dir") or "").strip("/"), keys.get("data_files")
+        if given is None:
+            return self._resolved(folder, None)
+        patterns = sanitize_patterns(given) if isinstance(given, str | list | dict) else {}
+        if not patterns or not all(isinstance(pattern, str) for own in patterns.values() for pattern in own):
+            raise ValueError(f"data_files of the configuration {config} is {given!r}")
+        return self._resolved(folder, patterns)
 
     def splits(self) -> Splits:
         """The splits that the names of files and folders tell; a place without any is a single split, `train`."""

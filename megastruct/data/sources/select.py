@@ -52,10 +52,12 @@ class Selection:
         self.notes: list[str] = []
         self.config, self.split = choice.config, choice.split
         self._what, self._where, self._choice = what, where, choice
-        shown = [name for name in names if not _is_hidden(name)]
-        hidden = [name for name in names if _is_hidden(name) and format_of_name(name)]
+        is_meant = is_explicit and len(names) == 1  # then it is read, whatever its name is
+        shown = [name for name in names if is_explicit or not _is_hidden(name)]
+        hidden = [name for name in names if not is_explicit and _is_hidden(name) and format_of_name(name)]
         included = [name for name in shown if _is_included(name, choice.include)]
-        shards = sorted(name for name in included if format_of_name(name) and not _is_about_the_data(name, shown))
+        about = {name for name in included if not is_meant and _is_about_the_data(name, shown)}
+        shards = sorted(name for name in included if format_of_name(name) and name not in about)
         if not shards:
             among = f"its {len(names)} files" if included == shown else f"the {len(included)} that match {choice}"
             found = f"{what} has no text shard among {among}{named(included or shown)}"
@@ -119,12 +121,8 @@ class Selection:
     def _splits_to_choose(self, splits: Splits) -> str:
         train = "train" if "train" in splits else next(iter(splits))
         suggestion = how_to_choose(self._where, split=train)
-        if not self._where.startswith(("--input", "data.path")):
-            return suggestion
-        held_out = next((split for split in ("validation", "test") if split in splits and split != train), "")
-        if held_out:
-            suggestion += f" (with {how_to_choose(self._where, validation_split=held_out)} that split is held out)"
-        return f"{suggestion}, or {how_to_choose(self._where, split=ALL_SPLITS)}"
+        can_choose = self._where.startswith(("--input", "data.path"))
+        return f"{suggestion}, or {how_to_choose(self._where, split=ALL_SPLITS)}" if can_choose else suggestion
 
     def _note(self, names: list[str], kind: str) -> None:
         if names:

@@ -132,8 +132,8 @@ def test_a_run_folder_of_another_config(config: Path, tmp_path: Path, capsys: An
         "    at: the override run.seed=3",
         "  optimizer.learning_rate: 0.5, but the run was started with 0.01",
         "    at: the override optimizer.learning_rate=0.5",
-        "  a run folder holds one run",
-        "    try: run.name=test-2 for a new run",
+        "  a run folder holds one run, which can be made longer",
+        f"    try: run.name=test-2 for a new run, or run.name=test-2 run.from={run} for a branch of this one",
     ]
     assert (run / "metrics.jsonl").read_text() == json.dumps({"step": 1}) + "\n"
 

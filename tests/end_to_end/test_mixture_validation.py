@@ -8,10 +8,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from forked import train_forked
-from megastruct import train
 from megastruct.config.load import load_config
 from megastruct.data import open_data
 from megastruct.data.options import DataOptions
+from megastruct.run.validation import Validation
 from processes import Corpus, read_metrics, run_tool
 
 ARGUMENTS = ("training.num_steps=2", "evaluation.interval_steps=1", "evaluation.num_samples=12")
@@ -72,7 +72,7 @@ def test_a_run_of_one_source_records_no_rows(config: Path, tmp_path: Path, monke
     def refuse(*_: object) -> None:
         raise AssertionError("the sources of a single source were asked for")
 
-    monkeypatch.setattr(train.Run, "_source_losses", refuse)
+    monkeypatch.setattr(Validation, "_source_losses", refuse)
     train_forked(tmp_path, tmp_path / "runs" / "test", 1, config, *ARGUMENTS, "logging.interval_steps=2")
     records = read_metrics(tmp_path / "runs" / "test")
     keys = {key for record in records for key in record}

@@ -38,6 +38,7 @@ def skip_by_hand(run: Any) -> None:
     """As the run goes on after the spike: after step SAVED, with the data after BAD_BATCH."""
     if run.step == SAVED and not run.divergence.skipped_data_steps:
         run.divergence.skipped_data_steps = BAD_BATCH - SAVED
+        run.sample += run.batch_size * (BAD_BATCH - SAVED)
         if run.engine.reads_data:
             run.reader = run._open_reader(None)
 

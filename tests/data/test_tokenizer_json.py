@@ -311,8 +311,8 @@ def test_a_tokenizer_of_tiktoken_is_recognised(tmp_path):
 def test_one_process_encodes_with_one_thread(llama3):
     """Whatever the environment says: there are as many processes as the user wants cores to be used."""
     script = (
-        "import sys, psutil; from megastruct.data import open_tokenizer; tokenizer = open_tokenizer(sys.argv[1]);"
-        "before = psutil.Process().num_threads(); tokenizer._encode(['river stone'] * 64);"
+        "import sys, psutil; from megastruct.data.tokenizers.open import open_tokenizer;"
+        "before = psutil.Process().num_threads(); open_tokenizer(sys.argv[1])._encode(['river stone'] * 64);"
         "print(psutil.Process().num_threads() - before)"
     )
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "4"}

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import unicodedata
 
 import numpy as np
@@ -303,3 +306,16 @@ def test_a_folder_of_a_slow_tokenizer_is_converted_by_the_command_in_the_message
 def test_a_tokenizer_of_tiktoken_is_recognised(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
     assert "give the tokenizer.json of the same model" in refusal(tmp_path)
+
+
+def test_one_process_encodes_with_one_thread(llama3):
+    """Whatever the environment says: there are as many processes as the user wants cores to be used."""
+    script = (
+        "import sys, psutil; from megastruct.data.tokenizers.open import open_tokenizer;"
+        "before = psutil.Process().num_threads(); open_tokenizer(sys.argv[1])._encode(['river stone'] * 64);"
+        "print(psutil.Process().num_threads() - before)"
+    )
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "4"}
+    command = [sys.executable, "-c", script, str(llama3)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == "0\n"

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     with ends_when_asked(), user_errors_exit():
         config = load_config(args.config, args.overrides)
-        if "torch" not in sys.modules:
+        if argv is None:  # as a command
             print(f"{args.config}: checking the config, the data and the devices", file=sys.stderr, flush=True)
         from megastruct.run.mirroring import complete_mirror
         from megastruct.run.preflight import preflight

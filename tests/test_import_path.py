@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import site
 import subprocess
@@ -93,3 +94,14 @@ def test_an_installed_package_needs_no_path(monkeypatch: pytest.MonkeyPatch) -> 
     with import_variables_set():
         assert os.environ["PYTHONSAFEPATH"] == "1" and "PYTHONPATH" not in os.environ
     assert "PYTHONSAFEPATH" not in os.environ
+
+
+def test_the_tools_shadow_no_module() -> None:
+    """tools/evaluate.py is not the package `evaluate`, which tasks of lm-evaluation-harness import."""
+    tools = sorted((ROOT / "tools").glob("*.py"))
+    [shared] = {re.search(r"^sys\.path\[:\] = .*$", tool.read_text(), re.M)[0] for tool in tools}
+    assert shared
+    script = "import runpy, sys; sys.path.insert(0, sys.argv[2]); runpy.run_path(sys.argv[1]); print(sys.path)"
+    command = [sys.executable, "-c", script, str(ROOT / "tools" / "plan.py"), str(ROOT / "tools")]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert str(ROOT / "tools") not in result.stdout and str(ROOT) in result.stdout

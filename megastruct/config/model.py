@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from megastruct.config.activations import ACTIVATIONS
@@ -16,9 +16,6 @@ from megastruct.config.section import Section, TensorSize
 from megastruct.structures import DENSE, STRUCTURES
 
 MAX_LAYERS = 2**16
-
-_LARGEST_WIDTH = 2**22
-_LARGEST = {"num_layers": 2_000, "vocab_size": 2**31}
 
 
 class ModelConfig(Section):
@@ -96,15 +93,6 @@ class ModelConfig(Section):
         "narrower model. Left out: the paper's initialisation and one learning rate",
         json_schema_extra={"unit": "features"},
     )
-
-    @field_validator("hidden_size", "ffn_hidden_size", "num_layers", "vocab_size")
-    @classmethod
-    def _of_a_machine(cls, value: int, info: ValidationInfo) -> int:
-        """A bound for what is computed from these sizes before it is known whether the model fits into memory."""
-        most = _LARGEST.get(str(info.field_name), _LARGEST_WIDTH)
-        if value > most:
-            raise PydanticCustomError("size", "no machine holds this; at most {most}", {"most": most})
-        return value
 
     @field_validator("activation")
     @classmethod

@@ -43,7 +43,7 @@ def typed(value: Any, annotation: Any) -> Any:
     if isinstance(value, Plain):
         return _from_text(value, kinds)
     if isinstance(value, list):
-        items = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is list), Any)
+        items = _items_of(value, kinds)
         return [typed(item, items) for item in value]
     if isinstance(value, dict):
         model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
@@ -99,9 +99,10 @@ def _from_text(text: Plain, kinds: list[Any]) -> Any:
         return None
     if text.startswith("[") and any(get_origin(kind) is list for kind in kinds):  # in an override
         items = _list(text)
-        # A pattern of file names may begin with a bracket too.
-        if items is not None and (str not in kinds or any(isinstance(item, dict) for item in items)):
-            return next(typed(items, kind) for kind in kinds if get_origin(kind) is list)
+        # A pattern of file names may begin with a bracket too: [ab]*.parquet, or [ab] alone.
+        if items is not None and (str not in kinds or len(items) > 1 or any(isinstance(item, dict) for item in items)):
+            of_items = _items_of(items, kinds)
+            return [typed(item, of_items) for item in items]
     if bool in kinds and text.lower() in _TRUTH:
         return _TRUTH[text.lower()]
     if int in kinds and (whole := _integer(text)) is not None:
@@ -111,6 +112,17 @@ def _from_text(text: Plain, kinds: list[Any]) -> Any:
     if float in kinds and _NOT_FINITE.fullmatch(text):
         return float(text.replace(".", ""))
     return str(text)
+
+
+def _items_of(values: list[Any], kinds: list[Any]) -> Any:
+    """The type of the items of a list, of those that `kinds` allow: sections, or plain values."""
+    of_items = [get_args(kind)[0] for kind in kinds if get_origin(kind) is list]
+    has_sections = any(isinstance(value, dict) for value in values)
+    return next((kind for kind in of_items if _is_section(kind) == has_sections), next(iter(of_items), Any))
+
+
+def _is_section(annotation: Any) -> bool:
+    return any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in _kinds(annotation))
 
 
 def _integer(text: str) -> int | None:

@@ -69,7 +69,7 @@ def _explain(item: Any) -> Problem:
             "model_type": f"{_shown(item['input'])} is not a section",
         }
         found = wrong.get(item["type"], f"{_shown(item['input'])}: {message}")
-        return Problem(where, found, f"{'.'.join(map(str, item['loc'][:2]))}=[{{path: FOLDER, weight: 1}}, ...]")
+        return Problem(where, found, f"{'.'.join(map(str, item['loc'][:2]))}={_example(item['loc'])}")
     if item["type"] == "extra_forbidden":
         known = _known_keys(item["loc"][:-1])
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
@@ -83,6 +83,12 @@ def _explain(item: Any) -> Problem:
         return Problem(where, found, "a size such as those in configs/model/")
     found = "a section" if isinstance(item["input"], Mapping) else _shown(item["input"])
     return Problem(where, f"{found}: {message}", _value_that_is_right(item))
+
+
+def _example(path: Location) -> str:
+    """A valid value of the key at `path` or around it."""
+    field = fields_of(str(path[0])).get(str(path[1]))
+    return field.examples[0] if field and field.examples else "[{path: FOLDER, weight: 1}, ...]"
 
 
 def _shown(value: object) -> str:
@@ -104,7 +110,7 @@ def _value_that_is_right(item: Any) -> str:
     choices = _words(annotation_of(section, key))
     meant = [bounds["meant"]] if "meant" in bounds else difflib.get_close_matches(str(item["input"]), choices, n=1)
     default = None if field is None or field.default is PydanticUndefined else field.default
-    values = (*meant, default, bounds.get("ge"), bounds.get("le"))
+    values = (*meant, default, *(field.examples or () if field else ()), bounds.get("ge"), bounds.get("le"))
     value = next((v for v in values if isinstance(v, bool | int | float | str)), None)
     words = [] if value is None else [str(value).lower() if isinstance(value, bool) else str(value)]
     if type(None) in get_args(annotation_of(section, key)):

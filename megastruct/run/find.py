@@ -30,7 +30,7 @@ def find_checkpoint(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     Collective over the world, or in one process without a group. Raises UserError if it is neither, or nothing in it is
     intact.
     """
-    path, run = Path(path).absolute(), run_of(path)
+    run, path = run_of(path), Path(path).absolute()
     if path != run:
         require_intact(path)
         return run, path

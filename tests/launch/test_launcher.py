@@ -59,9 +59,12 @@ def test_ranks_that_were_reached_by_ssh_are_asked_by_the_stop_file(tmp_path: Pat
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_a_start_that_is_stopped_before_its_ranks_exist(number: int) -> None:
-    """And it says something within seconds: it is stopped while it imports torch."""
-    command = [sys.executable, "-m", "megastruct.start", "configs/run/quickstart.yaml", "run.name=never"]
+def test_a_start_that_is_stopped_before_its_ranks_exist(number: int, tmp_path: Path) -> None:
+    """And it says something before that. It waits for its tokenizer, a pipe that nobody writes to."""
+    os.mkfifo(tmp_path / "tokenizer.model")
+    (tmp_path / "text.txt").write_text("a document")
+    data = ["data.kind=text", f"data.path={tmp_path}/text.txt", f"data.tokenizer={tmp_path}/tokenizer.model"]
+    command = [sys.executable, "-m", "megastruct.start", "configs/run/quickstart.yaml", "run.name=never", *data]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from megastruct.run.run_folder import RunFolder
 
         run, total = RunFolder(config), total_steps(config)
-        run.check_config()
+        with places_in_errors(args.config, args.overrides):
+            run.check_config()
         finished = run.finished_steps()
         if finished < total:
             options, world_size, here = _launch_options(config, args)

@@ -15,7 +15,7 @@ from megastruct.config.sources import override_value
 from megastruct.config.validate import validate
 from megastruct.errors import Problem
 
-OVERRIDE = re.compile(r"\b[a-z]+\.[a-z]\w*=(?!\.\.\.|\[)[^\s,()]+")
+OVERRIDE = re.compile(r"\b[a-z]+\.[a-z]\w*=(?!\.\.\.|[\[{])[^\s,()]+")
 _MOST_OVERRIDES = 5
 
 

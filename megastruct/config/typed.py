@@ -22,6 +22,7 @@ from megastruct.optimizers import OPTIMIZERS
 from megastruct.structures import known_sizes
 
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_SEQUENCES = (list, tuple)
 _INTEGER = re.compile(r"[-+]?[0-9][0-9_]*")
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]{1,4})?")
 _NOT_FINITE = re.compile(r"[-+]?\.?(inf|nan)", re.IGNORECASE)
@@ -97,7 +98,11 @@ def _from_text(text: Plain, kinds: list[Any]) -> Any:
         kinds = [type(None), bool, int, float, str]
     if text == "" or (type(None) in kinds and text in NULLS):
         return None
-    if text.startswith("[") and any(get_origin(kind) is list for kind in kinds):  # in an override
+    if text.startswith("{") and any(get_origin(kind) is dict or _is_section(kind) for kind in kinds):  # in an override
+        values = _parsed(text)
+        if isinstance(values, dict):
+            return typed(values, Union[tuple(kinds)])  # noqa: UP007, the kinds are known at run time only
+    if text.startswith("[") and any(get_origin(kind) in _SEQUENCES for kind in kinds):
         items = _list(text)
         # A pattern of file names may begin with a bracket too: [ab]*.parquet, or [ab] alone.
         if items is not None and (str not in kinds or len(items) > 1 or any(isinstance(item, dict) for item in items)):
@@ -116,7 +121,7 @@ def _from_text(text: Plain, kinds: list[Any]) -> Any:
 
 def _items_of(values: list[Any], kinds: list[Any]) -> Any:
     """The type of the items of a list, of those that `kinds` allow: sections, or plain values."""
-    of_items = [get_args(kind)[0] for kind in kinds if get_origin(kind) is list]
+    of_items = [get_args(kind)[0] for kind in kinds if get_origin(kind) in _SEQUENCES]
     has_sections = any(isinstance(value, dict) for value in values)
     return next((kind for kind in of_items if _is_section(kind) == has_sections), next(iter(of_items), Any))
 
@@ -136,8 +141,12 @@ def _integer(text: str) -> int | None:
 
 
 def _list(text: str) -> list[Any] | None:
+    value = _parsed(text)
+    return value if isinstance(value, list) else None
+
+
+def _parsed(text: str) -> Any:
     try:
-        value = parse_yaml(text)
+        return parse_yaml(text)
     except YAMLSyntaxError:
         return None
-    return value if isinstance(value, list) else None

@@ -20,8 +20,6 @@ from megastruct.planning.words import count, size
 
 HOPELESS = 2.0  # the plan is not exact: beyond this many times the memory that is there, a run cannot succeed
 
-_ORDER_BYTES = 8  # an int64 for each sample of a step
-
 
 def summary(config: Config, topology: Topology, data: TrainingData, device: torch.device, step: int) -> str:
     """The summary of a run that begins after `step`. One line for each topic."""
@@ -61,10 +59,6 @@ def check_memory(config: Config, topology: Topology, device_type: str, processes
             "parallel.zero_stage=3; tools/plan.py shows the parts"
         )
         yield Problem("memory", found, suggestion)
-    order = _ORDER_BYTES * config.training.global_batch_size
-    if order * processes > memory_there_bytes("cpu"):
-        found = f"{config.training.global_batch_size}, whose order alone needs {size(order)} in each process"
-        yield Problem("training.global_batch_size", found, "a smaller training.global_batch_size")
 
 
 def _planned_bytes(config: Config, world_size: int, parts: tuple[str, ...] | None = None) -> int:
@@ -93,6 +87,6 @@ def _data(config: Config, data: TrainingData) -> str:
     paths = [path for path, _ in config.data.sources]
     text = f"{config.data.kind} from {paths[0] if len(paths) == 1 else f'{len(paths)} sources'}"
     if (tokens := data.describe().get("num_train_tokens")) and len(paths) == 1:
-        read = config.training.base_steps * config.training.tokens_per_step
+        read = config.training.tokens(config.training.base_steps)
         text += f", {count(tokens)} tokens, read {read / tokens:.2g} times"
     return text

@@ -158,7 +158,7 @@ def check_optimizer(config: Config) -> Iterator[Problem]:
     known = [*type(optimizer).model_fields, *chosen.keys]
     yield from _foreign_keys("optimizer", "kind", optimizer.kind, foreign, owners, known)
     width = config.model.base_width
-    if width and chosen.learning_rate_scale(width, width) is None:
+    if width and chosen.learning_rate_scale("matrix", width, width, width) is None:
         found = f"{width}, but how learning rates of {chosen.name} depend on widths is not known"
         yield Problem("model.base_width", found, f"optimizer.kind={ADAMW}, or no model.base_width")
 

@@ -51,6 +51,7 @@ def report(plan: dict[str, Any]) -> str:
                 ("tokens", _count(plan["tokens"])),
                 ("steps", _steps(**plan["steps"])),
                 ("training FLOPs", f"{plan['training_flops']:.3g}"),
+                *_optimizer_row(plan),
                 ("forward FLOPs", ", ".join(f"{_words(k)} {v:.1%}" for k, v in plan["flops_share"].items())),
                 ("guided fraction", f"{plan['guided_fraction']:.3f} (FLOP-matched self-guided run)"),
                 ("layout", " x ".join(f"{k} {v}" for k, v in layout.items() if k != "devices")),
@@ -71,6 +72,16 @@ def report(plan: dict[str, Any]) -> str:
     if plan["warnings"]:
         sections.append("\n".join(f"warning: {text}" for text in plan["warnings"]))
     return "\n\n".join(sections)
+
+
+def _optimizer_row(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """The matrix products of the optimizer's steps, which are no model FLOPs; nothing if it has none."""
+    per_step, stages = plan["optimizer_flops_per_step"], plan["stages"]
+    if not per_step:
+        return []
+    most = max(stage["optimizer_flops"]["busiest_device"] for stage in stages)
+    share = per_step * plan["steps"]["total"] / plan["training_flops"]
+    return [("optimizer FLOPs", f"{per_step:.3g} per step ({share:.2%}), {most:.3g} on the busiest device")]
 
 
 def _memory_table(stages: list[dict[str, Any]]) -> str:

@@ -16,7 +16,7 @@ def each_alone(
 ) -> Iterator[tuple[Tensor, int, Tensor]]:
     """`WholeMatrices` where the stepped tensors are the matrices themselves, on one rank."""
     for tensor, value in values.items():
-        yield tensor, 0, function(value.view(1, *tensor.shape)).view(-1)
+        yield tensor, 0, function(value.view(1, *tensor.shape)).reshape(-1)
 
 
 class OrthogonalizedMomentum(torch.optim.Optimizer):

@@ -129,6 +129,18 @@ class Ownership:
             handled = {**handled, **{key: handled.get(key, 0) + number for key, number in more.items()}}
         return rounds
 
+    def handled_values(self, indices: Sequence[int]) -> dict[str, int]:
+        """The most values that a rank has in each buffer in a round of these matrices.
+
+        kept: its fragments. owned: its matrices. returned: all fragments of them, of all ranks.
+        """
+        total: dict[tuple[str, int], int] = {}
+        for index in indices:
+            for key, number in self._handled(index).items():
+                total[key] = total.get(key, 0) + number
+        buffers = ("kept", "owned", "returned")
+        return {each: max(number for (buffer, _), number in total.items() if buffer == each) for each in buffers}
+
     def _handled(self, index: int) -> dict[tuple[str, int], int]:
         """Values of a matrix in the buffers of the ranks, by (buffer, rank)."""
         matrix, owner = self.matrices[index], self.owners[index]

@@ -32,7 +32,9 @@ class Muon(Optimizer):
         "nesterov": Key(True, "Muon: look ahead by one step of the momentum"),
         "newton_schulz_steps": Key(5, "Muon: steps of the orthogonalisation", at_least=1),
         "update_scale": Key(0.2, "Muon: root mean square of an update's entries for learning rate 1", above=0),
-        "adamw_learning_rate_scale": Key(1.0, "AdamW's learning rate / `learning_rate`", above=0),
+        "adamw_learning_rate_scale": Key(
+            1.0, "AdamW's learning rate, as a multiple of `optimizer.learning_rate`", above=0
+        ),
         "beta1": Key(0.9, "AdamW: decay of the first moment", at_least=0, below=1),
         "beta2": Key(0.95, "AdamW: decay of the second moment", at_least=0, below=1),
         "eps": Key(1e-8, "AdamW: added to the root of the second moment", above=0),

@@ -15,7 +15,8 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
     Each step applies the polynomial to the singular values, of which the largest are at most 1 at first. After five
     steps those above 1/100 of the matrix's Frobenius norm lie between 0.68 and 1.14; smaller ones are raised at least
-    a hundredfold, or to that range. In fp32 the result is that of exact arithmetic up to 2e-5 in every entry, in bf16 up to 0.2.
+    a hundredfold, or to that range. In every entry the result is that of exact arithmetic up to 2e-5 in fp32 and up to
+    0.2 in bf16.
     """
     a, b, c = COEFFICIENTS
     x = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp_min(SMALLEST_NORM)

@@ -26,12 +26,12 @@ STRUCTURES: dict[str, Any] = {
 }
 
 
-def config_for(width: int, structure: str, base_width: int | None, **model: Any) -> Config:
+def config_for(width: int, structure: str, base_width: int | None, kind: str = "adamw", **model: Any) -> Config:
     sizes = {"hidden_size": width, "ffn_hidden_size": 4 * width, "num_attention_heads": width // 16}
     return tiny_config(
         model={**sizes, "num_layers": 2, "init_std": 0.02, "base_width": base_width, **model},
         ffn=STRUCTURES[structure](width),
-        optimizer={"learning_rate": LEARNING_RATE},
+        optimizer={"kind": kind, "learning_rate": LEARNING_RATE},
     )
 
 
@@ -72,6 +72,19 @@ def test_coordinate_check(structure: str) -> None:
     aware = [slope(list(v)) for v in zip(*(changes(config_for(d, structure, 128)) for d in WIDTHS), strict=True)]
     assert max(map(abs, aware)) <= 0.3
     assert plain[0] >= 0.7 and plain[1] >= 0.4
+
+
+@pytest.mark.parametrize("structure", always(sorted(STRUCTURES), ["lowrank"]))
+def test_coordinate_check_of_muon(structure: str) -> None:
+    plain = [
+        slope(list(v)) for v in zip(*(changes(config_for(d, structure, None, "muon")) for d in WIDTHS), strict=True)
+    ]
+    aware = [
+        slope(list(v)) for v in zip(*(changes(config_for(d, structure, 128, "muon")) for d in WIDTHS), strict=True)
+    ]
+    print(structure, plain, aware)
+    assert max(map(abs, aware)) <= 0.3
+    assert plain[0] >= 0.7
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -76,15 +76,15 @@ def test_coordinate_check(structure: str) -> None:
 
 @pytest.mark.parametrize("structure", always(sorted(STRUCTURES), ["lowrank"]))
 def test_coordinate_check_of_muon(structure: str) -> None:
-    plain = [
-        slope(list(v)) for v in zip(*(changes(config_for(d, structure, None, "muon")) for d in WIDTHS), strict=True)
-    ]
-    aware = [
-        slope(list(v)) for v in zip(*(changes(config_for(d, structure, 128, "muon")) for d in WIDTHS), strict=True)
-    ]
-    print(structure, plain, aware)
-    assert max(map(abs, aware)) <= 0.3
-    assert plain[0] >= 0.7
+    """From width 32 to 256, because Newton-Schulz takes long on a CPU. Measured: slopes of -0.08 to 0.12 with the
+    option; without it 0.1 (blocks) to 0.99 (dense) in the FFN and 0.64 to 0.71 in the logits."""
+    found = []
+    for base in (None, 32):
+        of_widths = [changes(config_for(width // 4, structure, base, "muon")) for width in WIDTHS]
+        found.append([slope(list(values)) for values in zip(*of_widths, strict=True)])
+    plain, aware = found
+    assert max(map(abs, aware)) <= 0.2
+    assert plain[1] >= 0.5
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -48,17 +48,17 @@ class Exchange:
         A place names its tensor of `stepped` also where this rank has nothing."""
         self.ownership, self.specs, self.group = ownership, specs, group
         self.stepped, self.places = list(stepped), list(places)
-        self._rounds: dict[tuple[int, ...], list[list[int]]] = {}
+        self.rounds: dict[tuple[int, ...], list[list[int]]] = {}
 
     def __call__(
         self, values: Mapping[Tensor, Tensor], function: Callable[[Tensor], Tensor]
     ) -> Iterator[tuple[Tensor, int, Tensor]]:
         """See `WholeMatrices`. All ranks pass the same stepped tensors; ZeRO 3 steps some at a time."""
         given = tuple(index for index, tensor in enumerate(self.stepped) if tensor in values)
-        if given not in self._rounds:
+        if given not in self.rounds:
             matrices = [matrix for matrix, place in enumerate(self.places) if place.tensor in given]
-            self._rounds[given] = self.ownership.rounds(matrices)
-        for matrices in self._rounds[given]:
+            self.rounds[given] = self.ownership.rounds(matrices)
+        for matrices in self.rounds[given]:
             fragments = [
                 values[self.stepped[place.tensor]].view(-1)[place.offset : place.offset + place.number]
                 for place in (self.places[matrix] for matrix in matrices)

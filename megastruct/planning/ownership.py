@@ -16,9 +16,6 @@ from megastruct.planning.cost import ffn_linears
 from megastruct.planning.stages import Stage
 
 ALIGNED_VALUES = 2  # DeepSpeed's nccl_start_alignment_factor: the parts of a group have a multiple of it
-# Of a value that a rank owns, in fp32: the matrix as received or put together, in a batch with others of its shape,
-# the update, and four tensors of its size, at most, in a step of Newton-Schulz.
-WORK_BYTES = 28
 
 
 def stage_ownership(config: Config, stage: Stage, dp_size: int) -> Ownership | None:
@@ -54,14 +51,36 @@ def whole_matrix_bytes(config: Config, stage: Stage, dp_size: int) -> int:
 
 
 def round_bytes(config: Config, stage: Stage, dp_size: int) -> int:
-    """What an optimizer step allocates on a device for the largest of its rounds, at most."""
+    """What an optimizer step allocates on a device for the largest of its rounds, in fp32, at most.
+
+    First fragments travel to the owners, which have their matrices as received and as put together. They work on those
+    of one shape after the other, and keep the updates. Then these travel back. A single rank only works.
+    """
     ownership = stage_ownership(config, stage, dp_size)
     largest = 0
     for matrices in ownership.rounds(range(len(ownership.matrices))) if ownership else []:
-        handled = ownership.handled_values(matrices) if ownership else {}
-        travel = 4 * (handled["kept"] + handled["owned"] + handled["returned"])
-        largest = max(largest, WORK_BYTES * handled["owned"], travel)
+        assert ownership is not None
+        handled = ownership.handled_values(matrices)
+        kept, owned, returned = handled["kept"], handled["owned"], handled["returned"]
+        work = max(_work_values(ownership, matrices, rank) for rank in range(ownership.num_ranks))
+        travel = (
+            [0] if ownership.num_ranks == 1 else [kept + owned, 2 * owned, 2 * owned + returned + kept, owned + work]
+        )
+        largest = max([largest, 4 * work, *(4 * values for values in travel)])
     return largest
+
+
+def _work_values(ownership: Ownership, matrices: list[int], rank: int) -> int:
+    """Values that a rank allocates to work on its matrices of a round: updates, and for those of one shape a batch, two
+    iterates and two squares of their short side."""
+    batches: dict[tuple[int, ...], int] = {}
+    for matrix in (ownership.matrices[index] for index in matrices if ownership.owners[index] == rank):
+        batches[matrix.shape] = batches.get(matrix.shape, 0) + matrix.num_values
+    done = most = 0
+    for (*_, m, n), values in batches.items():
+        most = max(most, done + 3 * values + 2 * (values * min(m, n) // max(m, n)))
+        done += values
+    return most
 
 
 def _groups(config: Config, shapes: list[tuple[int, ...]]) -> list[list[int]]:

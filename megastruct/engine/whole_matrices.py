@@ -153,7 +153,8 @@ def share_whole_matrices(
         flops = record.step_flops(shape, config.optimizer.settings)
         held = tuple((place.start, place.number) for place in of_ranks)
         matrices.append(Matrix(shape, flops, held, is_cut=specs[-1] is not None))
-        places.append(of_ranks[group.rank]._replace(tensor=max(place.tensor for place in of_ranks)))
+        start, number, _, offset = of_ranks[group.rank]
+        places.append(Place(start, number, max(place.tensor for place in of_ranks), offset))
     inner: Any = zero.inner_optimizer(wrapper)
     inner.exchange = Exchange(Ownership.of(matrices, group.tp_size), specs, stepped, places, group)
 

@@ -11,6 +11,7 @@ from megastruct.config import load_config
 from megastruct.errors import user_errors_exit
 from megastruct.planning.memory import PARTS
 from megastruct.planning.plan import make_plan, suggest
+from megastruct.planning.steps import equal_flops_steps
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--ffn-share", type=float, metavar="SHARE", help="suggest sizes with this share of the dense FFN's weights"
     )
     parser.add_argument("--dense", metavar="CONFIG", help="config whose training FLOPs a self-guided run is to match")
+    parser.add_argument(
+        "--match-flops", metavar="CONFIG", help="say which training.num_steps costs the training FLOPs of this config"
+    )
     parser.add_argument("--json", action="store_true", help="print all numbers, unrounded, as JSON")
     args = parser.parse_intermixed_args(argv)
     with user_errors_exit():
@@ -32,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan = make_plan(config, args.num_gpus, load_config(args.dense) if args.dense else None)
         if args.ffn_share is not None:
             plan["suggestions"] = suggest(config, args.ffn_share)
+        if args.match_flops is not None:
+            other = load_config(args.match_flops)
+            plan["match_flops"] = {"name": other.run.name, "num_steps": equal_flops_steps(config, other)}
     print(json.dumps(plan, indent=2) if args.json else report(plan))
 
 
@@ -52,6 +59,7 @@ def report(plan: dict[str, Any]) -> str:
                 ("steps", _steps(**plan["steps"])),
                 ("training FLOPs", f"{plan['training_flops']:.3g}"),
                 *_optimizer_row(plan),
+                *_matched_row(plan),
                 ("forward FLOPs", ", ".join(f"{_words(k)} {v:.1%}" for k, v in plan["flops_share"].items())),
                 ("guided fraction", f"{plan['guided_fraction']:.3f} (FLOP-matched self-guided run)"),
                 ("layout", " x ".join(f"{k} {v}" for k, v in layout.items() if k != "devices")),
@@ -72,6 +80,11 @@ def report(plan: dict[str, Any]) -> str:
     if plan["warnings"]:
         sections.append("\n".join(f"warning: {text}" for text in plan["warnings"]))
     return "\n\n".join(sections)
+
+
+def _matched_row(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    matched = plan.get("match_flops")
+    return [("equal FLOPs", f"training.num_steps={matched['num_steps']}, as {matched['name']}")] if matched else []
 
 
 def _optimizer_row(plan: dict[str, Any]) -> list[tuple[str, str]]:

@@ -29,13 +29,13 @@ from megastruct.engine.norms import set_up_norm
 from megastruct.engine.optimizer import build_optimizer, parameter_roles
 from megastruct.engine.pipeline import GPTPipeline, deepspeed_topology
 from megastruct.engine.row_losses import RecordingLoss
-from megastruct.engine.whole_matrices import share_whole_matrices
+from megastruct.engine.whole_matrices import share_whole_matrices, stage_group
 from megastruct.models.block import compile_blocks
 from megastruct.models.gpt import GPT
 from megastruct.models.guidance import Guidance
 from megastruct.optimizers import MASTER, OPTIMIZERS, Optimizer, Role
 from megastruct.parallel.collectives import sum_gradients
-from megastruct.parallel.groups import StageGroup, TensorGroup, make_stage_group, make_tensor_group
+from megastruct.parallel.groups import StageGroup, TensorGroup, make_tensor_group
 from megastruct.parallel.topology import Topology
 from megastruct.planning.steps import guided_steps
 
@@ -200,7 +200,7 @@ class PipelineEngine(Engine):
         tp = make_tensor_group(topology, sums_once=True)
         guidance = make_guidance(config, topology, device) if guided else None
         module = GPTPipeline(config, topology, tp, RecordingLoss(config, tp), guidance, eod_id)
-        return cls(module, config, topology, tp, device, make_stage_group(topology))
+        return cls(module, config, topology, tp, device, stage_group(config, topology))
 
     def _sum_replicated_gradients(self) -> None:
         """Have DeepSpeed sum the gradients of replicated parameters over the tensor-parallel group, after the last
@@ -251,7 +251,7 @@ class PlainEngine(Engine):
         guidance = make_guidance(config, topology, device) if guided else None
         mpu = PipelineParallelGrid(topology=deepspeed_topology(topology))
         module = GPT(config, tp, guidance, eod_id)
-        return cls(module, config, topology, tp, device, make_stage_group(topology), mpu)
+        return cls(module, config, topology, tp, device, stage_group(config, topology), mpu)
 
     @override
     def without_guides(self) -> PlainEngine:

@@ -18,7 +18,7 @@ from megastruct.engine import zero
 from megastruct.optimizers import MASTER, OPTIMIZERS, Role
 from megastruct.optimizers.ownership import Matrix, Ownership
 from megastruct.parallel.collectives import exchange
-from megastruct.parallel.groups import StageGroup
+from megastruct.parallel.groups import StageGroup, make_stage_group
 from megastruct.parallel.shards import ShardSpec
 from megastruct.parallel.topology import Topology
 
@@ -128,6 +128,12 @@ class Exchange:
             r: iter(part.split(sizes[r])) for r, part in enumerate(received.split([sum(sizes[r]) for r in ranks]))
         }
         return [next(pieces[plan.owners[matrix]]) for matrix in matrices]
+
+
+def stage_group(config: Config, topology: Topology) -> StageGroup:
+    """The ranks that share whole matrices; this one alone if the optimizer needs none. Collective over the world."""
+    needed = any(group.whole for group in OPTIMIZERS[config.optimizer.kind].groups)
+    return make_stage_group(topology) if needed else StageGroup()
 
 
 def share_whole_matrices(

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from megastruct.config.load import load_config
 from megastruct.config.schema import Config
+from megastruct.optimizers import OPTIMIZERS
 from megastruct.start import main
 from megastruct.structures import STRUCTURES, known_sizes
 
@@ -145,11 +146,30 @@ def default_of(key: str) -> str:
 
 def test_defaults_in_the_tables_are_those_of_the_config() -> None:
     rows = tabled_defaults()
-    assert {page for page, *_ in rows} == {"data.md", "guided.md", "reliability.md", "runs.md", "structures.md"}
+    pages = {"data.md", "guided.md", "optimizers.md", "reliability.md", "runs.md", "structures.md"}
+    assert {page for page, *_ in rows} == pages
     assert {key: default for _, key, default in rows} == {key: default_of(key) for _, key, _ in rows}
     every = {f"{name}.{key}" for name in ("data", "ffn", "guided", "reliability") for key in section(name).model_fields}
     every |= {f"ffn.{size}" for size in known_sizes()}
     assert every <= {key for _, key, _ in rows}, "a key is missing in its table"
+
+
+def test_the_table_of_optimizers_is_the_registry() -> None:
+    """Each key with the defaults of the optimizers that have it."""
+    page = (ROOT / "docs" / "optimizers.md").read_text()
+    rows = re.findall(r"^\| `optimizer\.(\w+)` \| ([^|]*) ?\| ([^|]+) \| ([^|]+) \|$", page, re.M)
+
+    def default(kind: str, key: str) -> str:
+        if key not in OPTIMIZERS[kind].keys:
+            return ""
+        value = OPTIMIZERS[kind].keys[key].default
+        return str(value).lower() if isinstance(value, bool) else f"{value:g}"
+
+    keys = {key for kind in ("adamw", "muon") for key in OPTIMIZERS[kind].keys}
+    assert {key: (adamw.strip(), muon) for key, adamw, muon, _ in rows} == {
+        key: (default("adamw", key), default("muon", key)) for key in keys
+    }
+    assert all(OPTIMIZERS["muon"].keys[key].description == text for key, _, _, text in rows)
 
 
 def test_the_table_of_structures_is_the_registry() -> None:

@@ -12,6 +12,7 @@ from megastruct.console import command
 from megastruct.errors import user_errors_exit
 from megastruct.planning.memory import PARTS
 from megastruct.planning.plan import make_plan, suggest
+from megastruct.planning.steps import equal_flops_steps
 from megastruct.planning.words import count
 
 
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--ffn-share", type=float, metavar="SHARE", help="suggest sizes with this share of the dense FFN's weights"
     )
     parser.add_argument("--dense", metavar="CONFIG", help="config whose training FLOPs a self-guided run is to match")
+    parser.add_argument(
+        "--match-flops", metavar="CONFIG", help="say which training.num_steps costs the training FLOPs of this config"
+    )
     parser.add_argument("--json", action="store_true", help="print all numbers, unrounded, as JSON")
     args = parser.parse_intermixed_args(argv)
     with user_errors_exit():
@@ -35,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan = make_plan(config, args.num_gpus, load_config(args.dense) if args.dense else None)
         if args.ffn_share is not None:
             plan["suggestions"] = suggest(config, args.ffn_share)
+        if args.match_flops is not None:
+            other = load_config(args.match_flops)
+            plan["match_flops"] = {"name": other.run.name, "num_steps": equal_flops_steps(config, other)}
     print(json.dumps(plan, indent=2) if args.json else report(plan))
 
 
@@ -54,6 +61,8 @@ def report(plan: dict[str, Any]) -> str:
                 ("tokens", count(plan["tokens"])),
                 ("steps", _steps(**plan["steps"])),
                 ("training FLOPs", f"{plan['training_flops']:.3g}"),
+                *_optimizer_row(plan),
+                *_matched_row(plan),
                 ("forward FLOPs", ", ".join(f"{_words(k)} {v:.1%}" for k, v in plan["flops_share"].items())),
                 ("guided fraction", f"{plan['guided_fraction']:.3f} (FLOP-matched self-guided run)"),
                 ("layout", " x ".join(f"{k} {v}" for k, v in layout.items() if k != "devices")),
@@ -74,6 +83,21 @@ def report(plan: dict[str, Any]) -> str:
     if plan["warnings"]:
         sections.append("\n".join(f"warning: {text}" for text in plan["warnings"]))
     return "\n\n".join(sections)
+
+
+def _matched_row(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    matched = plan.get("match_flops")
+    return [("equal FLOPs", f"training.num_steps={matched['num_steps']}, as {matched['name']}")] if matched else []
+
+
+def _optimizer_row(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """The matrix products of the optimizer's steps, which are no model FLOPs; nothing if it has none."""
+    per_step, stages = plan["optimizer_flops_per_step"], plan["stages"]
+    if not per_step:
+        return []
+    most = max(stage["optimizer_flops"]["busiest_device"] for stage in stages)
+    share = per_step * plan["steps"]["total"] / plan["training_flops"]
+    return [("optimizer FLOPs", f"{per_step:.3g} per step ({share:.2%}), {most:.3g} on the busiest device")]
 
 
 def _memory_table(stages: list[dict[str, Any]]) -> str:

@@ -231,7 +231,7 @@ def check_optimizer(config: Config) -> Iterator[Problem]:
         return
     yield from chosen.problems("optimizer.", optimizer.settings)
     width = config.model.base_width
-    if width and chosen.learning_rate_scale(width, width) is None:
+    if width and chosen.learning_rate_scale("matrix", width, width, width) is None:
         found = f"{width}, but how learning rates of {chosen.name} depend on widths is not known"
         yield Problem("model.base_width", found, f"optimizer.kind={ADAMW}, or no model.base_width")
 

@@ -25,16 +25,17 @@ from megastruct.data.batch import Batch
 from megastruct.engine import zero
 from megastruct.engine.config import deepspeed_config
 from megastruct.engine.internals import check_internals
-from megastruct.engine.norms import GradientClipper, sum_norms_over_stages
+from megastruct.engine.norms import set_up_norm
 from megastruct.engine.optimizer import build_optimizer, parameter_roles
 from megastruct.engine.pipeline import GPTPipeline, deepspeed_topology
 from megastruct.engine.row_losses import RecordingLoss
+from megastruct.engine.whole_matrices import share_whole_matrices, stage_group
 from megastruct.models.block import compile_blocks
 from megastruct.models.gpt import GPT
 from megastruct.models.guidance import Guidance
 from megastruct.optimizers import MASTER, OPTIMIZERS, Optimizer, Role
 from megastruct.parallel.collectives import sum_gradients
-from megastruct.parallel.groups import TensorGroup, make_tensor_group
+from megastruct.parallel.groups import StageGroup, TensorGroup, make_tensor_group
 from megastruct.parallel.topology import Topology
 from megastruct.planning.steps import guided_steps
 
@@ -49,10 +50,12 @@ class Engine:
         topology: Topology,
         tp: TensorGroup,
         device: torch.device,
+        stage_group: StageGroup,
         mpu: Any = None,
     ) -> None:
         """`mpu`: DeepSpeed's view of the groups, where the module does not bring it."""
         self.config, self.topology, self.tp, self.device, self.mpu = config, topology, tp, device, mpu
+        self.stage_group = stage_group
         self.loss: RecordingLoss = module.loss_fn if isinstance(module, GPTPipeline) else RecordingLoss(config, tp)
         self.roles: dict[nn.Parameter, Role] = parameter_roles(module)  # ZeRO 3 will change the parameters' shapes
         optimizer = build_optimizer(module, config.optimizer, device.type, config.model.base_width)
@@ -65,17 +68,10 @@ class Engine:
                 mpu=mpu,
                 dist_init_required=False,
             )
-        self.clipper: GradientClipper | None = None
-        if config.parallel.zero_stage == 0:
-            self.clipper = GradientClipper(
-                module.parameters(),
-                config.optimizer.gradient_clipping,
-                module.replica_group,
-                counts_replicated=tp.rank == 0,
-            )
-            optimizer.register_step_pre_hook(self.clipper)
-        elif config.training.precision == "fp32" and topology.pp_size > 1:
-            sum_norms_over_stages(self.zero_optimizer, module.replica_group)
+        self.clipper = set_up_norm(
+            self.zero_optimizer, module, config, topology.pp_size, counts_replicated=tp.rank == 0
+        )
+        share_whole_matrices(self.zero_optimizer, self.roles, config, topology, stage_group)
         if config.training.compile:
             compile_blocks(module, config.training.seq_length, device)
 
@@ -188,9 +184,15 @@ class PipelineEngine(Engine):
     """ZeRO 0 and 1, any number of stages."""
 
     def __init__(
-        self, module: GPTPipeline, config: Config, topology: Topology, tp: TensorGroup, device: torch.device
+        self,
+        module: GPTPipeline,
+        config: Config,
+        topology: Topology,
+        tp: TensorGroup,
+        device: torch.device,
+        stage_group: StageGroup,
     ) -> None:
-        super().__init__(module, config, topology, tp, device)
+        super().__init__(module, config, topology, tp, device, stage_group)
         if tp.size > 1:
             self._sum_replicated_gradients()
 
@@ -202,7 +204,7 @@ class PipelineEngine(Engine):
         tp = make_tensor_group(topology, sums_once=True)
         guidance = make_guidance(config, topology, device) if guided else None
         module = GPTPipeline(config, topology, tp, RecordingLoss(config, tp), guidance, eod_id)
-        return cls(module, config, topology, tp, device)
+        return cls(module, config, topology, tp, device, stage_group(config, topology))
 
     def _sum_replicated_gradients(self) -> None:
         """Have DeepSpeed sum the gradients of replicated parameters over the tensor-parallel group, after the last
@@ -223,7 +225,7 @@ class PipelineEngine(Engine):
         module = self.module  # stays: a new one would make new process groups
         self._close()
         module.drop_guides()
-        return PipelineEngine(module, self.config, self.topology, self.tp, self.device)
+        return PipelineEngine(module, self.config, self.topology, self.tp, self.device, self.stage_group)
 
     @override
     def canonical_name(self, name: str) -> str:
@@ -252,7 +254,8 @@ class PlainEngine(Engine):
         tp = make_tensor_group(topology)
         guidance = make_guidance(config, topology, device) if guided else None
         mpu = PipelineParallelGrid(topology=deepspeed_topology(topology))
-        return cls(GPT(config, tp, guidance, eod_id), config, topology, tp, device, mpu)
+        module = GPT(config, tp, guidance, eod_id)
+        return cls(module, config, topology, tp, device, stage_group(config, topology), mpu)
 
     @override
     def without_guides(self) -> PlainEngine:
@@ -262,7 +265,7 @@ class PlainEngine(Engine):
         zero.empty_parameters(parameters)
         # A new module: ZeRO 3 has cut the old one's parameters, and tied them to its optimizer.
         module = GPT(self.config, self.tp, eod_id=eod_id, init=False)
-        return PlainEngine(module, self.config, self.topology, self.tp, self.device, self.mpu)
+        return PlainEngine(module, self.config, self.topology, self.tp, self.device, self.stage_group, self.mpu)
 
     @override
     def train_batch(self, batches: Iterator[Batch] | None) -> float:

@@ -11,7 +11,25 @@ import torch.distributed as dist
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import nn
 
+from megastruct.config.schema import Config
 from megastruct.engine.zero import is_tied_copy
+
+
+def set_up_norm(
+    wrapper: Any, module: Any, config: Config, pp_size: int, counts_replicated: bool
+) -> GradientClipper | None:
+    """Have gradient norms counted over all stages: by the clipper that it returns, or by DeepSpeed. Collective.
+
+    `wrapper`: DeepSpeed's optimizer, or ours where ZeRO is off. `counts_replicated` as in `GradientClipper`.
+    """
+    if config.parallel.zero_stage == 0:
+        max_norm = config.optimizer.gradient_clipping
+        clipper = GradientClipper(module.parameters(), max_norm, module.replica_group, counts_replicated)
+        wrapper.register_step_pre_hook(clipper)
+        return clipper
+    if config.training.precision == "fp32" and pp_size > 1:
+        sum_norms_over_stages(wrapper, module.replica_group)
+    return None
 
 
 def sum_norms_over_stages(zero: Any, model_group: Any) -> None:

@@ -35,7 +35,7 @@ def write_first_checkpoint(run: RunFolder, weights: FirstWeights, tokenizer: Tok
     with torch.device("meta"):
         roles = parameter_roles(model := GPT(config))
     groups = {name: roles[parameter] for name, parameter in model.named_parameters()}
-    groups |= {name: "matrix" for name in weights.tensors if is_guide(name)}
+    groups |= {name: "guide" for name in weights.tensors if is_guide(name)}
     assert groups.keys() == weights.tensors.keys()
     tensors = {}
     for name, weight in weights.tensors.items():

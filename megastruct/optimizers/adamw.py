@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from megastruct.optimizers.record import Group, Key, Optimizer
+from megastruct.optimizers.record import Group, Key, Optimizer, Role
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ class AdamW(Optimizer):
         return {"step": count} | {moment: torch.zeros_like(tensor) for moment in MOMENTS}
 
     @override
-    def learning_rate_scale(self, fan_in: int, base_width: int) -> float:
+    def learning_rate_scale(self, role: Role, fan_out: int, fan_in: int, base_width: int) -> float:
         """base_width / fan_in. Adam moves every entry by the learning rate, so a product over fan_in inputs moves by
         fan_in times that.
 

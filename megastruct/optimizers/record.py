@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # matrix: a weight or factor of a linear map, also in blocks. vocabulary: embedding and output head. vector: norms and
-# biases.
-Role = Literal["matrix", "vocabulary", "vector"]
-ROLES: tuple[Role, ...] = ("matrix", "vocabulary", "vector")
+# biases. guide: the dense weight beside a structured linear in self-guided training.
+Role = Literal["matrix", "vocabulary", "vector", "guide"]
+ROLES: tuple[Role, ...] = ("matrix", "vocabulary", "vector")  # a guide is a matrix where no group names guides
 MASTER = "master"  # the fp32 weight, which checkpoints keep beside the optimizer's kinds of state
 VALUE_BYTES = 4  # the state is kept in fp32
 Value = bool | int | float
@@ -66,12 +66,14 @@ class Group:
 
     `roles`: those of its parameters. `state`: the kinds of state that it keeps of each, tensors of the parameter's size
     in fp32, named as in the optimizer's own `state` and in checkpoints. `decays`: whether weight decay applies.
+    `whole`: a step needs whole matrices, not the parts of them that a rank owns (`ownership.py`).
     """
 
     name: str
     roles: tuple[Role, ...]
     state: tuple[str, ...]
     decays: bool = True
+    whole: bool = False
 
 
 class Optimizer(ABC):
@@ -95,7 +97,8 @@ class Optimizer(ABC):
     ) -> torch.optim.Optimizer:
         """The optimizer over parameter groups with `params`, `lr`, `weight_decay`, `lr_scale` and the group's `name`.
 
-        `settings`: the values of `keys`. `device_type`: "cpu" or "cuda".
+        `settings`: the values of `keys`. `device_type`: "cpu" or "cuda". With groups that are `whole`, the optimizer
+        has an attribute `exchange`, which the engine sets to a `WholeMatrices`.
         """
 
     @abstractmethod
@@ -105,16 +108,25 @@ class Optimizer(ABC):
         `group`: of the built optimizer. A checkpoint fills in the zeros.
         """
 
-    def learning_rate_scale(self, fan_in: int, base_width: int) -> float | None:
-        """The factor of the learning rate for a matrix [..., d_out, fan_in], if it is set for fan-in `base_width`.
+    def learning_rate_scale(self, role: Role, fan_out: int, fan_in: int, base_width: int) -> float | None:
+        """The factor of the learning rate for a matrix or guide [..., fan_out, fan_in], if the learning rate is set for
+        a square matrix of width `base_width`.
 
         None: no rule is known, and `model.base_width` is refused.
         """
         return None
 
+    def group_learning_rate_scale(self, group: Group, settings: Mapping[str, Value]) -> float:
+        """The factor of the config's learning rate for all of a group, given the values of its keys."""
+        return 1.0
+
+    def step_flops(self, shape: Sequence[int], settings: Mapping[str, Value]) -> int:
+        """FLOPs of the matrix products of a step on a parameter [..., m, n] of a group that is `whole`."""
+        return 0
+
     def group_of(self, role: Role) -> Group:
-        """The one group whose parameters have this role."""
-        return next(group for group in self.groups if role in group.roles)
+        """The one group whose parameters have this role; that of matrices for guides, unless one names them."""
+        return next((group for group in self.groups if role in group.roles), None) or self.group_of("matrix")
 
     @property
     def state(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from types import MappingProxyType
 
 from megastruct.optimizers.adamw import AdamW
+from megastruct.optimizers.muon import Muon
 from megastruct.optimizers.record import MASTER, ROLES, Optimizer
 
 ENTRY_POINTS = "megastruct.optimizers"
@@ -44,6 +45,7 @@ def nearest_optimizer(name: str) -> str:
 
 def _register_all() -> None:
     register(AdamW())
+    register(Muon())
     for entry_point in sorted(entry_points(group=ENTRY_POINTS), key=lambda found: found.name):
         register(entry_point.load())
 

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from megastruct.parallel.groups import TensorGroup
+from megastruct.parallel.groups import StageGroup, TensorGroup
 
 _BUCKET_VALUES = 1 << 24  # of one all-reduce of several gradients, which are copied into the bucket
 _records: list[tuple[str, int]] | None = None
@@ -104,6 +104,20 @@ def sum_gradients(gradients: Sequence[Tensor], tp: TensorGroup) -> None:
 def all_reduce(x: Tensor, tp: TensorGroup, operation: str = "sum") -> Tensor:
     """The sum ("sum") or maximum ("max") of the ranks' x as a new tensor of its shape and dtype; not differentiable."""
     return x if tp.size == 1 else _all_reduce(x, operation, _name(tp), tp.size)
+
+
+def exchange(outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[int], like: Tensor, group: StageGroup) -> Tensor:
+    """Send flat tensors to every rank and return what they sent here, [sum of incoming], in the order of ranks.
+
+    `outgoing`: by destination. `incoming`: the number of values, by origin. All of dtype and device of `like`. What
+    stays on this rank is not counted as sent.
+    """
+    send = torch.cat([tensor for tensors in outgoing for tensor in tensors] or [like.new_empty(0)])
+    splits = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
+    _record("exchange", (send.numel() - splits[group.rank]) * send.element_size())
+    received = like.new_empty(sum(incoming))
+    dist.all_to_all_single(received, send, list(incoming), splits, group=group.group)
+    return received
 
 
 def _name(tp: TensorGroup) -> str:

@@ -15,6 +15,7 @@ from megastruct.config.schema import Config, FFNConfig
 from megastruct.optimizers import OPTIMIZERS, Role
 from megastruct.parallel.sizes import words_per_rank
 from megastruct.planning.cost import ffn_linears, has_block_kernel
+from megastruct.planning.ownership import round_bytes
 from megastruct.planning.stages import Stage
 
 LIVE_VALUES = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
@@ -40,13 +41,16 @@ def bucket_values(num_parameters: int) -> int:
 def memory_by_part(config: Config, stage: Stage, dp_size: int) -> dict[str, int]:
     """Bytes by part (PARTS) on each device of a stage, at the step's peak."""
     parameters = stage.parameters_per_device
+    activations, logits = activation_bytes(config, stage, dp_size), logit_bytes(config) if stage.has_head else 0
+    # The optimizer's step works where the activations were.
+    step = max(0, round_bytes(config, stage, dp_size) - activations - logits)
     return {
         "weights": weight_bytes(config, parameters, dp_size),
         "gradients": gradient_bytes(config, parameters, dp_size),
-        "optimizer": optimizer_bytes(config, stage.parameters_by_role, dp_size),
+        "optimizer": optimizer_bytes(config, stage.parameters_by_role, dp_size) + step,
         "communication": communication_bytes(config, parameters),
-        "activations": activation_bytes(config, stage, dp_size),
-        "logits": logit_bytes(config) if stage.has_head else 0,
+        "activations": activations,
+        "logits": logits,
         "guides": guide_bytes(config, stage, dp_size) if config.guided.schedule != "off" else 0,
     }
 
@@ -73,7 +77,8 @@ def gradient_bytes(config: Config, parameters: int, dp_size: int) -> int:
 
 
 def optimizer_bytes(config: Config, parameters: Mapping[Role, int], dp_size: int) -> int:
-    """The optimizer's state of the device's parameters, by role, as its record says: for AdamW two fp32 moments, 8 P.
+    """The optimizer's state of the device's parameters, by role, as its record says: for AdamW two fp32 moments, 8 P;
+    for Muon's matrices one, 4 P.
 
     From ZeRO 1 on it is cut over the replicas, with an fp32 copy of the weights, which DeepSpeed also keeps where the
     weights are fp32: for AdamW 12 P / D.
@@ -130,7 +135,7 @@ def guide_bytes(config: Config, stage: Stage, dp_size: int) -> int:
     divided = (weight_bytes, gradient_bytes)
     state = sum(part(config, with_guides, dp_size) - part(config, own, dp_size) for part in divided)
     by_role = stage.parameters_by_role
-    more = {**by_role, "matrix": by_role["matrix"] + with_guides - own}
+    more: dict[Role, int] = {**by_role, "guide": with_guides - own}
     state += optimizer_bytes(config, more, dp_size) - optimizer_bytes(config, by_role, dp_size)
     state += communication_bytes(config, with_guides) - communication_bytes(config, own)
     tokens, in_flight = _tokens_and_micro_batches(config, stage, dp_size)

@@ -23,6 +23,7 @@ from megastruct.planning.cost import (
     total_parameters,
 )
 from megastruct.planning.memory import memory_by_part
+from megastruct.planning.ownership import optimizer_flops
 from megastruct.planning.stages import Stage, pipeline_stages
 from megastruct.planning.steps import guided_steps, total_steps, total_tokens, total_training_flops
 from megastruct.planning.traffic import linear_bytes_per_token, micro_batches_per_step, traffic_bytes
@@ -60,6 +61,7 @@ def make_plan(config: Config, num_devices: int | None = None, dense: Config | No
         "tokens": total_tokens(config),
         "forward_flops_per_token": forward,
         "training_flops": total_training_flops(config),
+        "optimizer_flops_per_step": sum(stage["optimizer_flops"]["total"] for stage in described),
         "flops_share": {part: flops / forward for part, flops in forward_flops_by_part(config).items()},
         "guided_fraction": guided_fraction(config, dense),
         "steps": {"total": total_steps(config), "guided": guided_steps(config)},
@@ -132,12 +134,14 @@ def _width_warnings(config: Config) -> Iterator[str]:
 
 def _stage(config: Config, stage: Stage, dp_size: int) -> dict[str, Any]:
     memory = memory_by_part(config, stage, dp_size)
+    total, most = optimizer_flops(config, stage, dp_size)
     return {
         "stage": stage.index,
         "layers": [stage.layers[0].name, stage.layers[-1].name],
         "parameters": stage.parameters,
         "parameters_per_device": stage.parameters_per_device,
         "flops_share": stage.forward_flops / forward_flops_per_token(config),
+        "optimizer_flops": {"total": total, "busiest_device": most},
         "memory_bytes": memory,
         "total_memory_bytes": sum(memory.values()),
         "traffic_bytes_per_step": traffic_bytes(config, stage, dp_size),

@@ -73,3 +73,8 @@ def total_training_flops(config: Config) -> float:
         guided * training_flops_per_token(config, mean_guide_share(config))
         + (1.0 - guided) * training_flops_per_token(config)
     )
+
+
+def equal_flops_steps(config: Config, other: Config) -> int:
+    """The `training.num_steps` with which a run of `config` costs the training FLOPs of a run of `other`."""
+    return max(1, round(total_training_flops(other) / total_training_flops(config) * config.training.base_steps))

@@ -11,13 +11,15 @@ from megastruct.config.schema import Config, FFNConfig
 from megastruct.parallel.sizes import words_per_rank
 from megastruct.planning.cost import ffn_linears, mean_guide_share
 from megastruct.planning.memory import value_bytes
+from megastruct.planning.ownership import whole_matrix_bytes
 from megastruct.planning.stages import Stage
 
 
 def traffic_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, dict[str, int]]:
     """Bytes that each device of a stage sends per step: {kind of parallelism: {purpose: bytes}}.
 
-    "guides" is what self-guided training adds, averaged over its guided steps.
+    "guides" is what self-guided training adds, averaged over its guided steps. "optimizer" is what the rank sends that
+    sends most.
     """
     own, dp_guides = stage.parameters_per_device, 0
     if config.guided.schedule != "off":
@@ -28,6 +30,7 @@ def traffic_bytes(config: Config, stage: Stage, dp_size: int) -> dict[str, dict[
         "tensor_parallel": tensor_parallel_bytes(config, stage, dp_size),
         "data_parallel": {**data_parallel_bytes(config, own, dp_size), "guides": dp_guides},
         "pipeline": pipeline_bytes(config, stage, dp_size),
+        "optimizer": {"whole_matrices": whole_matrix_bytes(config, stage, dp_size)},
     }
 
 

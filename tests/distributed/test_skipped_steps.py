@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from configs import tiny_config
+from marks import soak
 from megastruct.config.schema import Config
 from megastruct.engine.engine import Engine, build_engine
 from megastruct.engine.state import fragments
@@ -20,24 +21,26 @@ from ranks import own_device, run_ranks
 from runs import batches
 
 BAD_STEP, LAST_STEP = 2, 5
-LAYOUTS = [  # precision, pp, dp, tp, zero
-    ("fp32", 1, 2, 1, 0),
-    ("fp32", 2, 2, 1, 1),
-    pytest.param("fp32", 1, 1, 2, 1, marks=pytest.mark.soak),
-    pytest.param("fp32", 1, 2, 1, 2, marks=pytest.mark.soak),
-    pytest.param("fp32", 1, 2, 1, 3, marks=pytest.mark.soak),
-    ("bf16", 2, 1, 2, 1),
-    pytest.param("bf16", 1, 2, 1, 2, marks=pytest.mark.soak),
-    ("bf16", 1, 2, 1, 3),
+LAYOUTS = [  # precision, pp, dp, tp, zero, optimizer
+    ("fp32", 1, 2, 1, 0, "adamw"),
+    ("fp32", 2, 2, 1, 1, "adamw"),
+    soak("fp32", 1, 1, 2, 1, "adamw"),
+    soak("fp32", 1, 2, 1, 2, "adamw"),
+    soak("fp32", 1, 2, 1, 3, "adamw"),
+    ("bf16", 2, 1, 2, 1, "adamw"),
+    soak("bf16", 1, 2, 1, 2, "adamw"),
+    ("bf16", 1, 2, 1, 3, "adamw"),
+    ("fp32", 1, 2, 1, 0, "muon"),
+    soak("fp32", 2, 2, 1, 1, "muon"),
+    soak("bf16", 1, 2, 1, 3, "muon"),
 ]
 
 
 def state_of(engine: Engine) -> dict[str, torch.Tensor]:
-    """Masters, moments, Adam's steps, and the weights that the forward uses."""
+    """Masters, moments, AdamW's steps, and the weights that the forward uses."""
     owned = {f"{f.name}.{kind}": t.clone() for f in fragments(engine) for kind, t in f.tensors.items()}
-    steps = {
-        f"step {i}": s["step"].clone() for i, s in enumerate(inner_optimizer(engine.zero_optimizer).state.values()) if s
-    }
+    states = inner_optimizer(engine.zero_optimizer).state.values()
+    steps = {f"step {i}": state["step"].clone() for i, state in enumerate(states) if "step" in state}
     weights = {f"weight {name}": getattr(p, "ds_tensor", p).detach().clone() for name, p in engine.named_parameters()}
     return owned | steps | weights
 
@@ -82,9 +85,10 @@ def _spoil(engine: Engine, value: float) -> Any:
     return parameter.register_hook(spoil)
 
 
-@pytest.mark.parametrize(("precision", "pp", "dp", "tp", "zero"), LAYOUTS)
-def test_a_bad_step_is_skipped_by_all(precision: str, pp: int, dp: int, tp: int, zero: int) -> None:
-    config = tiny_config(training={"precision": precision}, parallel={"pp": pp, "tp": tp, "zero_stage": zero})
+@pytest.mark.parametrize(("precision", "pp", "dp", "tp", "zero", "kind"), LAYOUTS)
+def test_a_bad_step_is_skipped_by_all(precision: str, pp: int, dp: int, tp: int, zero: int, kind: str) -> None:
+    parallel = {"pp": pp, "tp": tp, "zero_stage": zero}
+    config = tiny_config(training={"precision": precision}, parallel=parallel, optimizer={"kind": kind})
     topology = Topology(pp, dp, tp)
     value = math.nan if precision == "fp32" else math.inf
     results = run_ranks(pp * dp * tp, train_with_a_bad_step, config, topology, value)

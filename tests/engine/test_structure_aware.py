@@ -26,12 +26,12 @@ STRUCTURES: dict[str, Any] = {
 }
 
 
-def config_for(width: int, structure: str, base_width: int | None, **model: Any) -> Config:
+def config_for(width: int, structure: str, base_width: int | None, kind: str = "adamw", **model: Any) -> Config:
     sizes = {"hidden_size": width, "ffn_hidden_size": 4 * width, "num_attention_heads": width // 16}
     return tiny_config(
         model={**sizes, "num_layers": 2, "init_std": 0.02, "base_width": base_width, **model},
         ffn=STRUCTURES[structure](width),
-        optimizer={"learning_rate": LEARNING_RATE},
+        optimizer={"kind": kind, "learning_rate": LEARNING_RATE},
     )
 
 
@@ -72,6 +72,19 @@ def test_coordinate_check(structure: str) -> None:
     aware = [slope(list(v)) for v in zip(*(changes(config_for(d, structure, 128)) for d in WIDTHS), strict=True)]
     assert max(map(abs, aware)) <= 0.3
     assert plain[0] >= 0.7 and plain[1] >= 0.4
+
+
+@pytest.mark.parametrize("structure", always(sorted(STRUCTURES), ["lowrank"]))
+def test_coordinate_check_of_muon(structure: str) -> None:
+    """From width 32 to 256, because Newton-Schulz takes long on a CPU. Measured: slopes of -0.08 to 0.12 with the
+    option; without it 0.1 (blocks) to 0.99 (dense) in the FFN and 0.64 to 0.71 in the logits."""
+    found = []
+    for base in (None, 32):
+        of_widths = [changes(config_for(width // 4, structure, base, "muon")) for width in WIDTHS]
+        found.append([slope(list(values)) for values in zip(*of_widths, strict=True)])
+    plain, aware = found
+    assert max(map(abs, aware)) <= 0.2
+    assert plain[1] >= 0.5
 
 
 @pytest.mark.parametrize("tied", [True, False])

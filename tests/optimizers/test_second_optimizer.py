@@ -56,7 +56,11 @@ def test_config_with_its_key(tmp_path: Path) -> None:
     [
         ({"kind": "sdg"}, "optimizer.kind", "optimizer.kind=sgd"),
         ({"momentum": 1.0}, "optimizer.momentum", "optimizer.momentum=0.9"),
-        ({"beta1": 0.9}, "optimizer.beta1", "optimizer.kind=adamw, or no optimizer.beta1 (optimizer.beta1=null)"),
+        (
+            {"beta1": 0.9},
+            "optimizer.beta1",
+            "optimizer.kind=adamw or muon, or no optimizer.beta1 (optimizer.beta1=null)",
+        ),
         ({"momentun": 0.9}, "optimizer.momentun", "optimizer.momentum"),
     ],
 )

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from configs import tiny_config
 from guided import live_bytes
-from marks import always
+from marks import always, soak
 from megastruct.config.schema import Config
 from megastruct.data.batch import Batch
 from megastruct.engine.engine import build_engine
@@ -31,12 +31,12 @@ PARTS = ("weights", "gradients", "optimizer", "communication")
 REPLICAS = 2
 
 
-def config_for(precision: str, zero_stage: int) -> Config:
+def config_for(precision: str, zero_stage: int, **sections: dict[str, Any]) -> Config:
     """10 M parameters, above the size up to which ZeRO 3 keeps them whole, and two micro-batches of one token."""
     model = {"hidden_size": 512, "ffn_hidden_size": 2048, "num_layers": 3, "vocab_size": 1024}
     training = {"precision": precision, "seq_length": 1, "micro_batch_size": 1, "global_batch_size": 2 * REPLICAS}
     ffn = {"structure": "dense", "rank": None}
-    return tiny_config(model=model, ffn=ffn, training=training, parallel={"zero_stage": zero_stage})
+    return tiny_config(model=model, ffn=ffn, training=training, parallel={"zero_stage": zero_stage}, **sections)
 
 
 def without_garbage(reader: Iterator[Batch]) -> Iterator[Batch]:
@@ -98,3 +98,14 @@ def test_a_step_needs_what_is_planned(
     expected = sum(planned[part] for part in PARTS)
     found = max(run_ranks(REPLICAS, peak_bytes, config, Topology(1, REPLICAS), bucket_values))
     assert found == pytest.approx(expected, rel=0.03 if num_buckets == 1 else 0.2)
+
+
+@pytest.mark.parametrize(("precision", "zero_stage"), [soak("fp32", 0), soak("fp32", 1), soak("bf16", 1), ("bf16", 3)])
+def test_a_step_of_muon_needs_no_more_than_is_planned(precision: str, zero_stage: int) -> None:
+    """And not much less: the plan adds the buffers of the gradients, which may be gone when the step begins."""
+    config = config_for(precision, zero_stage, optimizer={"kind": "muon"})
+    [stage] = pipeline_stages(config)
+    planned = memory_by_part(config, stage, REPLICAS)
+    expected = sum(planned[part] for part in PARTS)
+    found = max(run_ranks(REPLICAS, peak_bytes, config, Topology(1, REPLICAS), stage.parameters))
+    assert 0.65 * expected <= found <= 1.03 * expected

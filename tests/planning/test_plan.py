@@ -265,6 +265,21 @@ def test_tool(capsys: pytest.CaptureFixture[str]) -> None:
     assert "try: ffn.rank=1024" in capsys.readouterr().err
 
 
+def test_steps_that_match_the_flops_of_another_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """A run of that length costs what the other one does, up to one step; the tool reports the length."""
+    arguments = [str(RUNS / "s_lowrank_32.yaml"), "optimizer.kind=muon", "--match-flops", str(RUNS / "s_dense.yaml")]
+    plan_tool.main([*arguments, "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    steps = plan["match_flops"]["num_steps"]
+    lengths = ["training.num_tokens=null", f"training.num_steps={steps}"]
+    matched = make_plan(load_config(RUNS / "s_lowrank_32.yaml", lengths))["training_flops"]
+    dense = make_plan(load_config(RUNS / "s_dense.yaml"))["training_flops"]
+    assert steps > plan["steps"]["total"] and matched == pytest.approx(dense, rel=1 / steps)
+    plan_tool.main(arguments)
+    printed = capsys.readouterr().out
+    assert f"training.num_steps={steps}, as s_dense" in printed and "optimizer FLOPs" in printed
+
+
 def test_planning_loads_no_torch() -> None:
     code = "import megastruct.planning.plan, sys; sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,275 @@
+"""Muon on every layout against a plain one in one process, and what a resume, a skipped step and guides do to it.
+
+The plain one has neither DeepSpeed nor the package's optimizers: a loop over parameters, with Newton-Schulz in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from configs import tiny_config
+from guided import guided_config, interrupted_run, whole_run
+from marks import always, soak
+from megastruct.checkpoint.reading import SafeFileSystemReader
+from megastruct.checkpoint.store import latest_checkpoint
+from megastruct.config.schema import Config
+from megastruct.engine.engine import build_engine
+from megastruct.engine.zero import inner_optimizer
+from megastruct.models.gpt import GPT
+from megastruct.models.loss import make_loss
+from megastruct.optimizers.ownership import Ownership
+from megastruct.parallel.collectives import count_bytes
+from megastruct.parallel.groups import TensorGroup
+from megastruct.parallel.topology import Topology
+from megastruct.planning.ownership import stage_ownership
+from megastruct.planning.stages import pipeline_stages
+from ranks import own_device, run_ranks
+from runs import batches, resume_half_way, save_half_way
+from test_tensor_parallel import LLAMA, STRUCTURES
+
+STEPS = 20
+BOUNDS = {"fp32": (3e-6, 1e-5), "bf16": (3e-2, 1e-1)}  # losses; norms, relative
+WEIGHTS = {"fp32": 2e-5, "bf16": 1e-1}
+MUON: dict[str, Any] = {"kind": "muon", "eps": 1e-5}
+MODELS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "llama": LLAMA,
+    "few_kv_heads": {"num_key_value_heads": 2, "vocab_size": 61},
+    "base_width": {"base_width": 32},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, and the model that it trains."""
+
+    pp: int
+    dp: int
+    tp: int
+    zero: int
+    structure: str = "lowrank"
+    precision: str = "fp32"
+    model: str = "paper"
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.pp, self.dp, self.tp)
+
+    def config(self, **sections: Any) -> Config:
+        batch = 2 * self.dp if self.dp > 2 else 4
+        return tiny_config(
+            parallel={"pp": self.pp, "tp": self.tp, "zero_stage": self.zero},
+            ffn=STRUCTURES[self.structure],
+            model=MODELS[self.model],
+            training={"precision": self.precision, "global_batch_size": batch, "num_steps": STEPS},
+            optimizer=MUON,
+            **sections,
+        )
+
+    def __str__(self) -> str:
+        layout = f"pp{self.pp}dp{self.dp}tp{self.tp}zero{self.zero}"
+        return "-".join([layout, self.structure, self.precision, self.model])
+
+
+class Result(NamedTuple):
+    """Of one rank: losses and norms, {name: (its part of the weight, spec, tensor-parallel rank)}, the plan, and the
+    bytes that a step sent to owners and from them."""
+
+    losses: list[tuple[float, float]]
+    weights: dict[str, tuple[Tensor, Any, int]]
+    plan: Ownership
+    sent_bytes: int
+
+
+def train(config: Config, topology: Topology) -> Result:
+    engine = build_engine(config, topology, own_device())
+    iterator = batches(config, topology) if engine.reads_data else None
+    results, sent = [], 0
+    for step in range(STEPS):
+        engine.set_learning_rate(learning_rate(step))
+        with count_bytes() as records:
+            loss = engine.train_batch(iterator)
+        results.append((loss, engine.gradient_norm()))
+        sent += sum(size for name, size in records if name == "exchange")
+    weights = {}
+    for name, p in engine.named_parameters():
+        with engine.gathered([p]):
+            weights[name] = (p.detach().float().cpu().clone(), getattr(p, "shard_spec", None), engine.tp.rank)
+    exchange: Any = getattr(inner_optimizer(engine.zero_optimizer), "exchange")  # noqa: B009 - of ours only
+    return Result(results, weights, exchange.ownership, sent // STEPS)
+
+
+def learning_rate(step: int) -> float:
+    return 1e-2 * (1 - step / 40)
+
+
+def plain_newton_schulz(matrix: Tensor) -> Tensor:
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x - 4.7750 * square @ x + 2.0315 * square @ square @ x
+    return x
+
+
+def plain_run(config: Config) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """(loss, gradient norm) of every step and the last weights, of one process without DeepSpeed."""
+    torch.set_num_threads(1)
+    optimizer, training, base = config.optimizer, config.training, config.model.base_width
+    model = GPT(config)
+    if training.precision == "bf16":
+        model.to(torch.bfloat16)
+    named = dict(model.named_parameters())
+    masters = {name: torch.nn.Parameter(p.detach().float().clone()) for name, p in named.items()}
+    matrices = [name for name, p in named.items() if p.ndim > 1 and "embedding" not in name and "head" not in name]
+    others = [name for name in named if name not in matrices]
+    adamw = torch.optim.AdamW(
+        [{"params": [masters[name]], "weight_decay": 0.1 * (masters[name].ndim > 1)} for name in others],
+        betas=(0.9, 0.95),
+        eps=1e-5,
+    )
+    velocity = {name: torch.zeros_like(masters[name]) for name in matrices}
+    loss_of, stream = make_loss(config, TensorGroup()), batches(config, Topology(1, 1))
+    count, results = training.global_batch_size // training.micro_batch_size, []
+    for step in range(STEPS):
+        total, sums = 0.0, {name: torch.zeros_like(p) for name, p in masters.items()}
+        for batch in (next(stream) for _ in range(count)):
+            loss = loss_of(model(batch.ids), batch.labels)
+            (loss / count).backward()
+            total += float(loss.detach()) / count
+            for name, p in named.items():
+                assert p.grad is not None
+                sums[name] += p.grad.float()
+                p.grad = None
+        norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in sums.values()))
+        results.append((total, norm))
+        clip = min(1.0, optimizer.gradient_clipping / (norm + 1e-6))
+        rate = learning_rate(step)
+        for group, name in zip(adamw.param_groups, others, strict=True):
+            group["lr"], masters[name].grad = rate, clip * sums[name]
+        adamw.step()
+        with torch.no_grad():
+            for name in matrices:
+                velocity[name] = 0.95 * velocity[name] + clip * sums[name]
+                direction = clip * sums[name] + 0.95 * velocity[name]
+                *_, m, n = direction.shape
+                blocks = [plain_newton_schulz(block) for block in direction.view(-1, m, n)]
+                update = 0.2 * math.sqrt(max(m, n)) * torch.stack(blocks).view(direction.shape).float()
+                scale = math.sqrt(base / n * min(1.0, m / n)) if base else 1.0
+                masters[name].mul_(1 - rate * 0.1).sub_(rate * scale * update)
+            for name, p in named.items():
+                p.copy_(masters[name])
+    return results, {name: p.detach().float() for name, p in named.items()}
+
+
+def whole_weights(ranks: list[Result]) -> dict[str, Tensor]:
+    """The global weights; every rank that has the same part of one has the same bits."""
+    parts: dict[str, dict[int, tuple[Tensor, Any]]] = {}
+    for rank in ranks:
+        for name, (part, spec, tensor_rank) in rank.weights.items():
+            first, _ = parts.setdefault(name, {}).setdefault(0 if spec is None else tensor_rank, (part, spec))
+            assert torch.equal(first, part), f"{name} differs between ranks"
+    whole = {}
+    for name, by_rank in parts.items():
+        [spec] = {spec for _, spec in by_rank.values()}
+        whole[name] = by_rank[0][0] if spec is None else spec.unshard([by_rank[r][0] for r in sorted(by_rank)])
+    return whole
+
+
+PLACES = [(1, 1, 1), (1, 2, 1), (1, 3, 1), (2, 1, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1), (2, 1, 2), (2, 2, 2), (1, 1, 4)]
+GRID = [
+    Case(*place, zero, structure, precision)
+    for precision in ("fp32", "bf16")
+    for place in PLACES
+    for zero in range(4)
+    for structure in STRUCTURES
+    if not (place[0] > 1 and zero > 1) and not (precision == "bf16" and zero == 0)
+]
+GRID += [Case(1, 2, 2, 1, "lowrank", "fp32", model) for model in ("llama", "few_kv_heads")]
+GRID += [Case(1, 1, 4, 3, "blockdense", "fp32", "few_kv_heads"), Case(4, 1, 1, 0, "blockdense", "fp32", "base_width")]
+GRID += [Case(1, 2, 2, 2, "blockdense", "fp32", "base_width"), Case(1, 2, 1, 1, "dense", "fp32", "llama")]
+CHOSEN = [
+    Case(2, 2, 1, 0, "lowrank"),
+    Case(1, 3, 1, 1, "dense"),
+    Case(2, 1, 2, 1, "blockshuffle"),
+    Case(1, 2, 2, 3, "blockdense"),
+    Case(1, 2, 2, 2, "blockdense", "fp32", "base_width"),
+    Case(1, 2, 2, 1, "lowrank", "bf16"),
+]
+
+
+@pytest.mark.parametrize("case", always(GRID, CHOSEN), ids=str)
+def test_every_layout_trains_as_a_plain_loop_does(case: Case) -> None:
+    config = case.config()
+    wanted, weights = plain_run(config)
+    ranks = run_ranks(case.topology.world_size, train, config, case.topology)
+    assert all(rank.losses == ranks[0].losses for rank in ranks), "ranks disagree"
+    loss_bound, norm_bound = BOUNDS[case.precision]
+    for step, ((loss, norm), (wanted_loss, wanted_norm)) in enumerate(zip(ranks[0].losses, wanted, strict=True)):
+        assert abs(loss - wanted_loss) <= loss_bound, f"loss of step {step}"
+        assert abs(norm - wanted_norm) <= norm_bound * wanted_norm, f"gradient norm of step {step}"
+    found = whole_weights(ranks)
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert (found[name] - weight).abs().max() <= WEIGHTS[case.precision], name
+    for rank, result in enumerate(ranks):  # owners and bytes are those of the plan
+        planned = stage_ownership(config, pipeline_stages(config)[case.topology.pp_rank(rank)], case.dp)
+        assert result.plan == planned
+        stage_rank = rank % (case.dp * case.tp)
+        assert result.sent_bytes == 4 * planned.sent_values()[stage_rank]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (Case(1, 2, 1, 3), Case(1, 2, 1, 3)),
+        (Case(2, 1, 2, 1, "blockdense"), Case(1, 2, 1, 0, "blockdense")),
+        soak(Case(2, 2, 1, 0), Case(2, 2, 1, 0)),
+        soak(Case(2, 1, 2, 1, precision="bf16"), Case(2, 1, 2, 1, precision="bf16")),
+        soak(Case(1, 2, 1, 0, "blockdense"), Case(1, 1, 4, 3, "blockdense")),
+        soak(Case(1, 2, 2, 3, "blockshuffle"), Case(4, 1, 1, 1, "blockshuffle")),
+    ],
+    ids=str,
+)
+def test_resume(tmp_path: Path, before: Case, after: Case) -> None:
+    """Bit-equal on the same layout; on another one the losses go on within the bound."""
+    run = {"run": {"name": "tiny", "folder": str(tmp_path)}}
+    undisturbed = run_ranks(before.topology.world_size, save_half_way, before.config(**run), before.topology, tmp_path)
+    latest = latest_checkpoint(tmp_path / "tiny" / "checkpoints")
+    assert latest is not None
+    kinds: dict[str, set[str]] = {}
+    for name in SafeFileSystemReader(latest).read_metadata().state_dict_metadata:
+        kind, _, parameter = name.partition(".")
+        kinds.setdefault(parameter, set()).add(kind)
+    assert kinds["blocks.1.attention.key.weight"] == kinds["blocks.1.mlp.fc1.u"] == {"master", "momentum"}
+    assert kinds["embedding.weight"] == kinds["final_norm.weight"] == {"master", "exp_avg", "exp_avg_sq"}
+    resumed = run_ranks(after.topology.world_size, resume_half_way, after.config(**run), after.topology)
+    assert all(result == resumed[0] for result in resumed), "ranks disagree"
+    if before == after:
+        assert resumed[0] == undisturbed[0][STEPS // 2 :]
+    bound = BOUNDS[after.precision][0]
+    assert max(abs(a[0] - b[0]) for a, b in zip(resumed[0], undisturbed[0][STEPS // 2 :], strict=True)) <= bound
+
+
+@pytest.mark.parametrize(
+    ("topology", "zero"), [(Topology(1, 2), 3), soak(Topology(2, 1, 2), 1), soak(Topology(2, 2), 0)], ids=str
+)
+def test_guides_train_and_leave(tmp_path: Path, topology: Topology, zero: int) -> None:
+    """On a layout as on one process, through the end of the phase; and from a checkpoint just before it."""
+
+    def config(place: Topology, zero: int, name: str) -> Config:
+        return guided_config(place, zero, optimizer=MUON, run={"name": name, "folder": str(tmp_path)})
+
+    alone = run_ranks(1, whole_run, config(Topology(1, 1), 1, "alone"), Topology(1, 1))[0]
+    together = run_ranks(topology.world_size, whole_run, config(topology, zero, "together"), topology)
+    assert all(result == together[0] for result in together), "ranks disagree"
+    assert max(abs(a[0] - b[0]) for a, b in zip(together[0], alone, strict=True)) <= 1e-5
+    stopped = config(topology, zero, "stopped")
+    first = run_ranks(topology.world_size, interrupted_run, stopped, topology, 9)[0]
+    assert first + run_ranks(topology.world_size, whole_run, stopped, topology)[0] == together[0]

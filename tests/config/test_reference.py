@@ -84,7 +84,7 @@ def test_editors_accept_every_shipped_config(path: Path) -> None:
         ("ffn: {structure: lowrnk}", "ffn.structure"),
         ("ffn: {rank: 0}", "ffn.rank"),
         ("optimizer: {beta1: 1.5}", "optimizer.beta1"),
-        ("optimizer: {momentum: 0.5}", "optimizer"),
+        ("optimizer: {momentun: 0.5}", "optimizer"),
         ("training: {compile: maybe}", "training.compile"),
         ("data: {path: [{path: a}]}", "data.path"),
         ("include: 5", "include"),

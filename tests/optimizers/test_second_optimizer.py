@@ -59,7 +59,7 @@ def test_config_with_its_key(tmp_path: Path) -> None:
         (
             {"beta1": 0.9},
             "optimizer.beta1",
-            "optimizer.kind=adamw or muon, or no optimizer.beta1 (optimizer.beta1=null)",
+            "optimizer.kind=adamw, or optimizer.kind=muon, or no optimizer.beta1 (optimizer.beta1=null)",
         ),
         ({"momentun": 0.9}, "optimizer.momentun", "optimizer.momentum"),
     ],

@@ -118,8 +118,18 @@ def test_a_file_system_without_locks_is_not_another_run(text_folder, tokenizer_p
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    error = refused(arguments_for(text_folder, tmp_path / "out", tokenizer_path), capsys)
-    assert error.startswith("error: --output: ") and "without file locks" in error and "another run" not in error
+    prepare_data.main(arguments_for(text_folder, tmp_path / "out", tokenizer_path))
+    found = capsys.readouterr()
+    assert found.err.startswith(f"warning: {tmp_path / 'out'} is on a file system without file locks")
+    assert "done: " in found.out and not (tmp_path / "out" / ".lock").exists()
+
+
+def test_a_finished_folder_is_reported_before_it_is_locked(text_folder, tokenizer_path, tmp_path, capsys, monkeypatch):
+    arguments = arguments_for(text_folder, tmp_path / "out", tokenizer_path)
+    prepare_data.main(arguments)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: pytest.fail("the folder was locked"))
+    prepare_data.main(arguments)
+    assert "already done: " in capsys.readouterr().out
 
 
 def test_a_shard_that_changes_while_it_is_read_is_refused_and_read_again(

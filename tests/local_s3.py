@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import boto3
+import s3fs
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -57,6 +58,7 @@ class LocalS3:
         )
 
     def __enter__(self) -> LocalS3:
+        s3fs.S3FileSystem.clear_instance_cache()  # those of an earlier server keep its port
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -11,11 +11,11 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from a checkout that is not installed
+ROOT = Path(__file__).resolve().parents[1]  # so that it runs from a checkout that is not installed
+sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path).resolve() != ROOT / "tools")]
 
 from megastruct.config.reference import json_schema, tables
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE, SCHEMA = ROOT / "docs" / "config.md", ROOT / "configs" / "schema.json"
 MARK = "<!-- Below this line, tools/write_reference.py writes the page. -->\n"  # above it, it is written by hand
 

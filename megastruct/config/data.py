@@ -16,8 +16,7 @@ def _path_kind(value: object) -> str:
     return "-paths" if value and all(isinstance(item, str) for item in value) else "-list"
 
 
-Path = Annotated[PathText, Field(min_length=1)]
-Paths = Annotated[list[Path], Field(min_length=1)]
+Paths = Annotated[list[PathText], Field(min_length=1)]
 
 
 def _as_list(value: object) -> object:
@@ -40,7 +39,7 @@ class TextChoice(Section):
         description="with data.kind=text: split that is held out. Left out: a share of the documents "
         "(data.validation_fraction)",
     )
-    include: Annotated[list[Path] | None, BeforeValidator(_as_list)] = Field(
+    include: Annotated[list[PathText] | None, BeforeValidator(_as_list)] = Field(
         None, description="with data.kind=text: pattern or patterns of file names. Left out: all files"
     )
 
@@ -48,7 +47,7 @@ class TextChoice(Section):
 class DataSource(TextChoice):
     """One source of a mixture, with its relative weight; its choices take the place of those of `data`."""
 
-    path: Annotated[Annotated[Path, Tag("-path")] | Annotated[Paths, Tag("-paths")], Discriminator(_path_kind)] = Field(
+    path: Annotated[Annotated[PathText, Tag("-path")] | Annotated[Paths, Tag("-paths")], Discriminator(_path_kind)] = Field(
         description="as data.path, for one source"
     )
     weight: Annotated[float, Field(gt=0)] = Field(

@@ -24,7 +24,8 @@ MAX_SECONDS = 1e9  # 31 years; timers of the operating system take no more than 
 Size = Annotated[int, Field(ge=1, le=MAX_INTEGER)]
 Count = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 TensorSize = Annotated[int, Field(ge=1, le=MAX_TENSOR_SIZE)]  # a dimension of tensors in memory
-PathText = Annotated[str, AfterValidator(_path)]  # a path, or the name or pattern of data; never read here
+# A path, or the name or pattern of data; never read here.
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_path)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 

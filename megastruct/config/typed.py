@@ -105,7 +105,7 @@ def _from_text(text: Plain, kinds: list[Any]) -> Any:
     if text.startswith("[") and any(get_origin(kind) in _SEQUENCES for kind in kinds):
         items = _list(text)
         # A pattern of file names may begin with a bracket too: [ab]*.parquet, or [ab] alone.
-        if items is not None and (str not in kinds or len(items) > 1 or any(isinstance(item, dict) for item in items)):
+        if items is not None and (str not in kinds or len(items) != 1 or any(isinstance(item, dict) for item in items)):
             of_items = _items_of(items, kinds)
             return [typed(item, of_items) for item in items]
     if bool in kinds and text.lower() in _TRUTH:

@@ -97,7 +97,7 @@ def known_keys(runs: Sequence[Run]) -> set[str]:
 
 
 def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs by the group that the user gave, else by structure, share of the dense weights and guides.
+    """The runs by the group that the user gave, else by structure, share of the dense weights, guides and optimizer.
 
     A run without a config is a group of its own.
     """
@@ -110,9 +110,9 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def _structure(run: Run, runs: Sequence[Run]) -> str:
     if run.config is None:
         return run.name
-    structure, guided = kind = _kind(run.config)
+    structure, *others = kind = _kind(run.config)
     if structure == DENSE:
-        return DENSE
+        return ", ".join((DENSE, *others))
     configs = [other.config for other in runs if other.group_name is None and other.config is not None]
     alike: list[float] = []
     for share in sorted(ffn_share(config, config.ffn) for config in configs if _kind(config) == kind):
@@ -121,11 +121,13 @@ def _structure(run: Run, runs: Sequence[Run]) -> str:
                 break
             alike = []
         alike.append(share)
-    return f"{structure} {round(100 * fmean(alike))} %{', guided' if guided else ''}"
+    return ", ".join((f"{structure} {round(100 * fmean(alike))} %", *others))
 
 
-def _kind(config: Config) -> tuple[str, bool]:
-    return config.ffn.structure, config.guided.schedule != "off"
+def _kind(config: Config) -> tuple[str, ...]:
+    """The structure, and what else is not the paper's default."""
+    guided = ("guided",) if config.guided.schedule != "off" else ()
+    return config.ffn.structure, *guided, *((config.optimizer.kind,) if config.optimizer.kind != "adamw" else ())
 
 
 def _read(argument: str) -> Run:

@@ -84,7 +84,7 @@ def test_preparation_costs_little_beside_the_tokenizer(tmp_path):
     best = {"alone": 0.0, "prepared": 0.0}
     for _ in range(5):
         tokenizer = open_tokenizer(tmp_path / "tokenizer.model")
-        options = (tmp_path, tmp_path / "record", tokenizer, "content", 0.005, 2**29, "uint16")
+        options = (tmp_path, tmp_path / "record", tokenizer, 0.005, 2**29, "uint16")
         make_shard(ShardJob(0, first, *options), lambda *_: None)
         start = time.process_time()
         num_tokens = sum(map(len, tokenizer.processor.encode(texts, out_type="numpy", num_threads=1)))

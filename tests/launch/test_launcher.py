@@ -66,7 +66,8 @@ def test_a_start_that_is_stopped_before_its_ranks_exist(number: int, tmp_path: P
     data = ["data.kind=text", f"data.path={tmp_path}/text.txt", f"data.tokenizer={tmp_path}/tokenizer.model"]
     command = [sys.executable, "-m", "megastruct.start", "configs/run/quickstart.yaml", "run.name=never", *data]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    heeded = lambda: signal.signal(number, signal.SIG_DFL)  # noqa: E731 - also where these tests are run by `nohup`
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heeded)
     assert process.stderr is not None
     assert process.stderr.readline().startswith("configs/run/quickstart.yaml: checking")
     process.send_signal(number)

@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_preparation_costs_little_beside_the_tokenizer(tmp_path):
     make_sample_corpus.main(["--output", str(tmp_path / "text"), "--num-shards", "2"])
     model = ["--output", str(tmp_path / "tokenizer"), "--vocab-size", "8000", "--max-characters", "2000000"]
     train_tokenizer.main(["--input", str(tmp_path / "text"), *model])
-    first, second = find_shards(str(tmp_path / "text"), "--input")
+    first, second = (replace(s, text_column="content") for s in find_shards(str(tmp_path / "text"), "--input"))
     texts = [document.text for documents in read_patiently(second, "content") for document in documents]
     (tmp_path / "train").mkdir()
     (tmp_path / "validation").mkdir()

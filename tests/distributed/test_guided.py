@@ -121,7 +121,7 @@ def test_resume_around_the_border_of_pipelines(tmp_path: Path, last: int) -> Non
 
 
 @pytest.mark.parametrize("last", always([9, 10, 11], [10]))
-@pytest.mark.parametrize("zero", [soak(2), 3])
+@pytest.mark.parametrize("zero", [soak(2), soak(3)])
 def test_resume_around_the_border(tmp_path: Path, zero: int, last: int) -> None:
     interrupted_is_undisturbed(tmp_path, Topology(1, 2), zero, last)
 

@@ -109,6 +109,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.soak
 def test_a_full_disk(config: Path, small_disk: Path) -> None:
     """One checkpoint fits, two do not; with more room the same command goes on."""
     text = one_message(start(config, *TWO_RANKS))

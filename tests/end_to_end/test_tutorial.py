@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from processes import ROOT, copy_of_the_project, environment
 
 
@@ -41,6 +43,7 @@ def test_tutorial(tmp_path: Path) -> None:
     assert (folder / "my" / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.soak
 def test_first_day(tmp_path: Path) -> None:
     """A tenth of the steps."""
 

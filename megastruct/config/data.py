@@ -16,6 +16,7 @@ def _path_kind(value: object) -> str:
     return "-paths" if value and all(isinstance(item, str) for item in value) else "-list"
 
 
+OnePath = Annotated[PathText, Tag("-path")]
 Paths = Annotated[list[PathText], Field(min_length=1)]
 
 
@@ -47,7 +48,7 @@ class TextChoice(Section):
 class DataSource(TextChoice):
     """One source of a mixture, with its relative weight; its choices take the place of those of `data`."""
 
-    path: Annotated[Annotated[PathText, Tag("-path")] | Annotated[Paths, Tag("-paths")], Discriminator(_path_kind)] = Field(
+    path: Annotated[OnePath | Annotated[Paths, Tag("-paths")], Discriminator(_path_kind)] = Field(
         description="as data.path, for one source"
     )
     weight: Annotated[float, Field(gt=0)] = Field(
@@ -73,9 +74,7 @@ class DataConfig(TextChoice):
         "text: shards of documents, tokenised during training"
     )
     path: Annotated[
-        Annotated[PathText, Tag("-path")]
-        | Annotated[Paths, Tag("-paths")]
-        | Annotated[list[DataSource], Field(min_length=1), Tag("-list")],
+        OnePath | Annotated[Paths, Tag("-paths")] | Annotated[list[DataSource], Field(min_length=1), Tag("-list")],
         Discriminator(_path_kind),
     ] = Field(
         description="tokens: a folder of shards, or .bin/.idx files of Megatron-LM. text: a folder, pattern, file or "

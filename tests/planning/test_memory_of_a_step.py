@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from configs import tiny_config
 from guided import live_bytes
-from marks import always, soak
+from marks import always
 from megastruct.config.schema import Config
 from megastruct.data.batch import Batch
 from megastruct.engine.engine import build_engine
@@ -100,7 +100,8 @@ def test_a_step_needs_what_is_planned(
     assert found == pytest.approx(expected, rel=0.03 if num_buckets == 1 else 0.2)
 
 
-@pytest.mark.parametrize(("precision", "zero_stage"), [soak("fp32", 0), soak("fp32", 1), soak("bf16", 1), soak("bf16", 3)])
+@pytest.mark.soak
+@pytest.mark.parametrize(("precision", "zero_stage"), [("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 3)])
 def test_a_step_of_muon_needs_no_more_than_is_planned(precision: str, zero_stage: int) -> None:
     """And not much less: the plan adds the buffers of the gradients, which may be gone when the step begins."""
     config = config_for(precision, zero_stage, optimizer={"kind": "muon"})

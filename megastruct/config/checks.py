@@ -230,6 +230,12 @@ def check_optimizer(config: Config) -> Iterator[Problem]:
     if chosen is None:
         return
     yield from chosen.problems("optimizer.", optimizer.settings)
+    scale, last = optimizer.factor_learning_rate_scale, config.model.num_layers - 1
+    if scale != 1.0 and config.ffn.of_block(last).is_dense:
+        found = f"{scale:g}, but no block has a structured feed-forward network: there are no factors"
+        structured = "ffn.structure=lowrank" if config.ffn.is_dense else "ffn.dense_first_block=false"
+        where = "optimizer.factor_learning_rate_scale"
+        yield Problem(where, found, f"{where}=1, or {structured}")
     width = config.model.base_width
     if width and chosen.learning_rate_scale("matrix", width, width, width) is None:
         found = f"{width}, but how learning rates of {chosen.name} depend on widths is not known"

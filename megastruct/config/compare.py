@@ -35,7 +35,7 @@ LENGTH_KEYS = ("training.num_steps", "training.num_tokens", "schedule.num_steps"
 # What a branch shares with its parent: the shapes of the weights, and what they compute.
 SHARED_SECTIONS = ("model", "ffn")
 FREE_IN_A_BRANCH = ("model.init_std",)
-# With `run.inherit: all`, the order of the data is shared, too.
+# Where a branch goes on at its parent's place in the data, the order of the data is shared, too.
 SHARED_ORDER = ("run.seed", "training.seq_length")
 
 Change = tuple[str, object, object]  # key, old value, new value
@@ -79,7 +79,7 @@ def extension(old: Config, new: Config) -> Extension | None:
 
 def changes_of_a_branch(parent: Config, branch: Config) -> list[Change]:
     """Every key in which a branch differs from its parent and may not."""
-    shared = [*SHARED_ORDER] if branch.run.inherit == "all" else []
+    shared = [*SHARED_ORDER] if branch.run.inherits_place else []
     return [
         change
         for change in _changes(parent, branch)

@@ -155,9 +155,12 @@ def _optimizer_keys() -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, optimizer in OPTIMIZERS.items():
         for key, record in optimizer.keys.items():
-            kind = {bool: "boolean", int: "integer", float: "number"}[type(record.default)]
+            kind = {bool: "boolean", int: "integer", float: "number", str: "string"}[record.kind]
             bounds = {"minimum": record.at_least, "exclusiveMinimum": record.above, "exclusiveMaximum": record.below}
-            value = {"type": kind} | {word: bound for word, bound in bounds.items() if bound is not None}
+            value: dict[str, Any] = {"type": kind} | {
+                word: bound for word, bound in bounds.items() if bound is not None
+            }
+            value |= {"enum": [*record.choices]} if record.choices else {}
             anyof = [value, {"type": "null"}]
             description = f"with optimizer.kind={name}: {record.description}"
             result.setdefault(key, {"anyOf": anyof, "default": record.default, "description": description})

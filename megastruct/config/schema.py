@@ -39,11 +39,22 @@ class RunConfig(Section):
         alias="from",
         description="branch from the checkpoint FOLDER@STEP of another run. Without @STEP: from its newest checkpoint",
     )
-    inherit: Literal["weights", "optimizer", "all"] = Field(
+    inherit: Literal["weights", "data", "optimizer", "all"] = Field(
         "weights",
-        description="what a branch takes over. weights: only them, for another optimizer or data. optimizer: with the "
-        "optimizer's state. all: with the place in the data as well, to go on as the parent would",
+        description="what a branch takes over. weights: only them, for other data. data: with the place in the data. "
+        "optimizer: with the optimizer's state. all: with both, to go on as the parent would. With weights and data "
+        "the optimizer's state starts anew, so that it may be another optimizer",
     )
+
+    @property
+    def inherits_optimizer(self) -> bool:
+        """Whether a branch goes on with its parent's optimizer state."""
+        return self.inherit in ("optimizer", "all")
+
+    @property
+    def inherits_place(self) -> bool:
+        """Whether a branch goes on at its parent's place in the data."""
+        return self.inherit in ("data", "all")
 
     @field_validator("folder")
     @classmethod

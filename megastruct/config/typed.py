@@ -62,8 +62,8 @@ def annotation_of(section: str, key: str) -> Any:
     if section == "ffn" and key in known_sizes():
         return int | None
     if section == "optimizer":
-        defaults = [optimizer.keys[key].default for optimizer in OPTIMIZERS.values() if key in optimizer.keys]
-        return type(defaults[0]) | None if defaults else Any
+        kinds = [optimizer.keys[key].kind for optimizer in OPTIMIZERS.values() if key in optimizer.keys]
+        return kinds[0] | None if kinds else Any
     return Any
 
 

@@ -58,7 +58,7 @@ class Engine:
         self.stage_group = stage_group
         self.loss: RecordingLoss = module.loss_fn if isinstance(module, GPTPipeline) else RecordingLoss(config, tp)
         self.roles: dict[nn.Parameter, Role] = parameter_roles(module)  # ZeRO 3 will change the parameters' shapes
-        optimizer = build_optimizer(module, config.optimizer, device.type, config.model.base_width)
+        optimizer = build_optimizer(module, config, device.type)
         num_parameters = sum(p.numel() for p in module.parameters())
         with contextlib.redirect_stdout(io.StringIO()):  # its optimizers print their memory with print()
             self.deepspeed, *_ = deepspeed.initialize(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from megastruct.optimizers.record import Group, Key, Optimizer, Role
+from megastruct.optimizers.record import Group, Key, Optimizer, Precision, Role
 
 if TYPE_CHECKING:
     import torch
@@ -16,13 +16,27 @@ if TYPE_CHECKING:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def beta2_keys(default: float, prefix: str = "") -> dict[str, Key]:
+    """The decay of the second moment, and that of two roles of parameters, which have the general one where it is None.
+
+    `prefix` stands before the descriptions.
+    """
+    return {
+        "beta2": Key(default, f"{prefix}decay of the second moment", at_least=0, below=1),
+        "vocabulary_beta2": Key(
+            None, f"{prefix}beta2 of embedding and output head. Left out: beta2", at_least=0, below=1
+        ),
+        "vector_beta2": Key(None, f"{prefix}beta2 of norms and biases. Left out: beta2", at_least=0, below=1),
+    }
+
+
 class AdamW(Optimizer):
     """Two fp32 moments of every parameter; weight decay on matrices."""
 
     name = "adamw"
     keys: ClassVar = {
         "beta1": Key(0.9, "decay of the first moment", at_least=0, below=1),
-        "beta2": Key(0.999, "decay of the second moment", at_least=0, below=1),
+        **beta2_keys(0.999),
         "eps": Key(1e-8, "added to the root of the second moment", above=0),
     }
     groups: ClassVar = (
@@ -32,7 +46,7 @@ class AdamW(Optimizer):
 
     @override
     def build(
-        self, groups: list[dict[str, Any]], settings: Mapping[str, Any], device_type: str
+        self, groups: list[dict[str, Any]], settings: Mapping[str, Any], device_type: str, precision: Precision
     ) -> torch.optim.Optimizer:
         import torch
 
@@ -45,6 +59,11 @@ class AdamW(Optimizer):
 
         count = torch.tensor(float(step), device=tensor.device if group["fused"] else "cpu")
         return {"step": count} | {moment: torch.zeros_like(tensor) for moment in MOMENTS}
+
+    @override
+    def group_options(self, role: Role, settings: Mapping[str, Any]) -> dict[str, Any]:
+        own = settings.get(f"{role}_beta2")
+        return {"betas": (settings["beta1"], settings["beta2"] if own is None else own)}
 
     @override
     def learning_rate_scale(self, role: Role, fan_out: int, fan_in: int, base_width: int) -> float:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from megastruct.optimizers.adamw import MOMENTS, AdamW
-from megastruct.optimizers.record import Group, Key, Optimizer, Role, Value
+from megastruct.optimizers.adamw import MOMENTS, AdamW, beta2_keys
+from megastruct.optimizers.coefficients import COEFFICIENTS
+from megastruct.optimizers.record import Group, Key, Optimizer, Precision, Role
 
 if TYPE_CHECKING:
     import torch
@@ -31,12 +32,17 @@ class Muon(Optimizer):
         "momentum": Key(0.95, "Muon: decay of the momentum", at_least=0, below=1),
         "nesterov": Key(True, "Muon: look ahead by one step of the momentum"),
         "newton_schulz_steps": Key(5, "Muon: steps of the orthogonalisation", at_least=1),
+        "newton_schulz_coefficients": Key(
+            "quintic",
+            "Muon: polynomials of the orthogonalisation, quintic, polar_express or converging",
+            choices=tuple(COEFFICIENTS),
+        ),
         "update_scale": Key(0.2, "Muon: root mean square of an update's entries for learning rate 1", above=0),
         "adamw_learning_rate_scale": Key(
             1.0, "AdamW's learning rate, as a multiple of `optimizer.learning_rate`", above=0
         ),
         "beta1": Key(0.9, "AdamW: decay of the first moment", at_least=0, below=1),
-        "beta2": Key(0.95, "AdamW: decay of the second moment", at_least=0, below=1),
+        **beta2_keys(0.95, "AdamW: "),
         "eps": Key(1e-8, "AdamW: added to the root of the second moment", above=0),
     }
     groups: ClassVar = (
@@ -49,21 +55,20 @@ class Muon(Optimizer):
 
     @override
     def build(
-        self, groups: list[dict[str, Any]], settings: Mapping[str, Any], device_type: str
+        self, groups: list[dict[str, Any]], settings: Mapping[str, Any], device_type: str, precision: Precision
     ) -> torch.optim.Optimizer:
-        import torch
-
-        from megastruct.optimizers.newton_schulz import newton_schulz
+        from megastruct.optimizers.newton_schulz import newton_schulz, working_dtype
         from megastruct.optimizers.orthogonalized import OrthogonalizedMomentum
 
-        dtype = torch.bfloat16 if device_type == "cuda" else torch.float32
+        dtype = working_dtype(device_type, precision)
+        polynomials = COEFFICIENTS[settings["newton_schulz_coefficients"]].of_steps(settings["newton_schulz_steps"])
 
         def orthogonalize(matrices: Tensor) -> Tensor:
             scale = settings["update_scale"] * math.sqrt(max(matrices.shape[-2:]))
-            return newton_schulz(matrices, settings["newton_schulz_steps"], dtype).float().mul_(scale)
+            return newton_schulz(matrices, polynomials, dtype).float().mul_(scale)
 
         def adamw(others: list[dict[str, Any]]) -> Any:
-            return self._adamw.build(others, settings, device_type)
+            return self._adamw.build(others, settings, device_type, precision)
 
         whole = frozenset(group.name for group in self.groups if group.whole)
         return OrthogonalizedMomentum(groups, whole, orthogonalize, settings["momentum"], settings["nesterov"], adamw)
@@ -77,11 +82,15 @@ class Muon(Optimizer):
         return self._adamw.begin(group, tensor, step)
 
     @override
-    def group_learning_rate_scale(self, group: Group, settings: Mapping[str, Value]) -> float:
+    def group_options(self, role: Role, settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {} if self.group_of(role).whole else self._adamw.group_options(role, settings)
+
+    @override
+    def group_learning_rate_scale(self, group: Group, settings: Mapping[str, Any]) -> float:
         return 1.0 if group.whole else float(settings["adamw_learning_rate_scale"])
 
     @override
-    def step_flops(self, shape: Sequence[int], settings: Mapping[str, Value]) -> int:
+    def step_flops(self, shape: Sequence[int], settings: Mapping[str, Any]) -> int:
         """Of a Newton-Schulz step on [m, n], m <= n: X X' costs 2 m m n, its square 2 m m m, the update 2 m m n."""
         *blocks, m, n = shape
         short, long = min(m, n), max(m, n)

@@ -6,6 +6,7 @@ torch: only `build` and `begin` do, when they are called.
 
 from __future__ import annotations
 
+import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,15 +25,17 @@ Role = Literal["matrix", "vocabulary", "vector", "guide"]
 ROLES: tuple[Role, ...] = ("matrix", "vocabulary", "vector")  # a guide is a matrix where no group names guides
 MASTER = "master"  # the fp32 weight, which checkpoints keep beside the optimizer's kinds of state
 VALUE_BYTES = 4  # the state is kept in fp32
-Value = bool | int | float
-_KINDS = {bool: "truth value", int: "whole number", float: "number"}
+Value = bool | int | float | str | None
+Precision = Literal["fp32", "bf16"]
+_KINDS: dict[type, str] = {bool: "truth value", int: "whole number", float: "number"}
 
 
 @dataclass(frozen=True)
 class Key:
     """A key of the config's `optimizer` section: its default, whose type it has, and its bounds.
 
-    `at_least` is a value that is allowed, `above` and `below` are not.
+    Default None: a number that may be left out. `at_least` is a value that is allowed, `above` and `below` are not.
+    `choices`: the names that a key for text has to choose from.
     """
 
     default: Value
@@ -40,19 +43,34 @@ class Key:
     at_least: float | None = None
     above: float | None = None
     below: float | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> type:
+        """The type of its values: bool, int, float or str."""
+        return float if self.default is None else type(self.default)
 
     def problem(self, where: str, value: Value) -> Problem | None:
         """What is wrong with a value, if anything is."""
-        kind = type(self.default)
-        fits = type(value) is kind or (kind is float and type(value) is int)
-        if fits and math.isfinite(value) and self._is_within(value):
+        if value is None and self.default is None:
+            return None
+        if self.choices:
+            if value in self.choices:
+                return None
+            meant = next(iter(difflib.get_close_matches(str(value), self.choices, n=1)), self.default)
+            return Problem(where, f"{value!r} is none of {', '.join(map(repr, self.choices))}", f"{where}={meant}")
+        if isinstance(value, bool | int | float) and self._fits(value):
             return None
         words = {"at least": self.at_least, "above": self.above, "below": self.below}
         bounds = " and ".join(f"{word} {bound:g}" for word, bound in words.items() if bound is not None)
-        default = str(self.default).lower() if kind is bool else self.default
-        return Problem(where, f"{value!r} is no {_KINDS[kind]} {bounds}".rstrip(), f"{where}={default}")
+        default = "null" if self.default is None else str(self.default).lower()
+        return Problem(where, f"{value!r} is no {_KINDS[self.kind]} {bounds}".rstrip(), f"{where}={default}")
 
-    def _is_within(self, value: Value) -> bool:
+    def _fits(self, value: bool | int | float) -> bool:
+        of_type = type(value) is self.kind or (self.kind is float and type(value) is int)
+        return of_type and math.isfinite(value) and self._is_within(value)
+
+    def _is_within(self, value: float) -> bool:
         return (
             (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
@@ -93,12 +111,14 @@ class Optimizer(ABC):
 
     @abstractmethod
     def build(
-        self, groups: list[dict[str, Any]], settings: Mapping[str, Any], device_type: str
+        self, groups: list[dict[str, Any]], settings: Mapping[str, Any], device_type: str, precision: Precision
     ) -> torch.optim.Optimizer:
-        """The optimizer over parameter groups with `params`, `lr`, `weight_decay`, `lr_scale` and the group's `name`.
+        """The optimizer over parameter groups with `params`, `lr`, `weight_decay`, `lr_scale`, the group's `name` and
+        the `group_options`.
 
-        `settings`: the values of `keys`. `device_type`: "cpu" or "cuda". With groups that are `whole`, the optimizer
-        has an attribute `exchange`, which the engine sets to a `WholeMatrices`.
+        `settings`: the values of `keys`. `device_type`: "cpu" or "cuda". `precision`: that of the training; what the
+        optimizer steps is fp32 in both. With groups that are `whole`, the optimizer has an attribute `exchange`, which
+        the engine sets to a `WholeMatrices`.
         """
 
     @abstractmethod
@@ -116,11 +136,18 @@ class Optimizer(ABC):
         """
         return None
 
-    def group_learning_rate_scale(self, group: Group, settings: Mapping[str, Value]) -> float:
+    def group_options(self, role: Role, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Further options of the parameter groups with parameters of this role, such as AdamW's `betas`.
+
+        Parameters of one group of the record whose options differ are given to `build` in groups of their own.
+        """
+        return {}
+
+    def group_learning_rate_scale(self, group: Group, settings: Mapping[str, Any]) -> float:
         """The factor of the config's learning rate for all of a group, given the values of its keys."""
         return 1.0
 
-    def step_flops(self, shape: Sequence[int], settings: Mapping[str, Value]) -> int:
+    def step_flops(self, shape: Sequence[int], settings: Mapping[str, Any]) -> int:
         """FLOPs of the matrix products of a step on a parameter [..., m, n] of a group that is `whole`."""
         return 0
 

@@ -7,7 +7,8 @@ the parameters of a group one after the other, into equal parts; with ZeRO 3 eve
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from megastruct.config.schema import Config
 from megastruct.optimizers import OPTIMIZERS
@@ -18,21 +19,32 @@ from megastruct.planning.stages import Stage
 ALIGNED_VALUES = 2  # DeepSpeed's nccl_start_alignment_factor: the parts of a group have a multiple of it
 
 
+class PlannedMatrix(NamedTuple):
+    """A matrix [..., m, n] of a stage, as a whole.
+
+    `is_cut`: tensor-parallel ranks have different parts. `is_factor`: it is of a structured linear.
+    """
+
+    shape: tuple[int, ...]
+    is_cut: bool
+    is_factor: bool = False
+
+
 def stage_ownership(config: Config, stage: Stage, dp_size: int) -> Ownership | None:
     """Owners of the stage's matrices; None if the optimizer needs no whole matrices, or the stage has none."""
     optimizer = OPTIMIZERS[config.optimizer.kind]
     if not optimizer.group_of("matrix").whole or not stage.blocks:
         return None
-    shapes = list(stage_shapes(config, stage))
-    local = [math.prod(shape) // (config.parallel.tp if is_cut else 1) for shape, is_cut in shapes]
-    held: list[list[tuple[int, int]]] = [[] for _ in shapes]
-    for group in _groups(config, [shape for shape, _ in shapes]):
+    planned = list(stage_matrices(config, stage))
+    local = [math.prod(matrix.shape) // (config.parallel.tp if matrix.is_cut else 1) for matrix in planned]
+    held: list[list[tuple[int, int]]] = [[] for _ in planned]
+    for group in _groups(config, planned):
         for index, ranges in zip(group, _cut(config, [local[index] for index in group], dp_size), strict=True):
             held[index] = [each for each in ranges for _ in range(config.parallel.tp)]
     settings = config.optimizer.settings
     matrices = [
-        Matrix(shape, optimizer.step_flops(shape, settings), tuple(ranges), is_cut)
-        for (shape, is_cut), ranges in zip(shapes, held, strict=True)
+        Matrix(each.shape, optimizer.step_flops(each.shape, settings), tuple(ranges), each.is_cut)
+        for each, ranges in zip(planned, held, strict=True)
     ]
     return Ownership.of(matrices, config.parallel.tp)
 
@@ -83,13 +95,15 @@ def _work_values(ownership: Ownership, matrices: list[int], rank: int) -> int:
     return most
 
 
-def _groups(config: Config, shapes: list[tuple[int, ...]]) -> list[list[int]]:
+def _groups(config: Config, planned: Sequence[PlannedMatrix]) -> list[list[int]]:
     """The indices of the matrices by parameter group: those of equal learning rate."""
     base, optimizer = config.model.base_width, OPTIMIZERS[config.optimizer.kind]
-    groups: dict[float, list[int]] = {}
-    for index, (*_, fan_out, fan_in) in enumerate(shapes):
+    groups: dict[tuple[float, float], list[int]] = {}
+    for index, matrix in enumerate(planned):
+        *_, fan_out, fan_in = matrix.shape
         scale = optimizer.learning_rate_scale("matrix", fan_out, fan_in, base) if base else 1.0
-        groups.setdefault(scale or 1.0, []).append(index)
+        of_factors = config.optimizer.factor_learning_rate_scale if matrix.is_factor else 1.0
+        groups.setdefault((scale or 1.0, of_factors), []).append(index)
     return list(groups.values())
 
 
@@ -110,17 +124,18 @@ def _overlap(offset: int, size: int, first: int, last: int) -> tuple[int, int]:
     return (start - offset, stop - start) if start < stop else (0, 0)
 
 
-def stage_shapes(config: Config, stage: Stage) -> Iterator[tuple[tuple[int, ...], bool]]:
-    """(shape, whether tensor-parallel ranks cut it) of a stage's matrices, in the order of the module's parameters."""
+def stage_matrices(config: Config, stage: Stage) -> Iterator[PlannedMatrix]:
+    """A stage's matrices, in the order of the module's parameters."""
     model, tp = config.model, config.parallel.tp
     d, a, kv = model.hidden_size, model.attention_width, model.kv_heads * model.attention_head_dim
     for index in stage.blocks:
         kv_cut = tp > 1 and model.kv_heads % tp == 0
-        yield (a, d), tp > 1
-        yield (kv, d), kv_cut
-        yield (kv, d), kv_cut
-        yield (d, a), tp > 1
-        for linear in ffn_linears(config, config.ffn.of_block(index)):
+        yield PlannedMatrix((a, d), tp > 1)
+        yield PlannedMatrix((kv, d), kv_cut)
+        yield PlannedMatrix((kv, d), kv_cut)
+        yield PlannedMatrix((d, a), tp > 1)
+        ffn = config.ffn.of_block(index)
+        for linear in ffn_linears(config, ffn):
             replicated = linear.numbers.replicated_factors(linear.form)
             for name, shape in linear.numbers.factor_shapes(linear.n, linear.m, linear.sizes).items():
-                yield shape, tp > 1 and name not in replicated
+                yield PlannedMatrix(shape, tp > 1 and name not in replicated, is_factor=not ffn.is_dense)

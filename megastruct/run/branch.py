@@ -6,7 +6,7 @@ weights do. So every later start is a normal resume, and the parent may change o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def check_parent(config: Config, data: TrainingData) -> None:
     parent = load_config(run / CONFIG_FILE)
     checkpoint = checkpoint or complete_checkpoints(run / CHECKPOINTS)[-1][1]
     problems = Problems(
-        Problem(key, f"{new!r}, but {run} has {old!r}", _same(key, old))
+        Problem(key, f"{new!r}, but {run} has {old!r}", _same(config, key, old))
         for key, old, new in changes_of_a_branch(parent, config)
     )
     problems += _state_problems(config, parent, checkpoint)
@@ -59,29 +59,40 @@ def check_parent(config: Config, data: TrainingData) -> None:
         raise UserError(problems, headline=f"{own} cannot branch from {run}")
 
 
-def _same(key: str, value: Any) -> str:
+def _same(config: Config, key: str, value: Any) -> str:
     inherited = f"{key}={'null' if value is None else value}"
-    return f"{inherited}, or run.inherit=optimizer" if not key.startswith(("model.", "ffn.")) else inherited
+    return f"{inherited}, or {_without_place(config)}" if not key.startswith(("model.", "ffn.")) else inherited
+
+
+def _without_place(config: Config) -> str:
+    return f"run.inherit={'optimizer' if config.run.inherits_optimizer else 'weights'}"
 
 
 def _state_problems(config: Config, parent: Config, checkpoint: Path) -> Iterator[Problem]:
-    kind, others = config.optimizer.kind, load_state(checkpoint).get("optimizer", parent.optimizer.kind)
-    if config.run.inherit != "weights" and OPTIMIZERS[kind].state != OPTIMIZERS[others].state:
+    kind, others = config.optimizer.kind, _optimizer_of(load_state(checkpoint), parent)
+    kept = OPTIMIZERS[others].state if others in OPTIMIZERS else None
+    if config.run.inherits_optimizer and OPTIMIZERS[kind].state != kept:
         found = f"{kind}, but the optimizer's state in {checkpoint} is that of {others}"
-        yield Problem("optimizer.kind", found, f"optimizer.kind={others}, or run.inherit=weights")
+        anew = f"run.inherit={'data' if config.run.inherits_place else 'weights'}"
+        yield Problem("optimizer.kind", found, f"optimizer.kind={others}, or {anew} (its state starts anew)")
     if step_of(checkpoint) < guided_steps(parent) and not guided_steps(config):
         found = f"{checkpoint} lies inside the guided phase, where guides produce part of the output"
         after = f"a step from {guided_steps(parent)} on"
         yield Problem(WHERE, found, f"{after}, or guided.schedule={parent.guided.schedule}")
 
 
+def _optimizer_of(state: Mapping[str, Any], parent: Config) -> str:
+    """The optimizer with which a checkpoint with these plain values was written."""
+    return str(state.get("optimizer", parent.optimizer.kind))
+
+
 def _data_problems(config: Config, run: Path, data: dict[str, Any]) -> Iterator[Problem]:
     described = read_description(run)  # empty if the parent has not trained
-    compared = described if config.run.inherit == "all" else ("tokenizer_fingerprint",)
+    compared = described if config.run.inherits_place else ("tokenizer_fingerprint",)
     for key in compared:
         if key in described and data.get(key) != described[key]:
             found = f"{data.get(key)!r}, but {run} was trained with {described[key]!r}"
-            suggestion = "the parent's tokenizer" if key == "tokenizer_fingerprint" else "run.inherit=optimizer"
+            suggestion = "the parent's tokenizer" if key == "tokenizer_fingerprint" else _without_place(config)
             yield Problem(f"data ({key})", found, suggestion)
 
 
@@ -96,14 +107,21 @@ def branch(engine: Engine, checkpoints: Checkpoints) -> Loaded:
     _, checkpoint = find_checkpoint(chosen or run)
     parent = together(lambda: load_config(run / CONFIG_FILE))
     state = together(lambda: load_state(checkpoint))
-    step, inherit = int(state["step"]), config.run.inherit
-    taken_steps = 0 if inherit == "weights" else optimizer_steps(state)
-    guided = engine.guidance is not None
-    restore(engine, checkpoint, 0, taken_steps, with_optimizer=inherit != "weights", begins_guides=guided)
-    sample, cursor = place_in_data(parent, state) if inherit == "all" else (0, None)
+    with_optimizer = config.run.inherits_optimizer
+    taken_steps = optimizer_steps(state) if with_optimizer else 0
+    restore(engine, checkpoint, 0, taken_steps, with_optimizer, begins_guides=engine.guidance is not None)
+    sample, cursor = place_in_data(parent, state) if config.run.inherits_place else (0, None)
     begun = {"sample": sample, "earlier_optimizer_steps": taken_steps}
     if dist.get_rank() == 0:
-        record = {"kind": "run", "folder": str(run), "step": step, "inherit": inherit, "tokens": state.get("tokens")}
-        write_origin(checkpoints.folder.path, {**record, "origin": origin(run)})
+        record = {
+            "kind": "run",
+            "folder": str(run),
+            "step": int(state["step"]),
+            "inherit": config.run.inherit,
+            "optimizer": _optimizer_of(state, parent),
+            "tokens": state.get("tokens"),
+            "origin": origin(run),
+        }
+        write_origin(checkpoints.folder.path, record)
     checkpoints.start_save(engine, 0, np.empty(0, np.int64) if cursor is None else cursor, begun)
     return Loaded(0, cursor, {"step": 0, **begun})

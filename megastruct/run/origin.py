@@ -1,6 +1,7 @@
 """Where a run's first weights come from: a record in the run folder, which outlives the first checkpoint.
 
-origin.json: {"kind": "run", "folder": ..., "step": ..., "inherit": ..., "tokens": ..., "origin": the parent's own}
+origin.json: {"kind": "run", "folder": ..., "step": ..., "inherit": ..., "optimizer": that of the checkpoint,
+              "tokens": ..., "origin": the parent's own}
              {"kind": "huggingface", "folder": ...}
 """
 

@@ -17,6 +17,8 @@ from megastruct.parallel.topology import Topology
 from megastruct.planning.memory import ALWAYS_HELD
 from megastruct.planning.plan import make_plan
 from megastruct.planning.words import count, size
+from megastruct.run.origin import origin
+from megastruct.run.run_folder import RunFolder
 
 HOPELESS = 2.0  # the plan is not exact: beyond this many times the memory that is there, a run cannot succeed
 
@@ -39,9 +41,25 @@ def summary(config: Config, topology: Topology, data: TrainingData, device: torc
         ("training", f"{steps}, {count(plan['tokens'])} tokens, {plan['training_flops']:.3g} FLOPs"),
         ("memory", f"{size(planned)} planned per {each}, {size(there)} {_where(device.type)}{too_much}"),
         ("output", os.path.join(config.run.folder, config.run.name)),
+        *(("parent", text) for text in _beginning(config, step)),
         *(("warning", f"{found.where}: {found.found}; try: {found.suggestion}") for found in check_evaluation(config)),
     ]
     return "\n".join(f"{title:<10}{text}" for title, text in lines)
+
+
+def _beginning(config: Config, step: int) -> Iterator[str]:
+    """What a branch that begins takes over, and what of its optimizer."""
+    began = origin(RunFolder(config).path)
+    if step or config.run.from_ is None or began is None:
+        return
+    place = ", their place in the data" if config.run.inherits_place else ""
+    text = f"weights of {began['folder']}@{began['step']}{place}"
+    if config.run.inherits_optimizer:
+        yield f"{text} and the optimizer's state"
+        return
+    other = began.get("optimizer", config.optimizer.kind)
+    of = f": the parent's is of {other}" if other != config.optimizer.kind else ""
+    yield f"{text}; the optimizer's state starts anew{of}"
 
 
 def check_memory(config: Config, topology: Topology, device_type: str, processes: int) -> Iterator[Problem]:

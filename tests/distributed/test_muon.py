@@ -1,11 +1,10 @@
-"""Muon on every layout against a plain one in one process, and what a resume, a skipped step and guides do to it.
+"""Muon, and the keys of groups of parameters, on every layout against a plain loop in one process (`plain.py`).
 
-The plain one has neither DeepSpeed nor the package's optimizers: a loop over parameters, with Newton-Schulz in float64.
+And what a resume, a skipped step and guides do to Muon.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,22 +21,31 @@ from megastruct.checkpoint.store import latest_checkpoint
 from megastruct.config.schema import Config
 from megastruct.engine.engine import build_engine
 from megastruct.engine.zero import inner_optimizer
-from megastruct.models.gpt import GPT
-from megastruct.models.loss import make_loss
 from megastruct.optimizers.ownership import Ownership
 from megastruct.parallel.collectives import count_bytes
-from megastruct.parallel.groups import TensorGroup
 from megastruct.parallel.topology import Topology
 from megastruct.planning.ownership import stage_ownership
 from megastruct.planning.stages import pipeline_stages
+from plain import STEPS, learning_rate, plain_run
 from ranks import own_device, run_ranks
 from runs import batches, resume_half_way, save_half_way
 from test_tensor_parallel import LLAMA, STRUCTURES
 
-STEPS = 20
 BOUNDS = {"fp32": (3e-6, 1e-5), "bf16": (3e-2, 1e-1)}  # losses; norms, relative
 WEIGHTS = {"fp32": 2e-5, "bf16": 1e-1}
 MUON: dict[str, Any] = {"kind": "muon", "eps": 1e-5}
+# What groups of parameters may have of their own, large enough that a group without it would be seen.
+OF_GROUPS = {
+    "factor_learning_rate_scale": 0.5,
+    "vocabulary_weight_decay": 1.0,
+    "vocabulary_beta2": 0.9,
+    "vector_beta2": 0.8,
+}
+KEYS: dict[str, dict[str, Any]] = {
+    "muon": MUON,
+    "muon_groups": {**MUON, **OF_GROUPS, "newton_schulz_coefficients": "polar_express"},
+    "adamw_groups": {"kind": "adamw", "eps": 1e-5, **OF_GROUPS},
+}
 MODELS: dict[str, dict[str, Any]] = {
     "paper": {},
     "llama": LLAMA,
@@ -57,6 +65,7 @@ class Case:
     structure: str = "lowrank"
     precision: str = "fp32"
     model: str = "paper"
+    keys: str = "muon"
 
     @property
     def topology(self) -> Topology:
@@ -69,13 +78,13 @@ class Case:
             ffn=STRUCTURES[self.structure],
             model=MODELS[self.model],
             training={"precision": self.precision, "global_batch_size": batch, "num_steps": STEPS},
-            optimizer=MUON,
+            optimizer=KEYS[self.keys],
             **sections,
         )
 
     def __str__(self) -> str:
         layout = f"pp{self.pp}dp{self.dp}tp{self.tp}zero{self.zero}"
-        return "-".join([layout, self.structure, self.precision, self.model])
+        return "-".join([layout, self.structure, self.precision, self.model, self.keys])
 
 
 class Result(NamedTuple):
@@ -84,7 +93,7 @@ class Result(NamedTuple):
 
     losses: list[tuple[float, float]]
     weights: dict[str, tuple[Tensor, Any, int]]
-    plan: Ownership
+    plan: Ownership | None
     sent_bytes: int
 
 
@@ -102,70 +111,8 @@ def train(config: Config, topology: Topology) -> Result:
     for name, p in engine.named_parameters():
         with engine.gathered([p]):
             weights[name] = (p.detach().float().cpu().clone(), getattr(p, "shard_spec", None), engine.tp.rank)
-    exchange: Any = getattr(inner_optimizer(engine.zero_optimizer), "exchange")  # noqa: B009 - of ours only
-    return Result(results, weights, exchange.ownership, sent // STEPS)
-
-
-def learning_rate(step: int) -> float:
-    return 1e-2 * (1 - step / 40)
-
-
-def plain_newton_schulz(matrix: Tensor) -> Tensor:
-    x = matrix.double() / matrix.double().norm()
-    for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x - 4.7750 * square @ x + 2.0315 * square @ square @ x
-    return x
-
-
-def plain_run(config: Config) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
-    """(loss, gradient norm) of every step and the last weights, of one process without DeepSpeed."""
-    torch.set_num_threads(1)
-    optimizer, training, base = config.optimizer, config.training, config.model.base_width
-    model = GPT(config)
-    if training.precision == "bf16":
-        model.to(torch.bfloat16)
-    named = dict(model.named_parameters())
-    masters = {name: torch.nn.Parameter(p.detach().float().clone()) for name, p in named.items()}
-    matrices = [name for name, p in named.items() if p.ndim > 1 and "embedding" not in name and "head" not in name]
-    others = [name for name in named if name not in matrices]
-    adamw = torch.optim.AdamW(
-        [{"params": [masters[name]], "weight_decay": 0.1 * (masters[name].ndim > 1)} for name in others],
-        betas=(0.9, 0.95),
-        eps=1e-5,
-    )
-    velocity = {name: torch.zeros_like(masters[name]) for name in matrices}
-    loss_of, stream = make_loss(config, TensorGroup()), batches(config, Topology(1, 1))
-    count, results = training.global_batch_size // training.micro_batch_size, []
-    for step in range(STEPS):
-        total, sums = 0.0, {name: torch.zeros_like(p) for name, p in masters.items()}
-        for batch in (next(stream) for _ in range(count)):
-            loss = loss_of(model(batch.ids), batch.labels)
-            (loss / count).backward()
-            total += float(loss.detach()) / count
-            for name, p in named.items():
-                assert p.grad is not None
-                sums[name] += p.grad.float()
-                p.grad = None
-        norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in sums.values()))
-        results.append((total, norm))
-        clip = min(1.0, optimizer.gradient_clipping / (norm + 1e-6))
-        rate = learning_rate(step)
-        for group, name in zip(adamw.param_groups, others, strict=True):
-            group["lr"], masters[name].grad = rate, clip * sums[name]
-        adamw.step()
-        with torch.no_grad():
-            for name in matrices:
-                velocity[name] = 0.95 * velocity[name] + clip * sums[name]
-                direction = clip * sums[name] + 0.95 * velocity[name]
-                *_, m, n = direction.shape
-                blocks = [plain_newton_schulz(block) for block in direction.view(-1, m, n)]
-                update = 0.2 * math.sqrt(max(m, n)) * torch.stack(blocks).view(direction.shape).float()
-                scale = math.sqrt(base / n * min(1.0, m / n)) if base else 1.0
-                masters[name].mul_(1 - rate * 0.1).sub_(rate * scale * update)
-            for name, p in named.items():
-                p.copy_(masters[name])
-    return results, {name: p.detach().float() for name, p in named.items()}
+    exchange: Any = getattr(inner_optimizer(engine.zero_optimizer), "exchange", None)
+    return Result(results, weights, exchange.ownership if exchange else None, sent // STEPS)
 
 
 def whole_weights(ranks: list[Result]) -> dict[str, Tensor]:
@@ -194,7 +141,19 @@ GRID = [
 GRID += [Case(1, 2, 2, 1, "lowrank", "fp32", model) for model in ("llama", "few_kv_heads")]
 GRID += [Case(1, 1, 4, 3, "blockdense", "fp32", "few_kv_heads"), Case(4, 1, 1, 0, "blockdense", "fp32", "base_width")]
 GRID += [Case(1, 2, 2, 2, "blockdense", "fp32", "base_width"), Case(1, 2, 1, 1, "dense", "fp32", "llama")]
+GROUPS = ("muon_groups", "adamw_groups")
+GRID += [
+    Case(*place, zero, "lowrank", precision, model, keys)
+    for keys in GROUPS
+    for place in [(1, 2, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1), (2, 1, 2), (4, 1, 1)]
+    for zero in range(4)
+    for precision, model in [("fp32", "llama"), ("fp32", "base_width"), ("bf16", "paper")]
+    if not (place[0] > 1 and zero > 1) and not (precision == "bf16" and zero == 0)
+]
+GRID += [Case(2, 1, 2, 1, "blockdense", "fp32", "llama", keys) for keys in GROUPS]
 CHOSEN = [
+    Case(1, 2, 1, 2, "lowrank", "fp32", "base_width", "muon_groups"),
+    Case(2, 1, 2, 1, "blockdense", "fp32", "llama", "adamw_groups"),
     Case(2, 2, 1, 0, "lowrank"),
     Case(1, 3, 1, 1, "dense"),
     Case(2, 1, 2, 1, "blockshuffle"),
@@ -222,7 +181,7 @@ def test_every_layout_trains_as_a_plain_loop_does(case: Case) -> None:
         planned = stage_ownership(config, pipeline_stages(config)[case.topology.pp_rank(rank)], case.dp)
         assert result.plan == planned
         stage_rank = rank % (case.dp * case.tp)
-        assert result.sent_bytes == 4 * planned.sent_values()[stage_rank]
+        assert result.sent_bytes == (4 * planned.sent_values()[stage_rank] if planned else 0)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +189,9 @@ def test_every_layout_trains_as_a_plain_loop_does(case: Case) -> None:
     [
         (Case(1, 2, 1, 3), Case(1, 2, 1, 3)),
         (Case(2, 1, 2, 1, "blockdense"), Case(1, 2, 1, 0, "blockdense")),
+        (Case(1, 2, 1, 1, keys="muon_groups"), Case(1, 2, 1, 1, keys="muon_groups")),
+        soak(Case(1, 2, 1, 3, keys="adamw_groups"), Case(1, 2, 1, 3, keys="adamw_groups")),
+        soak(Case(2, 1, 2, 1, keys="muon_groups"), Case(1, 2, 1, 3, keys="muon_groups")),
         soak(Case(2, 2, 1, 0), Case(2, 2, 1, 0)),
         soak(Case(2, 1, 2, 1, precision="bf16"), Case(2, 1, 2, 1, precision="bf16")),
         soak(Case(1, 2, 1, 0, "blockdense"), Case(1, 1, 4, 3, "blockdense")),
@@ -247,8 +209,10 @@ def test_resume(tmp_path: Path, before: Case, after: Case) -> None:
     for name in SafeFileSystemReader(latest).read_metadata().state_dict_metadata:
         kind, _, parameter = name.partition(".")
         kinds.setdefault(parameter, set()).add(kind)
-    assert kinds["blocks.1.attention.key.weight"] == kinds["blocks.1.mlp.fc1.u"] == {"master", "momentum"}
-    assert kinds["embedding.weight"] == kinds["final_norm.weight"] == {"master", "exp_avg", "exp_avg_sq"}
+    moments = {"exp_avg", "exp_avg_sq"}
+    of_matrices = moments if before.keys == "adamw_groups" else {"momentum"}
+    assert kinds["blocks.1.attention.key.weight"] == kinds["blocks.1.mlp.fc1.u"] == {"master", *of_matrices}
+    assert kinds["embedding.weight"] == kinds["final_norm.weight"] == {"master", *moments}
     resumed = run_ranks(after.topology.world_size, resume_half_way, after.config(**run), after.topology)
     assert all(result == resumed[0] for result in resumed), "ranks disagree"
     if before == after:

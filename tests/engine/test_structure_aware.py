@@ -38,7 +38,7 @@ def config_for(width: int, structure: str, base_width: int | None, kind: str = "
 def changes(config: Config, steps: int = 4) -> tuple[float, float]:
     """RMS change after some optimizer steps, on fixed tokens: (outputs of the second block's FFN, logits)."""
     model = GPT(config)
-    optimizer = build_optimizer(model, config.optimizer, "cpu", config.model.base_width)
+    optimizer = build_optimizer(model, config, "cpu")
     rows = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(0))
     outputs: list[Tensor] = []
     logits: list[Tensor] = []
@@ -91,7 +91,7 @@ def test_coordinate_check_of_muon(structure: str) -> None:
 def test_every_factor_by_its_own_fan_in(tied: bool) -> None:
     config = config_for(64, "blockdense", 128, tie_embeddings=tied)
     model = GPT(config)
-    groups = build_optimizer(model, config.optimizer, "cpu", 128).param_groups
+    groups = build_optimizer(model, config, "cpu").param_groups
     scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
     found = {name: scales[id(p)] for name, p in model.named_parameters() if p.ndim > 1 or "norm" in name}
     expected = {
@@ -113,7 +113,7 @@ def test_every_factor_by_its_own_fan_in(tied: bool) -> None:
 
 def test_without_a_base_width_there_is_one_learning_rate() -> None:
     config = config_for(64, "lowrank", None)
-    groups = build_optimizer(GPT(config), config.optimizer, "cpu").param_groups
+    groups = build_optimizer(GPT(config), config, "cpu").param_groups
     assert [(g["name"], g["lr_scale"], g["weight_decay"]) for g in groups] == [("matrices", 1, 0.1), ("vectors", 1, 0)]
 
 

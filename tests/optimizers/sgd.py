@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megastruct.optimizers import Group, Key, Optimizer
+from megastruct.optimizers import Group, Key, Optimizer, Precision
 
 
 class SGD(Optimizer):
@@ -22,7 +22,7 @@ class SGD(Optimizer):
     )
 
     def build(
-        self, groups: list[dict[str, Any]], settings: Mapping[str, Any], device_type: str
+        self, groups: list[dict[str, Any]], settings: Mapping[str, Any], device_type: str, precision: Precision
     ) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, momentum=settings["momentum"])
 

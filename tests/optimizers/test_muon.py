@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from megastruct.config.schema import Config
 from megastruct.engine.optimizer import build_optimizer
 from megastruct.models.gpt import GPT
 from megastruct.models.guidance import Guidance
-from megastruct.optimizers import OPTIMIZERS
-from megastruct.optimizers.newton_schulz import COEFFICIENTS, newton_schulz
+from megastruct.optimizers import OPTIMIZERS, Precision
+from megastruct.optimizers.coefficients import COEFFICIENTS, Polynomial
+from megastruct.optimizers.newton_schulz import newton_schulz, working_dtype
 from megastruct.optimizers.ownership import Matrix, Ownership
 from megastruct.planning.cost import training_flops_per_token
 from megastruct.planning.memory import optimizer_bytes
@@ -41,38 +43,98 @@ def with_singular_values(shape: tuple[int, ...], smallest: float) -> Tensor:
     return u * values @ v
 
 
-def by_svd(matrix: Tensor, steps: int) -> Tensor:
+def by_svd(matrix: Tensor, polynomials: Sequence[Polynomial]) -> Tensor:
     """The same polynomials of the singular values, in float64."""
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     s = s / s.square().sum(-1, keepdim=True).sqrt()
-    for _ in range(steps):
-        s = sum(c * s**power for c, power in zip(COEFFICIENTS, (1, 3, 5), strict=True))
+    for polynomial in polynomials:
+        s = sum(c * s**power for c, power in zip(polynomial, (1, 3, 5), strict=True))
     return u * s.unsqueeze(-2) @ v
 
 
 SHAPES = [(8, 8), (5, 40), (40, 5), (3, 24, 7), (2, 3, 6, 16), (64, 48), (1, 9), (9, 1)]
+QUINTIC = COEFFICIENTS["quintic"].of_steps(5)
+# name -> (steps, error of an entry in fp32, in bf16, what singular values above 1/100 and above 1/1000 come out as)
+EXACTNESS = {
+    "quintic": (5, 2e-5, 0.2, (0.68, 1.14), (0.47, 1.21)),
+    "polar_express": (5, 2e-5, 0.4, (0.87, 1.13), (0.84, 1.13)),
+    "converging": (8, 1e-5, 0.1, (0.99, 1.01), (0.25, 1.01)),
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 0.2)], ids=str)
-def test_newton_schulz_against_an_svd(shape: tuple[int, ...], dtype: torch.dtype, bound: float) -> None:
-    """The largest difference of an entry, against the polynomial of the singular values in float64."""
-    matrix = with_singular_values(shape, 1e-3)
-    found = newton_schulz(matrix.float(), 5, dtype)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_newton_schulz_against_an_svd(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The largest difference of an entry, against the polynomials of the singular values in float64."""
+    steps, in_fp32, in_bf16, *_ = EXACTNESS[name]
+    polynomials, matrix = COEFFICIENTS[name].of_steps(steps), with_singular_values(shape, 1e-3)
+    found = newton_schulz(matrix.float(), polynomials, dtype)
     assert found.dtype == dtype and found.shape == shape
-    assert (found.double() - by_svd(matrix, 5)).abs().max() <= bound
+    bound = in_fp32 if dtype == torch.float32 else in_bf16
+    assert (found.double() - by_svd(matrix, polynomials)).abs().max() <= bound
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_newton_schulz_orthogonalises(shape: tuple[int, ...]) -> None:
-    """Singular values from 1 to 1/100 of the norm come out between 0.68 and 1.14."""
-    matrix = with_singular_values(shape, 1.0)
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_newton_schulz_orthogonalises(name: str, shape: tuple[int, ...]) -> None:
+    """Singular values from 1 to 1/100, and to 1/1000, of the norm come out near 1."""
+    steps, _, _, (low, high), _ = EXACTNESS[name]
+    polynomials, matrix = COEFFICIENTS[name].of_steps(steps), with_singular_values(shape, 1.0)
     norm = torch.linalg.matrix_norm(matrix, keepdim=True)
     steep = with_singular_values(shape, 0.05) if min(shape[-2:]) <= 8 else matrix / norm
     for each in (matrix, steep, 1e-6 * matrix, 1e6 * matrix):
-        values = torch.linalg.svdvals(newton_schulz(each.float(), 5, torch.float32).double())
-        assert values.min() >= 0.68 and values.max() <= 1.14
-    assert not newton_schulz(torch.zeros(shape), 5, torch.float32).any()
+        values = torch.linalg.svdvals(newton_schulz(each.float(), polynomials, torch.float32).double())
+        assert values.min() >= low and values.max() <= high
+    assert not newton_schulz(torch.zeros(shape), polynomials, torch.float32).any()
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_what_singular_values_become(name: str) -> None:
+    """All of them, not only those of some matrices: the polynomials on 100,000 numbers."""
+    steps, _, _, *ranges = EXACTNESS[name]
+    for smallest, (low, high) in zip((1e-2, 1e-3), ranges, strict=True):
+        values = torch.logspace(math.log10(smallest), 0, 100_000, dtype=torch.float64)
+        for a, b, c in COEFFICIENTS[name].of_steps(steps):
+            values = a * values + b * values**3 + c * values**5
+        assert values.min() >= low and values.max() <= high
+
+
+def test_polynomials_by_step() -> None:
+    """Polar Express has another one in each of eight steps, and then repeats the last; the margin is in the first."""
+    polynomials = COEFFICIENTS["polar_express"].of_steps(10)
+    assert len(set(polynomials)) == 8 and polynomials[7:] == [(1.875, -1.25, 0.375)] * 3
+    assert polynomials[0][0] == pytest.approx(8.28721201814563 / 1.01**2)
+    assert polynomials[1][2] == pytest.approx(0.5448431082926601 / 1.01**5)
+    assert QUINTIC == [(3.4445, -4.7750, 2.0315)] * 5
+
+
+@pytest.mark.parametrize(
+    ("device_type", "precision", "wanted"),
+    [
+        ("cuda", "bf16", torch.bfloat16),
+        ("cuda", "fp32", torch.float32),
+        ("cpu", "bf16", torch.float32),
+        ("cpu", "fp32", torch.float32),
+    ],
+)
+def test_newton_schulz_works_in_the_precision_of_the_run(
+    monkeypatch: Any, device_type: str, precision: Precision, wanted: torch.dtype
+) -> None:
+    """The record passes it on: what a step asks for. Newton-Schulz itself runs on any device in both."""
+    assert working_dtype(device_type, precision) == wanted
+    asked: list[torch.dtype] = []
+
+    def recording(matrices: Tensor, polynomials: Sequence[Polynomial], dtype: torch.dtype) -> Tensor:
+        asked.append(dtype)
+        return newton_schulz(matrices, polynomials, dtype)
+
+    monkeypatch.setattr("megastruct.optimizers.newton_schulz.newton_schulz", recording)
+    parameter = nn.Parameter(torch.ones(3, 2))
+    parameter.grad = torch.ones(3, 2)
+    groups = [{"params": [parameter], "name": "matrices", "lr": 0.1, "weight_decay": 0.0}]
+    RECORD.build(groups, RECORD.settings({}), device_type, precision).step()
+    assert asked == [wanted]
 
 
 def test_matrices_of_a_batch_do_not_touch_each_other() -> None:
@@ -80,8 +142,10 @@ def test_matrices_of_a_batch_do_not_touch_each_other() -> None:
         torch.randn(4, 2, 6, 10, generator=torch.Generator().manual_seed(0))
         * torch.tensor([1e-4, 1, 50, 1e3])[:, None, None, None]
     )
-    apart = [[newton_schulz(block, 5, torch.float32) for block in matrix] for matrix in batch]
-    torch.testing.assert_close(newton_schulz(batch, 5, torch.float32), torch.stack([torch.stack(a) for a in apart]))
+    apart = [[newton_schulz(block, QUINTIC, torch.float32) for block in matrix] for matrix in batch]
+    torch.testing.assert_close(
+        newton_schulz(batch, QUINTIC, torch.float32), torch.stack([torch.stack(a) for a in apart])
+    )
 
 
 # -- the optimizer
@@ -89,7 +153,7 @@ def test_roles_and_groups() -> None:
     """q, k and v are matrices of their own; guides, embedding, norms and biases are AdamW's, at its learning rate."""
     config = config_with(guided={"schedule": "fixedstep", "levels": 2}, optimizer={"adamw_learning_rate_scale": 0.25})
     model = GPT(config, guidance=Guidance(config, 1, 0, 1))
-    optimizer = build_optimizer(model, config.optimizer, "cpu")
+    optimizer = build_optimizer(model, config, "cpu")
     names = {p: name for name, p in model.named_parameters()}
     groups = {group["name"]: {names[p] for p in group["params"]} for group in optimizer.param_groups}
     assert groups["vocabulary"] == {"embedding.weight"}
@@ -100,14 +164,16 @@ def test_roles_and_groups() -> None:
     assert scales == {"matrices": (1, 0.1), "vocabulary": (0.25, 0.1), "guides": (0.25, 0.1), "vectors": (0.25, 0.0)}
 
 
-@pytest.mark.parametrize("nesterov", [True, False])
-def test_steps_by_the_formula(nesterov: bool) -> None:
+@pytest.mark.parametrize(("nesterov", "coefficients"), [(True, "quintic"), (False, "quintic"), (True, "polar_express")])
+def test_steps_by_the_formula(nesterov: bool, coefficients: str) -> None:
     """Of a matrix, of a factor in blocks, and of a vector, over three steps."""
     shapes = {"matrix": (6, 4), "blocks": (3, 2, 5), "vector": (7,)}
     generator = torch.Generator().manual_seed(1)
     start = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     parameters = {name: nn.Parameter(tensor.clone()) for name, tensor in start.items()}
-    settings = RECORD.settings({"nesterov": nesterov, "momentum": 0.8, "update_scale": 0.3})
+    keys: dict[str, Any] = {"nesterov": nesterov, "momentum": 0.8, "update_scale": 0.3}
+    settings = RECORD.settings({**keys, "newton_schulz_coefficients": coefficients})
+    polynomials = COEFFICIENTS[coefficients].of_steps(5)
     common: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.5}
     optimizer = RECORD.build(
         [
@@ -116,6 +182,7 @@ def test_steps_by_the_formula(nesterov: bool) -> None:
         ],
         settings,
         "cpu",
+        "fp32",
     )
     adamw = torch.optim.AdamW([vector := nn.Parameter(start["vector"].clone())], betas=(0.9, 0.95), **common)
     velocity = {name: torch.zeros(shape) for name, shape in shapes.items()}
@@ -129,7 +196,7 @@ def test_steps_by_the_formula(nesterov: bool) -> None:
         for name in ("matrix", "blocks"):
             velocity[name] = 0.8 * velocity[name] + gradients[name]
             direction = gradients[name] + 0.8 * velocity[name] if nesterov else velocity[name]
-            update = 0.3 * math.sqrt(max(shapes[name][-2:])) * by_svd(direction.double(), 5)
+            update = 0.3 * math.sqrt(max(shapes[name][-2:])) * by_svd(direction.double(), polynomials)
             start[name] = (1 - 0.1 * 0.5) * start[name] - 0.1 * update
             torch.testing.assert_close(parameters[name].detach().double(), start[name].double(), atol=1e-5, rtol=0)
         assert torch.equal(parameters["vector"], vector)
@@ -137,7 +204,7 @@ def test_steps_by_the_formula(nesterov: bool) -> None:
 
 def test_hooks_of_a_step_run_once() -> None:
     config = config_with()
-    optimizer = build_optimizer(GPT(config), config.optimizer, "cpu")
+    optimizer = build_optimizer(GPT(config), config, "cpu")
     calls: list[str] = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
@@ -149,7 +216,7 @@ def test_deepspeed_takes_it_for_an_optimizer_that_it_does_not_know() -> None:
     """By a class of its own, by words in the name of a class, or by marks on parameters, it would run its own Muon."""
     config = config_with()
     model = GPT(config)
-    optimizer = build_optimizer(model, config.optimizer, "cpu")
+    optimizer = build_optimizer(model, config, "cpu")
     assert all("muon" not in base.__name__.lower() for base in type(optimizer).__mro__)
     assert not any(hasattr(p, "use_muon") for p in model.parameters())
     assert not any("use_muon" in group for group in optimizer.param_groups)
@@ -161,6 +228,9 @@ def test_deepspeed_takes_it_for_an_optimizer_that_it_does_not_know() -> None:
         ({"momentum": 1.0}, "optimizer.momentum"),
         ({"newton_schulz_steps": 0}, "optimizer.newton_schulz_steps"),
         ({"nesterov": 1}, "optimizer.nesterov"),
+        ({"newton_schulz_coefficients": "quintics"}, "optimizer.newton_schulz_coefficients"),
+        ({"newton_schulz_coefficients": 3.4445}, "optimizer.newton_schulz_coefficients"),
+        ({"vector_beta2": 1.0}, "optimizer.vector_beta2"),
         ({"adamw_learning_rate_scale": 0.0}, "optimizer.adamw_learning_rate_scale"),
     ],
 )

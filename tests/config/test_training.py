@@ -117,7 +117,8 @@ def test_what_a_branch_shares_with_its_parent() -> None:
         "optimizer": {"learning_rate": 1.0},
         "schedule": {"kind": "wsd"},
     }
-    for inherit, keys in (("weights", []), ("optimizer", []), ("all", ["run.seed", "training.seq_length"])):
+    order = ["run.seed", "training.seq_length"]
+    for inherit, keys in (("weights", []), ("optimizer", []), ("data", order), ("all", order)):
         branch = tiny_config(run={"name": "branch", "from": "tiny", "inherit": inherit, "seed": 5}, **other)
         assert sorted(path for path, _, _ in changes_of_a_branch(parent, branch)) == ["model.rope_base", *keys]
 

@@ -11,14 +11,16 @@ import torch
 from configs import tiny_config
 from marks import always
 from megastruct.checkpoint.reading import SafeFileSystemReader
-from megastruct.checkpoint.store import checkpoint_folder, load_tensors
+from megastruct.checkpoint.store import checkpoint_folder, load_state, load_tensors
 from megastruct.config.load import dump_config
 from megastruct.config.schema import Config
 from megastruct.engine.engine import build_engine
+from megastruct.optimizers import OPTIMIZERS
 from megastruct.parallel.topology import Topology
 from megastruct.run.branch import branch
 from megastruct.run.checkpoints import Checkpoints
 from megastruct.run.find import parse_address
+from megastruct.run.origin import origin
 from megastruct.run.run_folder import RunFolder
 from megastruct.structures import STRUCTURES
 from ranks import own_device, run_ranks
@@ -96,6 +98,40 @@ def test_weights_are_taken_over_and_guides_begin_as_what_they_guide(
         dense = structure.layers.maths.to_dense(*factors)
         bound = 1e-6 if precision == "fp32" else 2e-2  # of the factors as the forward sees them
         assert dense.norm() > 1 and (after[name] - dense).norm() <= bound * dense.norm(), name
+
+
+SWITCHES = [(LAYOUTS[1], LAYOUTS[0]), (LAYOUTS[0], LAYOUTS[2]), (LAYOUTS[3], LAYOUTS[4]), (LAYOUTS[4], LAYOUTS[1])]
+
+
+@pytest.mark.parametrize(("first", "second"), always(SWITCHES, [SWITCHES[0]]))
+def test_another_optimizer_and_back(parent: Path, tmp_path: Path, first: Any, second: Any) -> None:
+    """AdamW, Muon, AdamW: the masters go on bit for bit; the state is that of the new optimizer, and zero."""
+    before, stored = parent, tensors_of(checkpoint_folder(parent / "checkpoints", 10))
+    masters = {name: tensor for name, tensor in stored.items() if name.startswith("master.")}
+    address = f"{parent}@10"
+    for kind, (pp, tp, dp, zero, precision) in (("muon", first), ("adamw", second)):
+        config = config_of(
+            tmp_path,
+            kind,
+            run={"from": address, "inherit": "data"},
+            training={"precision": precision},
+            parallel={"pp": pp, "tp": tp, "zero_stage": zero},
+            optimizer={"kind": kind},
+        )
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.yaml").write_text(dump_config(config))
+        run_ranks(pp * tp * dp, begin, config, Topology(pp, dp, tp))
+        found = tensors_of(checkpoint := checkpoint_folder(tmp_path / kind / "checkpoints", 0))
+        for name, tensor in masters.items():
+            assert torch.equal(found[name], tensor), name
+        kinds = {name.partition(".")[0] for name in found} - {"master"}
+        assert kinds == set(OPTIMIZERS[kind].state)
+        assert not any(tensor.any() for name, tensor in found.items() if not name.startswith("master."))
+        state = load_state(checkpoint)
+        assert (state["optimizer"], state["earlier_optimizer_steps"], state["sample"]) == (kind, 0, 10 * 16)
+        record = origin(tmp_path / kind) or {}
+        assert (record["folder"], record["optimizer"]) == (str(before), "adamw" if kind == "muon" else "muon")
+        before, address = tmp_path / kind, str(checkpoint)
 
 
 def test_addresses(parent: Path) -> None:

@@ -6,7 +6,7 @@
 Record once with the code before the change, for example in a second clone, and once with the code after it. A record
 holds, for every step of every run, the loss and the gradient norm, all validation losses, and the SHA-256 of every
 tensor of the final checkpoint. The runs cover every structure, self-guided training, pipelines, tensor parallelism,
-ZeRO 0 to 3, bf16, text sources and attention inside of documents. They take about eight minutes on two cores.
+ZeRO 0 to 3, Muon, bf16, text sources and attention inside of documents. They take about eight minutes on two cores.
 
 Records are comparable on one machine with one version of PyTorch: another processor may sum in another order.
 """
@@ -72,6 +72,8 @@ RUNS: dict[str, tuple[int, list[str]]] = {
     "zero3": (2, ["parallel.zero_stage=3"]),
     "bf16": (2, ["training.precision=bf16", *BLOCKS]),
     "bf16_zero3_llama": (2, ["training.precision=bf16", "parallel.zero_stage=3", *LLAMA]),
+    "muon_tp2": (2, ["optimizer.kind=muon", "parallel.tp=2", *BLOCKS]),
+    "muon_zero3_base_width": (2, ["optimizer.kind=muon", "parallel.zero_stage=3", "model.base_width=16"]),
     "base_width_recompute": (1, ["model.base_width=16", "training.activation_checkpointing=true", *SHUFFLE]),
     "separate_pp2": (2, ["training.document_attention=separate", "parallel.pp=2"]),
     "text": (2, ["data.kind=text", "data.path={folder}/text", "data.tokenizer={folder}/tokenizer.model"]),

@@ -70,6 +70,7 @@ def test_a_decay_is_branched_off_a_stable_run(config: Path, tmp_path: Path, stab
         "folder": str(stable),
         "step": 8,
         "inherit": "all",
+        "optimizer": "adamw",
         "tokens": 8 * 8 * 32,
         "origin": None,
     }
@@ -84,6 +85,37 @@ def test_a_decay_is_branched_off_a_stable_run(config: Path, tmp_path: Path, stab
     assert first[2] < first[0] - 1.0, "the weights were not taken over"
     state = load_state(again / "checkpoints" / "step_00000002")
     assert (state["sample"], state["earlier_optimizer_steps"]) == (8, 0)
+
+
+def test_a_branch_has_another_optimizer_and_one_of_it_the_first(config: Path, tmp_path: Path, stable: Path) -> None:
+    """On one process, and back on two with ZeRO 3: the same weights, read on where the parent was."""
+    keys = (*CONSTANT, "training.num_steps=4", "checkpoint.interval_steps=3", "optimizer.kind=muon")
+    message = refusal(config, tmp_path, "muon", *keys, f"run.from={stable}@8", "run.inherit=all")
+    assert f"muon, but the optimizer's state in {stable}/checkpoints/step_00000008 is that of adamw" in message
+    assert "try: optimizer.kind=adamw, or run.inherit=data (its state starts anew)" in message
+    message = refusal(config, tmp_path, "muon", *keys, f"run.from={stable}@8", "run.inherit=optimizer")
+    assert "try: optimizer.kind=adamw, or run.inherit=weights (its state starts anew)" in message
+
+    def summary() -> list[str]:
+        return [line for line in (tmp_path / "rank0.log").read_text().splitlines() if line.startswith("parent ")]
+
+    run = train(config, tmp_path, "muon", *keys, f"run.from={stable}@8", "run.inherit=data")
+    anew = "their place in the data; the optimizer's state starts anew: the parent's is of"
+    assert summary() == [f"parent    weights of {stable}@8, {anew} adamw"]
+    assert losses(run)[0] == (1, losses(stable)[8][1])  # of the same weights on the same data
+    state = load_state(run / "checkpoints" / "step_00000003")
+    assert (state["optimizer"], state["sample"], state["earlier_optimizer_steps"]) == ("muon", 11 * 8, 0)
+
+    layout = ("parallel.zero_stage=3", "optimizer.kind=adamw", "training.num_steps=2")
+    back = train(config, tmp_path, "back", *keys, *layout, f"run.from={run}@3", "run.inherit=data", ranks=2)
+    assert summary() == [f"parent    weights of {run}@3, {anew} muon"]
+    assert losses(back)[0][1] == pytest.approx(losses(run)[3][1], abs=1e-5)
+    record = origin(back) or {}
+    assert (record["optimizer"], record["origin"]["optimizer"]) == ("muon", "adamw")
+    names = stored_names(back / "checkpoints" / "step_00000002")
+    assert not any(name.startswith("momentum.") for name in names)
+    train(config, tmp_path, "back", *keys, *layout, f"run.from={run}@3", "run.inherit=data", ranks=2)
+    assert summary() == []  # it has begun
 
 
 def test_a_branch_goes_on_without_its_parent(config: Path, tmp_path: Path, stable: Path) -> None:

@@ -50,7 +50,7 @@ def peak_bytes(config: Config, topology: Topology, bucket_values: int) -> int:
     """What this rank holds between two steps, and what a step allocates besides, at its peak."""
     memory.MAX_BUCKET_VALUES = bucket_values
     build = AdamW.build
-    AdamW.build = lambda self, groups, settings, device_type: build(self, groups, settings, "cuda")  # type: ignore[method-assign]
+    AdamW.build = lambda self, groups, settings, _, precision: build(self, groups, settings, "cuda", precision)  # type: ignore[method-assign]
     before = live_bytes()
     engine = build_engine(config, topology, own_device())
     engine.set_learning_rate(1e-3)

@@ -45,6 +45,11 @@ class Key:
     below: float | None = None
     choices: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raise ValueError if a default for text is none of the choices."""
+        if isinstance(self.default, str) and self.default not in self.choices:
+            raise ValueError(f"{self.default!r} is none of the choices {self.choices}")
+
     @property
     def kind(self) -> type:
         """The type of its values: bool, int, float or str."""
@@ -139,7 +144,8 @@ class Optimizer(ABC):
     def group_options(self, role: Role, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Further options of the parameter groups with parameters of this role, such as AdamW's `betas`.
 
-        Parameters of one group of the record whose options differ are given to `build` in groups of their own.
+        Parameters of one group of the record whose options differ are given to `build` in groups of their own. The
+        values are hashable.
         """
         return {}
 

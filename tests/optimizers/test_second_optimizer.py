@@ -160,7 +160,7 @@ def test_the_end_of_the_guided_phase(tmp_path: Path, zero_stage: int) -> None:
 
 
 def test_records_that_contradict_themselves_are_refused() -> None:
-    from megastruct.optimizers import Group
+    from megastruct.optimizers import Group, Key
 
     class Twice(SGD):
         name = "twice"
@@ -174,6 +174,8 @@ def test_records_that_contradict_themselves_are_refused() -> None:
         register(Twice())
     with pytest.raises(ValueError, match="'master' cannot be the name"):
         register(Nameless())
+    with pytest.raises(ValueError, match="'fast' is none of the choices"):
+        Key("fast", "how it is computed", choices=("slow", "exact"))
     with pytest.raises(ValueError, match="is registered already"):
         register(SGD())
     assert "twice" not in OPTIMIZERS

@@ -22,6 +22,8 @@ VARIANTS = {
         "model": {"norm": "rmsnorm", "activation": "swiglu", "bias": False, "tie_embeddings": False}
     },
     "gqa_narrow_attention": {"model": {"num_key_value_heads": 2, "head_dim": 6}},
+    "qk_norm": {"model": {"qk_norm": True, "num_key_value_heads": 2, "head_dim": 6}},
+    "qk_norm_llama": {"model": {"qk_norm": True, "norm": "rmsnorm", "bias": False, "norm_eps": 0.1}},
     "one_key_value_head": {"model": {"num_key_value_heads": 1}},
     "blockdense": {"ffn": {"structure": "blockdense", "nblocks": 4, "rank": 8}},
     "blockshuffle": {"ffn": {"structure": "blockshuffle", "nblocks": 4, "rank": None}},
@@ -66,6 +68,11 @@ def plain_model(config: Config, w: dict[str, Tensor], ids: Tensor) -> Tensor:
         x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + m.norm_eps).sqrt()
         return x * w[f"{name}.weight"] + (w[f"{name}.bias"] if m.bias else 0)
 
+    def head_norm(x: Tensor, name: str) -> Tensor:  # [s, dh]
+        if not m.qk_norm:
+            return x
+        return x / (x.pow(2).mean(-1, keepdim=True) + m.norm_eps).sqrt() * w[f"{name}.weight"]
+
     def rope(x: Tensor) -> Tensor:  # [s, dh]: complex numbers turned by position * base^(-2i/dh)
         z = torch.complex(x[:, : dh // 2], x[:, dh // 2 :])
         frequency = torch.tensor([m.rope_base ** (-2 * i / dh) for i in range(dh // 2)], dtype=torch.float64)
@@ -80,7 +87,8 @@ def plain_model(config: Config, w: dict[str, Tensor], ids: Tensor) -> Tensor:
         outs = []
         for h in range(heads):
             g = h * kv_heads // heads  # neighbouring query heads share a key/value head
-            qh, kh = rope(q[:, h * dh : (h + 1) * dh]), rope(k[:, g * dh : (g + 1) * dh])
+            qh = rope(head_norm(q[:, h * dh : (h + 1) * dh], f"{block}.attention.query_norm"))
+            kh = rope(head_norm(k[:, g * dh : (g + 1) * dh], f"{block}.attention.key_norm"))
             scores = qh @ kh.T / math.sqrt(dh)
             scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -math.inf)
             outs.append(scores.softmax(-1) @ v[:, g * dh : (g + 1) * dh])

@@ -75,8 +75,9 @@ class Attention(nn.Module):
         return self.attend(q, k, v, mask)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Q [s, b, heads/tp, dh], k and v [s, b, kv_heads/tp or kv_heads, dh] of x [s, b, h]; q and k are normalised, if
-        they have norms, and rotated.
+        """Q [s, b, heads/tp, dh], k and v [s, b, kv_heads/tp or kv_heads, dh] of x [s, b, h].
+
+        Heads of q and k are normalised, if they have norms, then rotated.
 
         cos and sin: float32 [s, 1, 1, dh / 2], or [s, b, 1, dh / 2] if the rows are at different positions.
         """

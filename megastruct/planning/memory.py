@@ -165,8 +165,8 @@ def block_activation_bytes(config: Config, ffn: FFNConfig) -> int:
     - of own tokens (1/tp): what the norms keep of their input; the input of a structured fc1, whose first factor acts
       before the gather; the inner vector of a structured fc2.
     - of own features, all tokens (1/tp): queries, keys, values, the attention's output and one fp32 log-sum per head
-      (scores are never kept); what `model.qk_norm` keeps of its input; fc1's output and what the activation makes of it (f values, with SwiGLU 2 f: its gate
-      and the product).
+      (scores are never kept); with `model.qk_norm`, the input of those norms; fc1's output and what the activation
+      makes of it (f values, with SwiGLU 2 f: its gate and the product).
     - gathered, whole on every device: the input of the attention; of fc1 the input, or its inner vector if structured;
       with fewer key/value heads than ranks, the input of their norm.
     """

@@ -38,6 +38,8 @@ MODELS = {
     "granite": RMS | SWIGLU | ODD_HEADS,
     "arcee": RMS | {"rope_base": 500.0, "norm_eps": 0.01},
     "stablelm": SWIGLU | NO_BIAS,
+    "qwen3": {"qk_norm": True} | RMS | SWIGLU | NO_BIAS | ODD_HEADS,
+    "qwen3-scaled": {"qk_norm": True, "base_width": 4, "norm_eps": 0.01} | RMS | SWIGLU | NO_BIAS | UNTIED,
 }
 
 pytest.importorskip("transformers")

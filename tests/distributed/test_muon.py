@@ -43,6 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "few_kv_heads": {"num_key_value_heads": 2, "vocab_size": 61},
     "base_width": {"base_width": 32},
+    "qk_norm": {"qk_norm": True, "num_key_value_heads": 2, "base_width": 32},
 }
 
 
@@ -192,6 +193,7 @@ GRID = [
     if not (place[0] > 1 and zero > 1) and not (precision == "bf16" and zero == 0)
 ]
 GRID += [Case(1, 2, 2, 1, "lowrank", "fp32", model) for model in ("llama", "few_kv_heads")]
+GRID += [Case(1, 1, 4, 1, "lowrank", "fp32", "qk_norm"), Case(2, 2, 1, 0, "dense", "fp32", "qk_norm")]
 GRID += [Case(1, 1, 4, 3, "blockdense", "fp32", "few_kv_heads"), Case(4, 1, 1, 0, "blockdense", "fp32", "base_width")]
 GRID += [Case(1, 2, 2, 2, "blockdense", "fp32", "base_width"), Case(1, 2, 1, 1, "dense", "fp32", "llama")]
 CHOSEN = [

@@ -31,7 +31,7 @@ from megastruct.parallel.topology import Topology
 from megastruct.planning.ownership import stage_ownership
 from megastruct.planning.stages import pipeline_stages
 from ranks import own_device, run_ranks
-from runs import batches, resume_half_way, save_half_way
+from runs import OwnWeights, batches, learning_rate, own_weights, resume_half_way, save_half_way, whole_weights
 from test_tensor_parallel import LLAMA, STRUCTURES
 
 STEPS = 20
@@ -84,7 +84,7 @@ class Result(NamedTuple):
     bytes that a step sent to owners and from them."""
 
     losses: list[tuple[float, float]]
-    weights: dict[str, tuple[Tensor, Any, int]]
+    weights: OwnWeights
     plan: Ownership
     sent_bytes: int
 
@@ -99,16 +99,8 @@ def train(config: Config, topology: Topology) -> Result:
             loss = engine.train_batch(iterator)
         results.append((loss, engine.gradient_norm()))
         sent += sum(size for name, size in records if name == "exchange")
-    weights = {}
-    for name, p in engine.named_parameters():
-        with engine.gathered([p]):
-            weights[name] = (p.detach().float().cpu().clone(), getattr(p, "shard_spec", None), engine.tp.rank)
     exchange: Any = getattr(inner_optimizer(engine.zero_optimizer), "exchange")  # noqa: B009 - of ours only
-    return Result(results, weights, exchange.ownership, sent // STEPS)
-
-
-def learning_rate(step: int) -> float:
-    return 1e-2 * (1 - step / 40)
+    return Result(results, own_weights(engine), exchange.ownership, sent // STEPS)
 
 
 def plain_newton_schulz(matrix: Tensor) -> Tensor:
@@ -169,20 +161,6 @@ def plain_run(config: Config) -> tuple[list[tuple[float, float]], dict[str, Tens
     return results, {name: p.detach().float() for name, p in named.items()}
 
 
-def whole_weights(ranks: list[Result]) -> dict[str, Tensor]:
-    """The global weights; every rank that has the same part of one has the same bits."""
-    parts: dict[str, dict[int, tuple[Tensor, Any]]] = {}
-    for rank in ranks:
-        for name, (part, spec, tensor_rank) in rank.weights.items():
-            first, _ = parts.setdefault(name, {}).setdefault(0 if spec is None else tensor_rank, (part, spec))
-            assert torch.equal(first, part), f"{name} differs between ranks"
-    whole = {}
-    for name, by_rank in parts.items():
-        [spec] = {spec for _, spec in by_rank.values()}
-        whole[name] = by_rank[0][0] if spec is None else spec.unshard([by_rank[r][0] for r in sorted(by_rank)])
-    return whole
-
-
 PLACES = [(1, 1, 1), (1, 2, 1), (1, 3, 1), (2, 1, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1), (2, 1, 2), (2, 2, 2), (1, 1, 4)]
 GRID = [
     Case(*place, zero, structure, precision)
@@ -216,7 +194,7 @@ def test_every_layout_trains_as_a_plain_loop_does(case: Case) -> None:
     for step, ((loss, norm), (wanted_loss, wanted_norm)) in enumerate(zip(ranks[0].losses, wanted, strict=True)):
         assert abs(loss - wanted_loss) <= loss_bound, f"loss of step {step}"
         assert abs(norm - wanted_norm) <= norm_bound * wanted_norm, f"gradient norm of step {step}"
-    found = whole_weights(ranks)
+    found = whole_weights([rank.weights for rank in ranks])
     assert found.keys() == weights.keys()
     for name, weight in weights.items():
         assert (found[name] - weight).abs().max() <= WEIGHTS[case.precision], name

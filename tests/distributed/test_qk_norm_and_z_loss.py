@@ -23,11 +23,19 @@ from megastruct.models.gpt import GPT
 from megastruct.parallel.topology import Topology
 from plain import plain_model
 from ranks import ON_GPUS, own_device, run_ranks
-from runs import batches, resume_half_way, save_half_way
-from test_muon import learning_rate, whole_weights
+from runs import (
+    OwnWeights,
+    batches,
+    learning_rate,
+    own_weights,
+    resume_half_way,
+    save_half_way,
+    train_steps,
+    whole_weights,
+)
 from test_tensor_parallel import LLAMA, STRUCTURES
 
-STEPS = 20
+STEPS = 10
 Z_LOSS = 0.03  # its term is a third of the gradient, so that none of it can be missing
 BOUNDS = {"fp32": (1e-5, 3e-4), "bf16": (3e-2, 1e-1)}  # losses and z terms; norms, relative
 WEIGHTS = {"fp32": 5e-5, "bf16": 1e-1}
@@ -60,7 +68,7 @@ class Case:
         return tiny_config(
             parallel={"pp": self.pp, "tp": self.tp, "zero_stage": self.zero},
             ffn=STRUCTURES[self.structure],
-            model={**MODELS[self.model], "qk_norm": True},
+            model={"num_layers": 2, **MODELS[self.model], "qk_norm": True},
             training={
                 "precision": self.precision,
                 "global_batch_size": 4,
@@ -80,32 +88,22 @@ class Case:
 
 
 class Result(NamedTuple):
-    """Of one rank: (loss, norm) of every step, the mean z term, the loss of an evaluation at the end, and {name: (its
-    part of the weight, spec, tensor-parallel rank)}."""
+    """Of one rank: (loss, norm) of every step, the mean z term, the loss of an evaluation at the end, and weights."""
 
     losses: list[tuple[float, float]]
     z: float
     evaluated: float
-    weights: dict[str, tuple[Tensor, Any, int]]
+    weights: OwnWeights
 
 
 def train(config: Config, topology: Topology) -> Result:
     engine = build_engine(config, topology, own_device())
-    iterator = batches(config, topology) if engine.reads_data else None
-    results = []
-    for step in range(STEPS):
-        engine.set_learning_rate(learning_rate(step))
-        loss = engine.train_batch(iterator)
-        results.append((loss, engine.gradient_norm()))
+    losses = train_steps(engine, 0, STEPS)
     per_step = config.training.global_batch_size // (config.training.micro_batch_size * topology.dp_size)
     held_out = batches(config, topology)
     evaluated = engine.evaluate([next(held_out) for _ in range(per_step)], per_step)
     z = engine.loss.read_z(own_device())
-    weights = {}
-    for name, p in engine.named_parameters():
-        with engine.gathered([p]):
-            weights[name] = (p.detach().float().cpu().clone(), getattr(p, "shard_spec", None), engine.tp.rank)
-    return Result(results, z, evaluated, weights)
+    return Result(losses, z, evaluated, own_weights(engine))
 
 
 def plain_terms(config: Config, weights: dict[str, Tensor], ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +147,7 @@ def plain_run(model: str, structure: str) -> tuple[list[tuple[float, float]], fl
     return results, sum(z_terms) / STEPS, sum(evaluated) / 2, last
 
 
-PLACES = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1), (2, 1, 2), (2, 2, 2), (1, 1, 4), (4, 1, 1)]
+PLACES = [(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1), (2, 1, 2), (2, 2, 2), (1, 1, 4)]
 GRID = [
     Case(*place, zero, precision, model)
     for precision in ("fp32", "bf16")
@@ -164,7 +162,7 @@ GRID += [Case(1, 1, 1, 1, compiled=True), Case(1, 1, 2, 3, "fp32", "llama", comp
 CHOSEN = [
     Case(2, 2, 1, 0),
     Case(2, 1, 2, 1, "fp32", "llama"),
-    Case(1, 1, 4, 2, "fp32", "few_kv_heads"),
+    Case(1, 1, 4, 1, "fp32", "few_kv_heads"),
     Case(1, 2, 2, 3, "bf16", "few_kv_heads"),
 ]
 
@@ -180,7 +178,9 @@ def test_every_layout_trains_as_a_plain_loop_does(case: Case) -> None:
         assert abs(loss - wanted_loss) <= loss_bound, f"loss of step {step}"
         assert abs(norm - wanted_norm) <= norm_bound * wanted_norm, f"gradient norm of step {step}"
     assert abs(ranks[0].z - z) <= loss_bound and abs(ranks[0].evaluated - evaluated) <= loss_bound
-    found = whole_weights(ranks)  # asserts that ranks with the same part of a weight have the same bits
+    found = whole_weights(
+        [rank.weights for rank in ranks]
+    )  # asserts that ranks with the same part of a weight have the same bits
     assert found.keys() == weights.keys()
     for name, weight in weights.items():
         assert (found[name] - weight).abs().max() <= WEIGHTS[case.precision], name
@@ -188,6 +188,7 @@ def test_every_layout_trains_as_a_plain_loop_does(case: Case) -> None:
             assert (found[name] - 1).abs().max() > 1e-3, f"{name} was not trained"
 
 
+@pytest.mark.soak
 def test_the_comparison_sees_a_missing_term() -> None:
     """Without z-loss or without norms, losses are far outside of the bounds."""
     wanted = plain_run("paper", "lowrank")[0]

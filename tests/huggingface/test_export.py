@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from exports import BOUND, STRUCTURES, drawn, error, exported_config, llama_tokenizer
-from megastruct.huggingface.export import export
+from megastruct.errors import UserError
+from megastruct.huggingface.export import check_form, export
 
 SWIGLU, RMS, NO_BIAS = {"activation": "swiglu"}, {"norm": "rmsnorm"}, {"bias": False}
 WIDE, GROUPED = {"head_dim": 6}, {"num_key_value_heads": 2}
@@ -74,6 +75,21 @@ def test_a_stock_class_computes_the_same_logits(variant: str, transformers: Any,
     assert theirs.config.max_position_embeddings == 64 and theirs.dtype == torch.float32
     with torch.no_grad():
         assert error(theirs(ids).logits, trained.model(ids).transpose(0, 1)) < BOUND
+
+
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        (QK_NORM | NO_BIAS | RMS, "model.qk_norm = true and model.activation = gelu together"),
+        (QK_NORM | SWIGLU | RMS, "model.qk_norm = true and model.bias = true together"),
+    ],
+)
+def test_norms_of_heads_that_no_class_has_are_refused(model: dict[str, Any], found: str) -> None:
+    config = exported_config("dense", model)
+    with pytest.raises(UserError, match=found) as caught:
+        check_form(config, "merged")
+    assert [problem.suggestion for problem in caught.value.problems] == ["--form structured"]
+    check_form(config, "structured")
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

@@ -37,7 +37,8 @@ from test_tensor_parallel import LLAMA, STRUCTURES
 
 STEPS = 10
 Z_LOSS = 0.03  # its term is a third of the gradient, so that none of it can be missing
-BOUNDS = {"fp32": (1e-5, 3e-4), "bf16": (3e-2, 1e-1)}  # losses and z terms; norms, relative
+BOUNDS = {"fp32": (1e-5, 3e-4), "bf16": (5e-2, 3e-1)}  # losses and z terms; norms, relative
+FIRST_STEP = {"fp32": (1e-6, 1e-5), "bf16": (5e-3, 2e-2)}
 WEIGHTS = {"fp32": 5e-5, "bf16": 1e-1}
 MODELS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -173,8 +174,8 @@ def test_every_layout_trains_as_a_plain_loop_does(case: Case) -> None:
     wanted, z, evaluated, weights = plain_run(case.model, case.structure)
     ranks = run_ranks(case.topology.world_size, train, case.config(), case.topology)
     assert all(rank[:3] == ranks[0][:3] for rank in ranks), "ranks disagree"
-    loss_bound, norm_bound = BOUNDS[case.precision]
     for step, ((loss, norm), (wanted_loss, wanted_norm)) in enumerate(zip(ranks[0].losses, wanted, strict=True)):
+        loss_bound, norm_bound = (BOUNDS if step else FIRST_STEP)[case.precision]
         assert abs(loss - wanted_loss) <= loss_bound, f"loss of step {step}"
         assert abs(norm - wanted_norm) <= norm_bound * wanted_norm, f"gradient norm of step {step}"
     assert abs(ranks[0].z - z) <= loss_bound and abs(ranks[0].evaluated - evaluated) <= loss_bound

@@ -59,7 +59,6 @@ class Case:
     model: str = "paper"
     structure: str = "lowrank"
     recompute: bool = False
-    compiled: bool = False
 
     @property
     def topology(self) -> Topology:
@@ -76,7 +75,6 @@ class Case:
                 "num_steps": STEPS,
                 "z_loss": Z_LOSS,
                 "activation_checkpointing": self.recompute,
-                "compile": self.compiled,
             },
             optimizer={"eps": 1e-5},
             **sections,
@@ -84,7 +82,7 @@ class Case:
 
     def __str__(self) -> str:
         layout = f"pp{self.pp}dp{self.dp}tp{self.tp}zero{self.zero}"
-        options = ["recompute"] * self.recompute + ["compiled"] * self.compiled
+        options = ["recompute"] * self.recompute
         return "-".join([layout, self.precision, self.model, self.structure, *options])
 
 
@@ -159,7 +157,6 @@ GRID = [
 ]
 GRID += [Case(1, 1, 2, 2, structure=structure) for structure in STRUCTURES if structure != "lowrank"]
 GRID += [Case(1, 2, 2, 3, recompute=True), Case(2, 1, 2, 1, "bf16", recompute=True)]
-GRID += [Case(1, 1, 1, 1, compiled=True), Case(1, 1, 2, 3, "fp32", "llama", compiled=True)]
 CHOSEN = [
     Case(2, 2, 1, 0),
     Case(2, 1, 2, 1, "fp32", "llama"),

@@ -184,9 +184,11 @@ class Run:
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
         share = self.throughput.guide_share  # includes steps from before the end of the guided phase
         guided = {"alpha": now.alpha, "guide_share": share} if self.engine.guidance else {}
+        z_loss = {"z_loss": self.engine.loss.read_z(self.device)} if self.engine.loss.has_z else {}
         return {
             "loss": loss,
             "perplexity": perplexity(loss),
+            **z_loss,
             **guided,
             "learning_rate": now.learning_rate,
             "grad_norm": self.engine.gradient_norm(),

@@ -66,7 +66,13 @@ class ModelConfig(Section):
         "in Llama",
     )
     norm_eps: Annotated[float, Field(gt=0)] = Field(
-        1e-5, description="number added to the variance (layernorm) or mean square (rmsnorm) before the root"
+        1e-5, description="number added to the variance (layernorm) or mean square (rmsnorm, qk_norm) before the root"
+    )
+    qk_norm: bool = Field(
+        False,
+        description="whether the query and the key of every head are normalised (rmsnorm) before the rotary "
+        "embedding, each with one learned weight for all heads, as in Qwen3. true keeps attention scores from "
+        "growing, which makes large learning rates more stable",
     )
     bias: bool = Field(
         True, description="whether linears and layernorms have bias vectors. true as in the paper, false as in Llama"

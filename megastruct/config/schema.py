@@ -106,6 +106,12 @@ class TrainingConfig(Section):
         description="arithmetic of forward and backward. bf16 on GPUs (masters and optimizer stay fp32); fp32 on CPUs "
         "and for comparisons",
     )
+    z_loss: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="coefficient of the mean squared log-sum-exp of the logits, which is added to the cross-entropy "
+        "that is minimised and keeps logits from drifting; 1e-4 is usual. Reported losses stay cross-entropy alone. "
+        "0: off",
+    )
     document_attention: Literal["crossed", "separate"] = Field(
         "crossed",
         description="crossed: a token attends to all earlier tokens of its packed row, as in the paper. separate: "

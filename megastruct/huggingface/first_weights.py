@@ -16,7 +16,7 @@ from megastruct.config.schema import Config
 from megastruct.data import Tokenizer
 from megastruct.errors import Problem, Problems, UserError
 from megastruct.huggingface.source import Source, is_zero, read_pieces
-from megastruct.huggingface.stock import EMBEDDING, FINAL_NORM, HEAD
+from megastruct.huggingface.stock import EMBEDDING, FINAL_NORM, HEAD, HEAD_NORMS
 from megastruct.planning.steps import guided_steps
 from megastruct.structures import STRUCTURES
 
@@ -62,9 +62,9 @@ def check_source(source: Source, config: Config, tokenizer: Tokenizer | None) ->
     ours = {**model.model_dump(), "num_key_value_heads": model.kv_heads, "head_dim": model.attention_head_dim}
     for key, value in source.model_keys().items():
         if ours[key] != value:
-            problems.append(
-                Problem(f"model.{key}", f"{ours[key]}, but {source.folder} has {value}", f"model.{key}={value}")
-            )
+            own, theirs = (str(each).lower() if isinstance(each, bool) else each for each in (ours[key], value))
+            found = f"{own}, but {source.folder} has {theirs}"
+            problems.append(Problem(f"model.{key}", found, f"model.{key}={theirs}"))
     if model.tie_embeddings and not source.tied:
         found = f"true, but {source.folder} has a head of its own"
         problems.append(Problem("model.tie_embeddings", found, "model.tie_embeddings=false"))
@@ -155,6 +155,7 @@ def _shape(config: Config, ours: str) -> tuple[int, ...]:
         "attention.out": (d, model.attention_width),
         "mlp.fc1": (model.fc1_out_features, d),
         "mlp.fc2": (d, model.ffn_hidden_size),
+        **dict.fromkeys(HEAD_NORMS, (model.attention_head_dim,)),
     }
     return shapes.get(ours, (d,))
 

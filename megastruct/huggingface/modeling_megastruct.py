@@ -27,8 +27,8 @@ class MegastructConfig(PretrainedConfig):
     """Sizes of the decoder.
 
     `structure` and `structure_sizes` are those of both linears of a feed-forward layer, except for the first layer if
-    `dense_first_block`. `gated`: the first linear makes gate and value, in alternating rows, for SwiGLU. The logits are
-    multiplied by `logit_scale`.
+    `dense_first_block`. `gated`: the first linear makes gate and value, in alternating rows, for SwiGLU. `qk_norm`:
+    each head of q and k goes through an RMSNorm before it is rotated. The logits are multiplied by `logit_scale`.
     """
 
     model_type = "megastruct"
@@ -46,6 +46,7 @@ class MegastructConfig(PretrainedConfig):
         norm: str = "layernorm",
         norm_eps: float = 1e-5,
         gated: bool = False,
+        qk_norm: bool = False,
         bias: bool = True,
         rope_theta: float = 10000.0,
         logit_scale: float = 1.0,
@@ -59,11 +60,10 @@ class MegastructConfig(PretrainedConfig):
         self.vocab_size, self.hidden_size, self.intermediate_size = vocab_size, hidden_size, intermediate_size
         self.num_hidden_layers, self.num_attention_heads = num_hidden_layers, num_attention_heads
         self.num_key_value_heads, self.head_dim = num_key_value_heads, head_dim
-        self.max_position_embeddings, self.rope_theta = max_position_embeddings, rope_theta
-        self.norm, self.norm_eps, self.gated, self.bias = norm, norm_eps, gated, bias
+        self.max_position_embeddings, self.dense_first_block = max_position_embeddings, dense_first_block
+        self.norm, self.norm_eps, self.gated, self.qk_norm, self.bias = norm, norm_eps, gated, qk_norm, bias
         self.logit_scale, self.initializer_range, self.use_cache = logit_scale, initializer_range, use_cache
-        self.structure, self.structure_sizes = structure, structure_sizes or {}
-        self.dense_first_block = dense_first_block
+        self.rope_theta, self.structure, self.structure_sizes = rope_theta, structure, structure_sizes or {}
         super().__init__(**kwargs)
 
 
@@ -155,14 +155,14 @@ class Attention(nn.Module):
         self.key = nn.Linear(d, kv_heads * self.head_dim, bias=config.bias)
         self.value = nn.Linear(d, kv_heads * self.head_dim, bias=config.bias)
         self.out = nn.Linear(heads * self.head_dim, d, bias=config.bias)
+        norm = nn.RMSNorm if config.qk_norm else nn.Identity
+        self.query_norm, self.key_norm = norm(self.head_dim, config.norm_eps), norm(self.head_dim, config.norm_eps)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any) -> Tensor:
         """Map x [b, s, d] to [b, s, d]; keys and values are added to the cache."""
-        q, k, v = (
-            linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for linear in (self.query, self.key, self.value)
-        )  # [b, heads, s, dh]
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        by_head = (linear(x).unflatten(-1, (-1, self.head_dim)) for linear in (self.query, self.key, self.value))
+        q, k, v = (t.transpose(1, 2) for t in by_head)  # [b, heads, s, dh]
+        q, k = rotate(self.query_norm(q), *rotary), rotate(self.key_norm(k), *rotary)
         if cache is not None:
             k, v = cache.update(k, v, self.index)  # [b, kv_heads, t, dh]
         causal = mask is None and q.shape[2] > 1

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from megastruct.errors import Problem, UserError
-from megastruct.huggingface.stock import ARCEE, GRANITE, LLAMA, MISTRAL, STABLELM, STARCODER2, StockClass
+from megastruct.huggingface.stock import ARCEE, GRANITE, LLAMA, MISTRAL, QWEN3, STABLELM, STARCODER2, StockClass
 
-CLASSES = {stock.model_type: stock for stock in (LLAMA, MISTRAL, STARCODER2, ARCEE, STABLELM, GRANITE)}
+CLASSES = {stock.model_type: stock for stock in (LLAMA, MISTRAL, QWEN3, STARCODER2, ARCEE, STABLELM, GRANITE)}
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # others are quantised, with scales elsewhere
 _SAME_ACTIVATION = {"gelu_pytorch_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "silu": ("silu", "swish")}
@@ -75,6 +75,7 @@ class Source:
             "activation": self.stock.activation,
             "norm": self.stock.norm,
             "norm_eps": values[self.stock.eps_key],
+            "qk_norm": self.stock.qk_norm,
             "rope_base": float(self.rope["rope_theta"]),
         }
 

@@ -11,6 +11,7 @@ from typing import Any
 from megastruct.config.schema import Config, ModelConfig
 from megastruct.errors import Problem, UserError
 
+STRUCTURED = "--form structured"  # the form that holds every model
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
 # Modules of a block: our name -> the name in transformers. The names of the MLP's linears depend on the class.
 BLOCK_MODULES = {
@@ -21,6 +22,7 @@ BLOCK_MODULES = {
     "attention.out": "self_attn.o_proj",
     "mlp_norm": "post_attention_layernorm",
 }
+HEAD_NORMS = {"attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class StockClass:
         eps_key: the key of `norm_eps` in config.json.
         fc1, fc2: the names of the MLP's linears below `model.layers.N.mlp`; gate and value of a gated fc1.
         any_head_count: whether the number of heads may not divide d.
+        qk_norm: whether it normalises each head of q and k, as `model.qk_norm` does.
         bias_keys: the keys of config.json that say whether linears have biases.
         fixed: further keys of config.json, whose values make it the model of this project.
     """
@@ -48,11 +51,13 @@ class StockClass:
     fc2: str
     bias_keys: tuple[str, ...]
     any_head_count: bool = False
+    qk_norm: bool = False
     fixed: tuple[tuple[str, Any], ...] = ()
 
     def block_modules(self) -> dict[str, tuple[str, ...]]:
         """Our name of each module of a block -> its names in transformers, relative to the block."""
-        names = {ours: (theirs,) for ours, theirs in BLOCK_MODULES.items()}
+        modules = BLOCK_MODULES | (HEAD_NORMS if self.qk_norm else {})
+        names = {ours: (theirs,) for ours, theirs in modules.items()}
         return names | {"mlp.fc1": tuple(f"mlp.{name}" for name in self.fc1), "mlp.fc2": (f"mlp.{self.fc2}",)}
 
 
@@ -64,6 +69,15 @@ _NO_DROPOUT = (("residual_dropout", 0.0), ("embedding_dropout", 0.0))
 
 LLAMA = StockClass("llama", "LlamaForCausalLM", **_RMS, **_GATED)
 MISTRAL = replace(LLAMA, model_type="mistral", architecture="MistralForCausalLM", fixed=(("sliding_window", None),))
+QWEN3 = StockClass(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    **_RMS | {"bias_keys": ("attention_bias",)},
+    **_GATED,
+    any_head_count=True,
+    qk_norm=True,
+    fixed=(("use_sliding_window", False),),
+)
 GRANITE = StockClass(
     "granite",
     "GraniteForCausalLM",
@@ -123,6 +137,8 @@ def variant_of(config: Config) -> Variant:
     model = config.model
     heads = Variant(STARCODER2, model.num_attention_heads, model.kv_heads)
     divides = model.hidden_size % model.num_attention_heads == 0
+    if model.qk_norm:
+        return _normalised_heads(model)
     found = f"model.activation = {model.activation}"
     match model.norm, model.activation:
         case "layernorm", "gelu":
@@ -137,7 +153,7 @@ def variant_of(config: Config) -> Variant:
             return replace(heads, stock=LLAMA if divides else GRANITE, centred=True)
         case "layernorm", "swiglu":
             found = "model.norm = layernorm, model.activation = swiglu and model.bias = true together"
-    raise UserError(Problem("--form merged", f"no stock class of transformers holds {found}", "--form structured"))
+    raise UserError(Problem("--form merged", f"no stock class of transformers holds {found}", STRUCTURED))
 
 
 def stock_config(config: Config, variant: Variant) -> dict[str, Any]:
@@ -171,6 +187,18 @@ def stock_config(config: Config, variant: Variant) -> dict[str, Any]:
     }
 
 
+def _normalised_heads(model: ModelConfig) -> Variant:
+    """The only class with such norms before the rotary embedding is gated, and has no biases in its MLP.
+
+    Raises UserError if the model is another.
+    """
+    if model.activation == GATED and not model.bias:
+        return Variant(QWEN3, model.num_attention_heads, model.kv_heads, centred=model.norm == "layernorm")
+    other = f"model.activation = {model.activation}" if model.activation != GATED else "model.bias = true"
+    found = f"no stock class of transformers holds model.qk_norm = true and {other} together"
+    raise UserError(Problem("--form merged", f"{found}; {QWEN3.architecture} is gated and has no biases", STRUCTURED))
+
+
 def _divisible(model: ModelConfig) -> Variant:
     """The fewest heads that divide d, for classes that refuse others: added heads are filled with zeros.
 
@@ -186,6 +214,6 @@ def _divisible(model: ModelConfig) -> Variant:
     if not fitting:
         found = f"{model.num_attention_heads} heads cannot be filled up to a number that divides model.hidden_size"
         raise UserError(
-            Problem("--form merged", f"{found} = {model.hidden_size}, as ArceeForCausalLM needs", "--form structured")
+            Problem("--form merged", f"{found} = {model.hidden_size}, as ArceeForCausalLM needs", STRUCTURED)
         )
     return Variant(ARCEE, *min(fitting))

@@ -58,6 +58,7 @@ def structured_config(config: Config) -> dict[str, Any]:
         "max_position_embeddings": config.training.seq_length,
         "norm": model.norm,
         "norm_eps": model.norm_eps,
+        "qk_norm": model.qk_norm,
         "gated": ACTIVATIONS[model.activation],
         "bias": model.bias,
         "rope_theta": model.rope_base,

@@ -1,7 +1,7 @@
 """Normalisation over the last dimension.
 
-The weights are replicated over tensor-parallel ranks, and each rank normalises its own tokens, so the gradients of
-weight and bias are summed over the group.
+The weights are replicated over tensor-parallel ranks, and each rank normalises its own tokens, or the heads of its own
+attention, so the gradients of weight and bias are summed over the group.
 """
 
 from __future__ import annotations
@@ -38,5 +38,5 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [s/tp, b, h] over h; shape and dtype stay."""
+        """Normalise x [..., h] over h; shape and dtype stay."""
         return F.rms_norm(x, self.weight.shape, sum_gradient(self.weight, self.tp), self.eps)

@@ -86,7 +86,19 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int
     float32. Three numbers per token are communicated: a maximum, a sum and the label's logit. The logits as they came
     in and one float32 per token are kept for the backward.
     """
-    return _CrossEntropy.apply(logits, labels.t(), vocab_size, tp)
+    return _CrossEntropy.apply(logits, labels.t(), vocab_size, tp, 0.0)[0]
+
+
+def vocab_parallel_cross_entropy_and_z(
+    logits: Tensor, labels: Tensor, vocab_size: int, tp: TensorGroup, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """`vocab_parallel_cross_entropy`, and z = z_loss x the mean of log(sum exp(logits))^2, both float32 scalars.
+
+    The gradient of the first is that of their sum, and the second has none: `models.loss.cross_entropy_and_z` of the
+    whole logits. Nothing more is communicated or kept.
+    """
+    loss, z = _CrossEntropy.apply(logits, labels.t(), vocab_size, tp, z_loss)
+    return loss, z
 
 
 def _logits(x: Tensor, weight: Tensor, scale: float, tp: TensorGroup) -> Tensor:
@@ -102,10 +114,15 @@ def _local_words(words: Tensor, num_local: int, vocab_size: int, tp: TensorGroup
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Forward: log(sum exp(logits)) - logits[label], averaged. Backward: (softmax - one-hot) / tokens, local words."""
+    """Forward: log(sum exp(logits)) - logits[label], averaged, and the z term, z_loss x the mean of log_sum^2.
+
+    Backward, local words: (softmax (1 + 2 z_loss log_sum) - one-hot) / tokens.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int, tp: TensorGroup) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int, tp: TensorGroup, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
         logits32 = logits.float()  # [s, b, Vt]
         local, ours = _local_words(labels, logits.shape[-1], vocab_size, tp)  # [s, b]
         maximum = all_reduce(logits32.amax(-1), tp, "max")  # [s, b]
@@ -114,13 +131,19 @@ class _CrossEntropy(torch.autograd.Function):
         of_label = torch.where(ours, of_label - maximum, 0.0)
         exp_sum, of_label = all_reduce(torch.stack((exp_sum, of_label)), tp).unbind()
         log_sum = exp_sum.log()
-        ctx.save_for_backward(logits, maximum + log_sum, local, ours)
-        return (log_sum - of_label).mean()
+        whole_log_sum = maximum + log_sum
+        ctx.save_for_backward(logits, whole_log_sum, local, ours)
+        ctx.z_loss = z_loss
+        z = z_loss * whole_log_sum.square().mean()
+        ctx.mark_non_differentiable(z)
+        return (log_sum - of_label).mean(), z
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         logits, log_sum, local, ours = ctx.saved_tensors
         scale = gradients[0] / log_sum.numel()
         gradient = (logits.float() - log_sum[..., None]).exp()  # the softmax's share of this rank, [s, b, Vt]
+        if ctx.z_loss:
+            gradient.mul_((1 + 2 * ctx.z_loss * log_sum)[..., None])
         gradient = gradient.scatter_add(-1, local[..., None], -ours[..., None].float())
-        return (gradient * scale).to(logits.dtype), None, None, None
+        return (gradient * scale).to(logits.dtype), None, None, None, None

@@ -16,6 +16,7 @@ from megastruct.metrics.wandb_writer import WandbWriter
 TENSORBOARD_TAGS: dict[str, str] = {
     "loss": "1_loss/train",
     "perplexity": "1_loss/train_perplexity",
+    "z_loss": "1_loss/train_z",
     "validation_loss": "1_loss/validation",
     "validation_loss_guided": "1_loss/validation_guided",
     "validation_perplexity": "1_loss/validation_perplexity",

@@ -32,6 +32,8 @@ class Attention(nn.Module):
 
     `column` builds a linear whose outputs are sharded over the group (its input is the whole sequence), `row` one whose
     inputs are. If the ranks do not divide the key/value heads, `replicated` builds whole k and v on every rank.
+    `head_norm` builds what normalises each head of q and of k, [..., dh], before the rotary embedding: one module for
+    all heads of q, and one for those of k.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Attention(nn.Module):
         column: LinearBuilder,
         row: LinearBuilder,
         replicated: LinearBuilder,
+        head_norm: Callable[[int], nn.Module],
         tp: TensorGroup,
     ) -> None:
         super().__init__()
@@ -56,6 +59,7 @@ class Attention(nn.Module):
         self.kv_of_query = None if cut else [(first + i) // queries_per_kv for i in range(local_heads)]
         self.query = column(hidden_size, num_heads * head_dim)
         self.key, self.value = ((column if cut else replicated)(hidden_size, num_kv_heads * head_dim) for _ in range(2))
+        self.query_norm, self.key_norm = head_norm(head_dim), head_norm(head_dim)
         self.out = row(num_heads * head_dim, hidden_size)
         self.rotary = Rotary(head_dim, rope_base)
 
@@ -71,13 +75,15 @@ class Attention(nn.Module):
         return self.attend(q, k, v, mask)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Q [s, b, heads/tp, dh], k and v [s, b, kv_heads/tp or kv_heads, dh] of x [s, b, h]; q and k are rotated.
+        """Q [s, b, heads/tp, dh], k and v [s, b, kv_heads/tp or kv_heads, dh] of x [s, b, h].
+
+        Heads of q and k are normalised, if they have norms, then rotated.
 
         cos and sin: float32 [s, 1, 1, dh / 2], or [s, b, 1, dh / 2] if the rows are at different positions.
         """
         s, b, _ = x.shape
-        q = rotate(self.query(x).view(s, b, -1, self.head_dim), cos, sin)
-        k = rotate(self.key(x).view(s, b, -1, self.head_dim), cos, sin)
+        q = rotate(self.query_norm(self.query(x).view(s, b, -1, self.head_dim)), cos, sin)
+        k = rotate(self.key_norm(self.key(x).view(s, b, -1, self.head_dim)), cos, sin)
         return q, k, self.value(x).view(s, b, -1, self.head_dim)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:

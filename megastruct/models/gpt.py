@@ -134,6 +134,7 @@ def _build_norm(model: ModelConfig, tp: TensorGroup) -> nn.Module:
 
 def _build_block(config: Config, index: int, tp: TensorGroup, guided: bool) -> Block:
     model = config.model
+    head_norm = partial(RMSNorm, eps=model.norm_eps, tp=tp) if model.qk_norm else nn.Identity
     common: _LinearOptions = {"tp": tp, "bias": model.bias, "init_std": model.linear_init_std}
     attention = Attention(
         model.hidden_size,
@@ -144,6 +145,7 @@ def _build_block(config: Config, index: int, tp: TensorGroup, guided: bool) -> B
         column=partial(ColumnParallelLinear, gather_input=False, **common),
         row=partial(RowParallelLinear, **common),
         replicated=partial(ReplicatedLinear, **common),
+        head_norm=head_norm,
         tp=tp,
     )
     ffn = config.ffn.of_block(index)

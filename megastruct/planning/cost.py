@@ -124,9 +124,10 @@ def _block_cost(config: Config, index: int, norm: int) -> LayerCost:
     linears = ffn_linears(config, ffn)
     ffn_weights = sum(linear.weights for linear in linears)
     biases = with_bias * ((a + 2 * kv + d) + (model.fc1_out_features + d))
-    parameters = attention + ffn_weights + biases + 2 * norm
+    norms = 2 * norm + (2 * model.attention_head_dim if model.qk_norm else 0)
+    parameters = attention + ffn_weights + biases + norms
     # Norms, the biases of the row maps (attention's output, fc2), and keys and values with fewer heads than ranks.
-    replicated = 2 * norm + with_bias * 2 * d + sum(linear.replicated_weights for linear in linears)
+    replicated = norms + with_bias * 2 * d + sum(linear.replicated_weights for linear in linears)
     replicated += 2 * kv * (d + with_bias) if model.kv_heads % tp else 0
     multiply_adds = sum(linear.multiply_adds for linear in linears)
     replicated_biases = with_bias * (2 * d + (2 * kv if model.kv_heads % tp else 0))
@@ -143,7 +144,7 @@ def _block_cost(config: Config, index: int, norm: int) -> LayerCost:
         },
         ffn_weights,
         0 if ffn.is_dense else sum(linear.weights for linear in ffn_linears(config, FFNConfig())),
-        2 * norm + replicated_biases + (biases - replicated_biases) // tp,
+        norms + replicated_biases + (biases - replicated_biases) // tp,
     )
 
 

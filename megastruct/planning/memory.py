@@ -165,9 +165,10 @@ def block_activation_bytes(config: Config, ffn: FFNConfig) -> int:
     - of own tokens (1/tp): what the norms keep of their input; the input of a structured fc1, whose first factor acts
       before the gather; the inner vector of a structured fc2.
     - of own features, all tokens (1/tp): queries, keys, values, the attention's output and one fp32 log-sum per head
-      (scores are never kept); fc1's output and what the activation makes of it (f values, with SwiGLU 2 f: its gate
-      and the product).
-    - gathered, whole on every device: the input of the attention; of fc1 the input, or its inner vector if structured.
+      (scores are never kept); with `model.qk_norm`, the input of those norms; fc1's output and what the activation
+      makes of it (f values, with SwiGLU 2 f: its gate and the product).
+    - gathered, whole on every device: the input of the attention; of fc1 the input, or its inner vector if structured;
+      with fewer key/value heads than ranks, the input of their norm.
     """
     model, e, tp = config.model, value_bytes(config), config.parallel.tp
     fc1, fc2 = ffn_linears(config, ffn)
@@ -176,11 +177,15 @@ def block_activation_bytes(config: Config, ffn: FFNConfig) -> int:
     copied = model.kv_heads % tp or has_dense_mask(config)
     kv_heads = heads if copied else model.kv_heads
     attention = 2 * e * (heads + kv_heads) * model.attention_head_dim + 4 * heads
+    head_norm = _rms_norm_input_bytes(model.attention_head_dim) if model.qk_norm else 0
+    whole_kv_heads = model.kv_heads if model.kv_heads % tp else 0
+    attention += head_norm * (heads + model.kv_heads - whole_kv_heads)
+    whole = norm_output + head_norm * whole_kv_heads
     activated = ACTIVATIONS[model.activation].kept_values * f
     divided = 2 * _norm_input_bytes(config) + attention + e * (model.fc1_out_features + activated + fc2.inner_width)
     if fc1.inner_width:
-        return _share(divided + norm_output, tp) + norm_output + e * fc1.inner_width
-    return _share(divided, tp) + 2 * norm_output
+        return _share(divided + norm_output, tp) + whole + e * fc1.inner_width
+    return _share(divided, tp) + whole + norm_output
 
 
 def has_dense_mask(config: Config) -> bool:
@@ -197,10 +202,14 @@ def norm_activation_bytes(config: Config) -> int:
 
 
 def _norm_input_bytes(config: Config) -> int:
-    """Per own token, the input and the fp32 statistics. RMSNorm, where PyTorch has no kernel for it, keeps the input
-    and the normalised vector in fp32."""
+    """Per own token, the input of a norm and its fp32 statistics."""
     d, e = config.model.hidden_size, value_bytes(config)
-    return e * d + 8 if config.model.norm == "layernorm" else 8 * d + 4
+    return e * d + 8 if config.model.norm == "layernorm" else _rms_norm_input_bytes(d)
+
+
+def _rms_norm_input_bytes(width: int) -> int:
+    """RMSNorm, where PyTorch has no kernel for it, keeps the input and the normalised vector in fp32."""
+    return 8 * width + 4
 
 
 def logit_bytes(config: Config) -> int:

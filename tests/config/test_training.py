@@ -98,6 +98,7 @@ GUIDED = {"guided": {"schedule": "fixedstep"}}
         ({}, {"training": {"num_steps": 10}}, ["training.num_steps"]),
         ({}, {"schedule": {"num_steps": 10}}, ["schedule.num_steps"]),
         ({}, {"training": {"num_steps": 30, "seq_length": 16}}, ["training.num_steps", "training.seq_length"]),
+        ({}, {"training": {"z_loss": 1e-4}, "model": {"qk_norm": True}}, ["model.qk_norm", "training.z_loss"]),
         (GUIDED, {**GUIDED, "training": {"num_steps": 30}}, ["training.num_steps"]),
     ],
 )
@@ -112,15 +113,19 @@ def test_a_run_can_be_made_longer_and_nothing_else(old: Any, new: Any, changed: 
 def test_what_a_branch_shares_with_its_parent() -> None:
     parent = tiny_config()
     other = {
-        "model": {**parent.model.model_dump(), "rope_base": 5e5, "init_std": 0.1},
-        "training": {"seq_length": 16, "global_batch_size": 32},
+        "model": {**parent.model.model_dump(), "rope_base": 5e5, "init_std": 0.1, "qk_norm": True},
+        "training": {"seq_length": 16, "global_batch_size": 32, "z_loss": 1e-4},
         "optimizer": {"learning_rate": 1.0},
         "schedule": {"kind": "wsd"},
     }
     order = ["run.seed", "training.seq_length"]
     for inherit, keys in (("weights", []), ("optimizer", []), ("data", order), ("all", order)):
         branch = tiny_config(run={"name": "branch", "from": "tiny", "inherit": inherit, "seed": 5}, **other)
-        assert sorted(path for path, _, _ in changes_of_a_branch(parent, branch)) == ["model.rope_base", *keys]
+        assert sorted(path for path, _, _ in changes_of_a_branch(parent, branch)) == [
+            "model.qk_norm",
+            "model.rope_base",
+            *keys,
+        ]
 
 
 def test_the_commands_of_the_page_are_valid() -> None:

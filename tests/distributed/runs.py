@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megastruct.config.schema import Config
 from megastruct.data.batch import Batch
@@ -17,6 +18,8 @@ from megastruct.parallel.topology import Topology
 from megastruct.run.checkpoints import Checkpoints, load_checkpoint
 from megastruct.run.run_folder import RunFolder
 from ranks import own_device
+
+OwnWeights = dict[str, tuple[Tensor, Any, int]]  # name -> (a rank's part of the weight, spec, tensor-parallel rank)
 
 
 def batches(config: Config, topology: Topology, first_step: int = 0) -> Iterator[Batch]:
@@ -30,15 +33,41 @@ def batches(config: Config, topology: Topology, first_step: int = 0) -> Iterator
             yield Batch(rows[micro_batch, :-1], rows[micro_batch, 1:])
 
 
+def learning_rate(step: int) -> float:
+    return 1e-2 * (1 - step / 40)
+
+
 def train_steps(engine: Engine, first_step: int, last_step: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of the steps in [first_step, last_step)."""
     iterator = batches(engine.config, engine.topology, first_step) if engine.reads_data else None
     results = []
     for step in range(first_step, last_step):
-        engine.set_learning_rate(1e-2 * (1 - step / 40))
+        engine.set_learning_rate(learning_rate(step))
         loss = engine.train_batch(iterator)
         results.append((loss, engine.gradient_norm()))
     return results
+
+
+def own_weights(engine: Engine) -> OwnWeights:
+    weights = {}
+    for name, p in engine.named_parameters():
+        with engine.gathered([p]):
+            weights[name] = (p.detach().float().cpu().clone(), getattr(p, "shard_spec", None), engine.tp.rank)
+    return weights
+
+
+def whole_weights(ranks: list[OwnWeights]) -> dict[str, Tensor]:
+    """The global weights; every rank that has the same part of one has the same bits."""
+    parts: dict[str, dict[int, tuple[Tensor, Any]]] = {}
+    for weights in ranks:
+        for name, (part, spec, tensor_rank) in weights.items():
+            first, _ = parts.setdefault(name, {}).setdefault(0 if spec is None else tensor_rank, (part, spec))
+            assert torch.equal(first, part), f"{name} differs between ranks"
+    whole = {}
+    for name, by_rank in parts.items():
+        [spec] = {spec for _, spec in by_rank.values()}
+        whole[name] = by_rank[0][0] if spec is None else spec.unshard([by_rank[r][0] for r in sorted(by_rank)])
+    return whole
 
 
 def losses(config: Config, topology: Topology) -> list[tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""Muon, and the keys of groups of parameters, on every layout against a plain loop in one process (`plain.py`).
+"""Muon, and the keys of groups of parameters, on every layout against a plain loop in one process (`plain_loop.py`).
 
 And what a resume, a skipped step and guides do to Muon.
 """
@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
-from torch import Tensor
 
 from configs import tiny_config
 from guided import guided_config, interrupted_run, whole_run
@@ -26,9 +24,9 @@ from megastruct.parallel.collectives import count_bytes
 from megastruct.parallel.topology import Topology
 from megastruct.planning.ownership import stage_ownership
 from megastruct.planning.stages import pipeline_stages
-from plain import STEPS, learning_rate, plain_run
+from plain_loop import STEPS, plain_run
 from ranks import own_device, run_ranks
-from runs import batches, resume_half_way, save_half_way
+from runs import OwnWeights, batches, learning_rate, own_weights, resume_half_way, save_half_way, whole_weights
 from test_tensor_parallel import LLAMA, STRUCTURES
 
 BOUNDS = {"fp32": (3e-6, 1e-5), "bf16": (3e-2, 1e-1)}  # losses; norms, relative
@@ -51,6 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "few_kv_heads": {"num_key_value_heads": 2, "vocab_size": 61},
     "base_width": {"base_width": 32},
+    "qk_norm": {"qk_norm": True, "num_key_value_heads": 2, "base_width": 32},
 }
 
 
@@ -92,7 +91,7 @@ class Result(NamedTuple):
     bytes that a step sent to owners and from them."""
 
     losses: list[tuple[float, float]]
-    weights: dict[str, tuple[Tensor, Any, int]]
+    weights: OwnWeights
     plan: Ownership | None
     sent_bytes: int
 
@@ -107,26 +106,8 @@ def train(config: Config, topology: Topology) -> Result:
             loss = engine.train_batch(iterator)
         results.append((loss, engine.gradient_norm()))
         sent += sum(size for name, size in records if name == "exchange")
-    weights = {}
-    for name, p in engine.named_parameters():
-        with engine.gathered([p]):
-            weights[name] = (p.detach().float().cpu().clone(), getattr(p, "shard_spec", None), engine.tp.rank)
     exchange: Any = getattr(inner_optimizer(engine.zero_optimizer), "exchange", None)
-    return Result(results, weights, exchange.ownership if exchange else None, sent // STEPS)
-
-
-def whole_weights(ranks: list[Result]) -> dict[str, Tensor]:
-    """The global weights; every rank that has the same part of one has the same bits."""
-    parts: dict[str, dict[int, tuple[Tensor, Any]]] = {}
-    for rank in ranks:
-        for name, (part, spec, tensor_rank) in rank.weights.items():
-            first, _ = parts.setdefault(name, {}).setdefault(0 if spec is None else tensor_rank, (part, spec))
-            assert torch.equal(first, part), f"{name} differs between ranks"
-    whole = {}
-    for name, by_rank in parts.items():
-        [spec] = {spec for _, spec in by_rank.values()}
-        whole[name] = by_rank[0][0] if spec is None else spec.unshard([by_rank[r][0] for r in sorted(by_rank)])
-    return whole
+    return Result(results, own_weights(engine), exchange.ownership if exchange else None, sent // STEPS)
 
 
 PLACES = [(1, 1, 1), (1, 2, 1), (1, 3, 1), (2, 1, 1), (1, 1, 2), (1, 2, 2), (2, 2, 1), (2, 1, 2), (2, 2, 2), (1, 1, 4)]
@@ -139,6 +120,7 @@ GRID = [
     if not (place[0] > 1 and zero > 1) and not (precision == "bf16" and zero == 0)
 ]
 GRID += [Case(1, 2, 2, 1, "lowrank", "fp32", model) for model in ("llama", "few_kv_heads")]
+GRID += [Case(1, 1, 4, 1, "lowrank", "fp32", "qk_norm"), Case(2, 2, 1, 0, "dense", "fp32", "qk_norm")]
 GRID += [Case(1, 1, 4, 3, "blockdense", "fp32", "few_kv_heads"), Case(4, 1, 1, 0, "blockdense", "fp32", "base_width")]
 GRID += [Case(1, 2, 2, 2, "blockdense", "fp32", "base_width"), Case(1, 2, 1, 1, "dense", "fp32", "llama")]
 GROUPS = ("muon_groups", "adamw_groups")
@@ -173,7 +155,7 @@ def test_every_layout_trains_as_a_plain_loop_does(case: Case) -> None:
     for step, ((loss, norm), (wanted_loss, wanted_norm)) in enumerate(zip(ranks[0].losses, wanted, strict=True)):
         assert abs(loss - wanted_loss) <= loss_bound, f"loss of step {step}"
         assert abs(norm - wanted_norm) <= norm_bound * wanted_norm, f"gradient norm of step {step}"
-    found = whole_weights(ranks)
+    found = whole_weights([rank.weights for rank in ranks])
     assert found.keys() == weights.keys()
     for name, weight in weights.items():
         assert (found[name] - weight).abs().max() <= WEIGHTS[case.precision], name

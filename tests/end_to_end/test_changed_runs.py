@@ -137,11 +137,18 @@ def test_a_branch_goes_on_without_its_parent(config: Path, tmp_path: Path, stabl
 def test_what_a_branch_may_not_change(config: Path, tmp_path: Path, stable: Path) -> None:
     message = refusal(config, tmp_path, "branch", f"run.from={stable}@7")
     assert f"has no checkpoint of step 7, only of 4, 8, 12\n    try: run.from={stable}@8" in message
-    keys = ("model.num_attention_heads=2", "ffn.rank=16", "run.seed=7", "data.validation_fraction=0.2")
+    keys = (
+        "model.num_attention_heads=2",
+        "model.qk_norm=true",
+        "ffn.rank=16",
+        "run.seed=7",
+        "data.validation_fraction=0.2",
+    )
     message = refusal(config, tmp_path, "branch", f"run.from={stable}", *keys, "run.inherit=all")
     for line in (
         f"cannot branch from {stable}",
         f"model.num_attention_heads: 2, but {stable} has 4\n    try: model.num_attention_heads=4",
+        f"model.qk_norm: True, but {stable} has False\n    try: model.qk_norm=False",
         f"ffn.rank: 16, but {stable} has 8\n    try: ffn.rank=8",
         f"run.seed: 7, but {stable} has 1234\n    try: run.seed=1234, or run.inherit=optimizer",
     ):

@@ -38,7 +38,8 @@ def buffers_in_shared_memory() -> set[str]:
 
 
 def test_a_run_with_two_stages_and_what_it_leaves(config: Path, tmp_path: Path, shared_memory: set[str]) -> None:
-    result = start(config, "parallel.pp=2")
+    options = ("parallel.pp=2", "model.qk_norm=true", "training.z_loss=1e-3")
+    result = start(config, *options)
     assert result.returncode == 0, result.stderr
     run = tmp_path / "runs" / "test"
     assert f"--logdir {tmp_path / 'runs'}" in result.stdout
@@ -48,6 +49,8 @@ def test_a_run_with_two_stages_and_what_it_leaves(config: Path, tmp_path: Path, 
     assert set(records[0]) == {"step", *TENSORBOARD_TAGS} - {"validation_loss", "validation_perplexity"} - GUIDED
     assert records[-1]["loss"] < records[0]["loss"] - 1.0
     assert records[-1]["perplexity"] == pytest.approx(math.exp(records[-1]["loss"]))
+    uniform = 1e-3 * math.log(load_config(run / "config.yaml").model.vocab_size) ** 2  # of logits that are all 0
+    assert records[0]["z_loss"] == pytest.approx(uniform, rel=0.1)
     assert records[-1]["tokens"] == 12 * 8 * 32
     assert records[-1]["skipped_documents"] == 3  # one empty document in each of three shards
     assert records[-1]["mfu"] is None  # nobody knows the peak of this CPU
@@ -61,7 +64,7 @@ def test_a_run_with_two_stages_and_what_it_leaves(config: Path, tmp_path: Path, 
     _check_tensorboard(run, records)
     assert buffers_in_shared_memory() <= shared_memory, "something was left in /dev/shm"
 
-    again = start(config, "parallel.pp=2")
+    again = start(config, *options)
     assert again.returncode == 0 and "is finished: 12 steps are done" in again.stdout
 
     generated = subprocess.run(

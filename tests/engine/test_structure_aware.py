@@ -122,3 +122,16 @@ def test_logits_are_scaled_by_the_base_width(tied: bool) -> None:
     ids = torch.arange(8)[None]
     models = [GPT(config_for(64, "lowrank", base, tie_embeddings=tied)) for base in (64, 128)]
     torch.testing.assert_close(models[1](ids), 2 * models[0](ids))  # otherwise they start as the same model
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_norms_of_heads_are_vectors(kind: str) -> None:
+    """No decay, AdamW's, and the plain learning rate at every width."""
+    config = config_for(128, "lowrank", 32, kind, qk_norm=True)
+    model = GPT(config)
+    norms = {id(p) for name, p in model.named_parameters() if name.endswith(("query_norm.weight", "key_norm.weight"))}
+    assert len(norms) == 2 * config.model.num_layers
+    groups = build_optimizer(model, config.optimizer, "cpu", config.model.base_width).param_groups
+    own = [group for group in groups if norms & {id(p) for p in group["params"]}]
+    assert [(g["name"], g["weight_decay"], g["lr_scale"]) for g in own] == [("vectors", 0.0, 1.0)]
+    assert norms <= {id(p) for p in own[0]["params"]}

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from exports import BOUND, STRUCTURES, drawn, error, exported_config, llama_tokenizer
-from megastruct.huggingface.export import export
+from megastruct.errors import UserError
+from megastruct.huggingface.export import check_form, export
 
 SWIGLU, RMS, NO_BIAS = {"activation": "swiglu"}, {"norm": "rmsnorm"}, {"bias": False}
 WIDE, GROUPED = {"head_dim": 6}, {"num_key_value_heads": 2}
 ODD_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}  # 6 does not divide 16
+QK_NORM, EPS = {"qk_norm": True}, {"rope_base": 500.0, "norm_eps": 0.1}
 UNTIED, SCALED = {"tie_embeddings": False}, {"base_width": 4, "init_std": 0.2}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -39,7 +41,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "swiglu-wide": ("LlamaForCausalLM", SWIGLU | NO_BIAS | WIDE),
     "swiglu-wide-untied-scaled": ("LlamaForCausalLM", SWIGLU | NO_BIAS | WIDE | UNTIED | SCALED),
     "swiglu-odd-heads": ("GraniteForCausalLM", SWIGLU | NO_BIAS | ODD_HEADS),
-    "other-base-and-eps": ("LlamaForCausalLM", RMS | SWIGLU | {"rope_base": 500.0, "norm_eps": 0.1}),
+    "qk-norm-grouped-wide": ("Qwen3ForCausalLM", QK_NORM | RMS | SWIGLU | NO_BIAS | GROUPED | WIDE),
+    "qk-norm-odd-heads-untied-eps": ("Qwen3ForCausalLM", QK_NORM | RMS | SWIGLU | NO_BIAS | ODD_HEADS | UNTIED | EPS),
+    "qk-norm-scaled": ("Qwen3ForCausalLM", QK_NORM | RMS | SWIGLU | NO_BIAS | SCALED),
+    "qk-norm-layernorm": ("Qwen3ForCausalLM", QK_NORM | SWIGLU | NO_BIAS | SCALED),
+    "other-base-and-eps": ("LlamaForCausalLM", RMS | SWIGLU | EPS),
 }
 
 
@@ -71,6 +77,21 @@ def test_a_stock_class_computes_the_same_logits(variant: str, transformers: Any,
         assert error(theirs(ids).logits, trained.model(ids).transpose(0, 1)) < BOUND
 
 
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        (QK_NORM | NO_BIAS | RMS, "model.qk_norm = true and model.activation = gelu together"),
+        (QK_NORM | SWIGLU | RMS, "model.qk_norm = true and model.bias = true together"),
+    ],
+)
+def test_norms_of_heads_that_no_class_has_are_refused(model: dict[str, Any], found: str) -> None:
+    config = exported_config("dense", model)
+    with pytest.raises(UserError, match=found) as caught:
+        check_form(config, "merged")
+    assert [problem.suggestion for problem in caught.value.problems] == ["--form structured"]
+    check_form(config, "structured")
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_all_structures_are_multiplied_out(structure: str, transformers: Any, tokenizer: Path, ids: Any, tmp_path):
     trained = drawn(tmp_path, tokenizer, exported_config(structure, RMS | SWIGLU))
@@ -82,7 +103,9 @@ def test_all_structures_are_multiplied_out(structure: str, transformers: Any, to
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize(
-    "model", [{}, SWIGLU | GROUPED | WIDE | UNTIED | SCALED, RMS | SWIGLU | NO_BIAS], ids=["gelu", "swiglu", "rms"]
+    "model",
+    [{}, SWIGLU | GROUPED | WIDE | UNTIED | SCALED, RMS | SWIGLU | NO_BIAS, QK_NORM | GROUPED | WIDE | EPS],
+    ids=["gelu", "swiglu", "rms", "qk-norm"],
 )
 def test_the_structured_form_keeps_the_factors(structure: str, model: Any, transformers: Any, tokenizer, ids, tmp_path):
     trained = drawn(tmp_path, tokenizer, exported_config(structure, model, ffn={"dense_first_block": True}))

@@ -38,6 +38,8 @@ MODELS = {
     "granite": RMS | SWIGLU | ODD_HEADS,
     "arcee": RMS | {"rope_base": 500.0, "norm_eps": 0.01},
     "stablelm": SWIGLU | NO_BIAS,
+    "qwen3": {"qk_norm": True} | RMS | SWIGLU | NO_BIAS | ODD_HEADS,
+    "qwen3-scaled": {"qk_norm": True, "base_width": 4, "norm_eps": 0.01} | RMS | SWIGLU | NO_BIAS | UNTIED,
 }
 
 pytest.importorskip("transformers")
@@ -143,7 +145,8 @@ def test_the_reported_errors_are_those_of_the_projections(tokenizer: Path, tmp_p
 def test_everything_that_does_not_fit_is_in_one_message(tokenizer: Path, tmp_path: Path) -> None:
     trained = drawn(tmp_path, tokenizer, exported_config("dense", RMS | SWIGLU | UNTIED))
     export(trained, tmp_path / "out")
-    other = exported_config("dense", {"hidden_size": 32, "vocab_size": 400, "num_key_value_heads": 2, "norm_eps": 0.1})
+    keys = {"hidden_size": 32, "vocab_size": 400, "num_key_value_heads": 2, "norm_eps": 0.1, "qk_norm": True}
+    other = exported_config("dense", keys)
     with pytest.raises(UserError) as caught:
         check_source(open_source(tmp_path / "out"), other, trained.tokenizer)
     suggestions = {problem.where: problem.suggestion for problem in caught.value.problems}
@@ -153,6 +156,7 @@ def test_everything_that_does_not_fit_is_in_one_message(tokenizer: Path, tmp_pat
         "model.num_key_value_heads": "model.num_key_value_heads=4",
         "model.head_dim": "model.head_dim=4",
         "model.norm_eps": "model.norm_eps=1e-05",
+        "model.qk_norm": "model.qk_norm=false",
         "model.norm": "model.norm=rmsnorm",
         "model.activation": "model.activation=swiglu",
         "model.tie_embeddings": "model.tie_embeddings=false",

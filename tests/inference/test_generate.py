@@ -40,6 +40,7 @@ VARIANTS = {
         "num_key_value_heads": 2,
         "tie_embeddings": False,
     },
+    "normalised heads": {"qk_norm": True, "num_key_value_heads": 2, "head_dim": 6},
     "one key/value head, wide heads, scaled logits": {"num_key_value_heads": 1, "head_dim": 6, "base_width": 8},
 }
 

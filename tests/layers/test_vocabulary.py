@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from megastruct.layers.embedding import Embedding
-from megastruct.layers.vocabulary import VocabParallelEmbedding, VocabParallelHead, vocab_parallel_cross_entropy
+from megastruct.layers.vocabulary import (
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_cross_entropy_and_z,
+)
 from megastruct.models.loss import cross_entropy
 from megastruct.parallel.collectives import count_bytes
 from megastruct.parallel.groups import TensorGroup
@@ -19,6 +24,7 @@ from ranks import run_ranks
 from sharded import BATCH, SEQUENCE, Part, assemble, draw, own, run_part, world
 
 HIDDEN = 8
+Z_LOSS = 0.1
 VOCAB_SIZES = (12, 13, 14)  # over 1, 2, 3 and 4 ranks: equal shares, and shorter last ones
 
 
@@ -67,6 +73,12 @@ def vocabulary_parts(vocab_size: int) -> dict[str, Any]:
             loss = vocab_parallel_cross_entropy(logits, every_word(vocab_size), vocab_size, tp)
         (loss * 2).backward()
         parts[f"{dtype} {scale}"] = loss.detach(), logits.grad, sent
+        logits = logits.detach().clone().requires_grad_()
+        with count_bytes() as sent_with_z:
+            with_z, z = vocab_parallel_cross_entropy_and_z(logits, every_word(vocab_size), vocab_size, tp, Z_LOSS)
+        (with_z * 2).backward()
+        assert sent_with_z == sent and torch.equal(with_z, loss) and not z.requires_grad
+        parts[f"{dtype} {scale} z"] = z, logits.grad
     return parts
 
 
@@ -88,6 +100,7 @@ def check_vocabulary(results: list[dict[str, Any]], vocab_size: int) -> None:
     check_ends([result["head"] for result in results], run_part(head.double(), x, g), "weight")
     for dtype, scale in ((torch.float32, 3), (torch.float32, 3e4), (torch.bfloat16, 3)):
         check_loss([result[f"{dtype} {scale}"] for result in results], g.to(dtype) * scale, vocab_size)
+        check_z([result[f"{dtype} {scale} z"] for result in results], g.to(dtype) * scale, vocab_size)
 
 
 def check_ends(parts: list[Part], reference: Part, weight: str) -> None:
@@ -116,6 +129,25 @@ def check_loss(parts: list[tuple[Tensor, Tensor, list[Any]]], logits: Tensor, vo
     assert gradient.dtype == logits.dtype
     bound = {torch.float32: 1e-7, torch.bfloat16: 1e-3}[logits.dtype]  # entries are at most 2 / tokens = 0.08
     torch.testing.assert_close(gradient, whole.grad, rtol=1e-5 if bound == 1e-7 else 1e-2, atol=bound)
+
+
+def check_z(parts: list[tuple[Tensor, Tensor]], logits: Tensor, vocab_size: int) -> None:
+    """The z term, and the gradient of both terms, are those of float64."""
+    whole = logits.detach().double().requires_grad_()
+    log_sum = whole.logsumexp(-1)
+    z = Z_LOSS * log_sum.square().mean()
+    of_label = whole.gather(-1, every_word(vocab_size).t()[..., None])[..., 0]
+    (2 * ((log_sum - of_label).mean() + z)).backward()
+    assert whole.grad is not None
+    for found, _ in parts:
+        assert torch.equal(found, parts[0][0])
+        torch.testing.assert_close(found.double(), z.detach(), rtol=1e-6, atol=1e-6)
+    gradient = torch.cat([gradient for _, gradient in parts], -1)
+    assert gradient.dtype == logits.dtype
+    bound = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[logits.dtype]
+    torch.testing.assert_close(
+        gradient.double(), whole.grad, rtol=bound, atol=bound / 100 * float(whole.grad.abs().max())
+    )
 
 
 COMPILED_LOSS = torch.compile(vocab_parallel_cross_entropy, backend="aot_eager", fullgraph=True)

@@ -141,6 +141,7 @@ VARIANTS = {
     "all_blocks": {"ffn": {"dense_first_block": False}},
     "llama": {"model": {"norm": "rmsnorm", "activation": "swiglu", "bias": False, "tie_embeddings": False}},
     "gqa": {"model": {"num_key_value_heads": 2, "head_dim": 6}},
+    "qk_norm": {"model": {"num_key_value_heads": 2, "head_dim": 6, "qk_norm": True}},
 }
 
 

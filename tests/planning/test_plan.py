@@ -94,11 +94,12 @@ def test_zero_stages(precision: str, zero_stage: int, bytes_per_parameter: tuple
 
 
 @pytest.mark.parametrize("ffn", sorted(FFNS))
-@pytest.mark.parametrize("model", ["paper", "llama"])
+@pytest.mark.parametrize("model", ["paper", "llama", "qk_norm"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_activations_of_a_block_as_autograd_saves_them(ffn: str, model: str, precision: str) -> None:
     llama = {"norm": "rmsnorm", "activation": "swiglu", "bias": False, "head_dim": 6}
-    config = tiny_config(ffn=FFNS[ffn], model=llama if model == "llama" else {}, training={"precision": precision})
+    models: dict[str, Any] = {"paper": {}, "llama": llama, "qk_norm": {"qk_norm": True, "num_key_value_heads": 2}}
+    config = tiny_config(ffn=FFNS[ffn], model=models[model], training={"precision": precision})
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     block = GPT(config).to(dtype).blocks.get_submodule("1")
     x = torch.randn(8, 2, 16, dtype=dtype, requires_grad=True)  # [s, b, h]; made anew: it is an activation, too

@@ -45,6 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 62,
     },
     "few_kv_heads": {"num_key_value_heads": 2, "vocab_size": 61},
+    "qk_norm": {"num_key_value_heads": 2, "vocab_size": 61, "qk_norm": True},
 }
 
 
@@ -107,7 +108,7 @@ def test_bytes_sent_by_the_whole_model(tp: int) -> None:
     cases = [
         (ffn, model, precision, checkpointing)
         for ffn in FFNS
-        for model, precision in (("paper", "fp32"), ("llama", "bf16"), ("few_kv_heads", "fp32"))
+        for model, precision in (("paper", "fp32"), ("llama", "bf16"), ("few_kv_heads", "fp32"), ("qk_norm", "bf16"))
         for checkpointing in (False, True)
     ]
     configs = [config_for(tp, f, m, precision=p, activation_checkpointing=c) for f, m, p, c in cases]

@@ -17,13 +17,9 @@ from megastruct.models.loss import make_loss
 from megastruct.optimizers.coefficients import COEFFICIENTS
 from megastruct.parallel.groups import TensorGroup
 from megastruct.parallel.topology import Topology
-from runs import batches
+from runs import batches, learning_rate
 
 STEPS = 20
-
-
-def learning_rate(step: int) -> float:
-    return 1e-2 * (1 - step / 40)
 
 
 def plain_newton_schulz(matrix: Tensor, coefficients: str) -> Tensor:

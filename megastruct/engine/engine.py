@@ -157,14 +157,7 @@ class Engine:
 
     def _close(self) -> None:
         """Let go of all that DeepSpeed holds: partitions, moments, buffers, the last outputs."""
-        self.deepspeed.module_forward_pre_hook.remove()  # destroy() leaves them on the module
-        self.deepspeed.module_forward_post_hook.remove()
-        self.deepspeed.destroy()
-        # Hooks of old outputs still hold both; what they held must go now. And the engine must not find its optimizer
-        # when it is collected at last: its destructor would destroy it once more, and unlink the parameters that the
-        # next engine's optimizer has linked by then.
-        for emptied in (self.zero_optimizer, self.deepspeed):
-            emptied.__dict__.clear()
+        zero.release(self.deepspeed)
         del self.deepspeed, self.clipper, self.roles  # they hold the guides' weights
 
     def set_learning_rate(self, learning_rate: float) -> None:

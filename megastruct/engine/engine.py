@@ -31,6 +31,7 @@ from megastruct.engine.pipeline import GPTPipeline, deepspeed_topology
 from megastruct.engine.row_losses import RecordingLoss
 from megastruct.engine.whole_matrices import share_whole_matrices, stage_group
 from megastruct.models.block import compile_blocks
+from megastruct.models.first_weights import draw_first_weights
 from megastruct.models.gpt import GPT
 from megastruct.models.guidance import Guidance
 from megastruct.optimizers import MASTER, OPTIMIZERS, Optimizer, Role
@@ -156,14 +157,7 @@ class Engine:
 
     def _close(self) -> None:
         """Let go of all that DeepSpeed holds: partitions, moments, buffers, the last outputs."""
-        self.deepspeed.module_forward_pre_hook.remove()  # destroy() leaves them on the module
-        self.deepspeed.module_forward_post_hook.remove()
-        self.deepspeed.destroy()
-        # Hooks of old outputs still hold both; what they held must go now. And the engine must not find its optimizer
-        # when it is collected at last: its destructor would destroy it once more, and unlink the parameters that the
-        # next engine's optimizer has linked by then.
-        for emptied in (self.zero_optimizer, self.deepspeed):
-            emptied.__dict__.clear()
+        zero.release(self.deepspeed)
         del self.deepspeed, self.clipper, self.roles  # they hold the guides' weights
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -198,12 +192,12 @@ class PipelineEngine(Engine):
 
     @classmethod
     def build(
-        cls, config: Config, topology: Topology, device: torch.device, guided: bool, eod_id: int | None
+        cls, config: Config, topology: Topology, device: torch.device, guided: bool, eod_id: int | None, drawn: bool
     ) -> PipelineEngine:
         """Build the stage of this rank. Collective over the world."""
         tp = make_tensor_group(topology, sums_once=True)
         guidance = make_guidance(config, topology, device) if guided else None
-        module = GPTPipeline(config, topology, tp, RecordingLoss(config, tp), guidance, eod_id)
+        module = GPTPipeline(config, topology, tp, RecordingLoss(config, tp), guidance, eod_id, drawn)
         return cls(module, config, topology, tp, device, stage_group(config, topology))
 
     def _sum_replicated_gradients(self) -> None:
@@ -248,13 +242,15 @@ class PlainEngine(Engine):
 
     @classmethod
     def build(
-        cls, config: Config, topology: Topology, device: torch.device, guided: bool, eod_id: int | None
+        cls, config: Config, topology: Topology, device: torch.device, guided: bool, eod_id: int | None, drawn: bool
     ) -> PlainEngine:
         """Build the model of this rank. Collective over the world."""
         tp = make_tensor_group(topology)
         guidance = make_guidance(config, topology, device) if guided else None
         mpu = PipelineParallelGrid(topology=deepspeed_topology(topology))
-        module = GPT(config, tp, guidance, eod_id)
+        module = GPT(config, tp, guidance, eod_id, init=False)
+        if drawn:
+            draw_first_weights(module.named_layers(), config.run.seed, mpu.get_data_parallel_group(), device)
         return cls(module, config, topology, tp, device, stage_group(config, topology), mpu)
 
     @override
@@ -297,11 +293,17 @@ class PlainEngine(Engine):
 
 
 def build_engine(
-    config: Config, topology: Topology, device: torch.device, step: int = 0, eod_id: int | None = None
+    config: Config,
+    topology: Topology,
+    device: torch.device,
+    step: int = 0,
+    eod_id: int | None = None,
+    drawn: bool = True,
 ) -> Engine:
     """The engine for a config that `config/checks.py` accepted, after `step` finished steps, with the first weights.
 
-    The model has guides if the step is a guided one. torch.distributed is initialised. `eod_id`: the tokenizer's.
+    Unless the weights are `drawn`, they hold uninitialised memory: a checkpoint is to be loaded. The model has guides
+    if the step is a guided one. torch.distributed is initialised. `eod_id`: the tokenizer's.
     Raises ValueError without it, if attention shall stay inside of documents.
     """
     check_internals()
@@ -310,7 +312,7 @@ def build_engine(
         raise ValueError("training.document_attention = separate needs the end-of-document id")
     kind = PlainEngine if config.parallel.zero_stage >= 2 else PipelineEngine
     guided = step < guided_steps(config)
-    return kind.build(config, topology, device, guided, eod_id if separate else None)
+    return kind.build(config, topology, device, guided, eod_id if separate else None, drawn)
 
 
 def make_guidance(config: Config, topology: Topology, device: torch.device) -> Guidance:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from megastruct.config.schema import Config
 from megastruct.models.documents import document_ids
-from megastruct.models.gpt import EMBEDDING, HEAD, NamedLayer, init_weights, named_layers
+from megastruct.models.first_weights import draw_first_weights
+from megastruct.models.gpt import EMBEDDING, HEAD, NamedLayer, named_layers
 from megastruct.models.guidance import Guidance
 from megastruct.models.mlp import MLP
 from megastruct.models.walk import walk
@@ -41,21 +42,26 @@ class GPTPipeline(PipelineModule):
         loss_fn: Callable[[Tensor, Tensor], Tensor],
         guidance: Guidance | None = None,
         eod_id: int | None = None,
+        init: bool = True,
     ) -> None:
-        """`guidance` and `eod_id` as in `GPT`."""
+        """`guidance`, `eod_id` and `init` as in `GPT`. Collective over the world."""
         layers = named_layers(config, tp, guided=guidance is not None)
         self.layer_names = [layer.name for layer in layers]
         self.stage_costs = [layer.forward_flops for layer in layer_costs(config)]
         if config.model.tie_embeddings:
             self.layer_names.append(HEAD)
+        built: dict[str, nn.Module] = {}  # the stage's own layers
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its partition with print()
             super().__init__(
-                layers=_layer_specs(config, layers),
+                layers=_layer_specs(config, layers, built),
                 topology=deepspeed_topology(topology),
                 loss_fn=loss_fn,
                 partition_method="balanced",
             )
         self.guidance, self.eod_id, self.head_dim = guidance, eod_id, config.model.attention_head_dim
+        if init:
+            replicas, device = self._grid.get_data_parallel_group(), next(self.parameters()).device
+            draw_first_weights(list(built.items()), config.run.seed, replicas, device)
 
     @property
     def replica_group(self) -> Any:
@@ -103,38 +109,36 @@ def deepspeed_topology(topology: Topology) -> PipeModelDataParallelTopology:
     return PipeModelDataParallelTopology(num_pp=topology.pp_size, num_mp=topology.tp_size, num_dp=topology.dp_size)
 
 
-def _layer_specs(config: Config, layers: list[NamedLayer]) -> list[LayerSpec]:
-    seed = config.run.seed
+def _layer_specs(config: Config, layers: list[NamedLayer], built: dict[str, nn.Module]) -> list[LayerSpec]:
     if not config.model.tie_embeddings:
-        return [_Spec(layer, seed) for layer in layers]
+        return [_Spec(layer, built) for layer in layers]
     embedding, *others = layers
-    head = _TiedSpec(embedding, seed, forward_fn=lambda module, x: module.project(x))
-    return [_TiedSpec(embedding, seed), *[_Spec(layer, seed) for layer in others], head]
-
-
-def _build(layer: NamedLayer, seed: int) -> nn.Module:
-    module = layer.build()
-    init_weights(module, layer.name, seed)
-    return module
+    head = _TiedSpec(embedding, built, forward_fn=lambda module, x: module.project(x))
+    return [_TiedSpec(embedding, built), *[_Spec(layer, built) for layer in others], head]
 
 
 class _Spec(LayerSpec):
-    """Builds a named layer with its weights, on the stages that own it."""
+    """Builds a named layer, on the stages that own it, and notes it in `built`; its weights are drawn later."""
 
-    def __init__(self, layer: NamedLayer, seed: int) -> None:
+    def __init__(self, layer: NamedLayer, built: dict[str, nn.Module]) -> None:
         super().__init__(nn.Module)
-        self.layer, self.seed = layer, seed
+        self.layer, self.built = layer, built
 
     def build(self, log: bool = False) -> nn.Module:
-        return _build(self.layer, self.seed)
+        return self.built.setdefault(self.layer.name, self.layer.build())
 
 
 class _TiedSpec(TiedLayerSpec):
     """The embedding, on the first stage and, as the head, on the last; DeepSpeed sums the two gradients."""
 
-    def __init__(self, layer: NamedLayer, seed: int, forward_fn: Callable[[Any, Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        layer: NamedLayer,
+        built: dict[str, nn.Module],
+        forward_fn: Callable[[Any, Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__(EMBEDDING, nn.Module, forward_fn=forward_fn, tied_weight_attr="weight")
-        self.layer, self.seed = layer, seed
+        self.layer, self.built = layer, built
 
     def build(self, log: bool = False) -> nn.Module:
-        return _build(self.layer, self.seed)
+        return self.built.setdefault(self.layer.name, self.layer.build())

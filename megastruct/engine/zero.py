@@ -120,6 +120,19 @@ def accumulated_gradient(parameter: Any, in_bf16: bool) -> Tensor | None:
     return parameter._hp_grad if in_bf16 else parameter.grad
 
 
+def release(engine: Any) -> None:
+    """Have an engine of DeepSpeed let go of its optimizer, its module and all that they hold."""
+    engine.module_forward_pre_hook.remove()  # destroy() leaves them on the module
+    engine.module_forward_post_hook.remove()
+    wrapper = engine.optimizer
+    engine.destroy()
+    # Hooks of old outputs still hold both; what they held must go now. And the engine must not find its optimizer when
+    # it is collected at last: its destructor would destroy it once more, and unlink the parameters that the next
+    # engine's optimizer has linked by then.
+    for emptied in (wrapper, engine):
+        emptied.__dict__.clear()
+
+
 def empty_parameters(parameters: Iterable[Any]) -> None:
     """Give back the memory of parameters that are not used again; what ZeRO 3 hangs on them outlives their module."""
     for parameter in parameters:

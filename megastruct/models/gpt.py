@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypedDict, cast
 
-import torch
 from torch import Tensor, nn
 
 from megastruct.config.activations import ACTIVATIONS
@@ -23,6 +22,7 @@ from megastruct.layers.vocabulary import VocabParallelEmbedding, VocabParallelHe
 from megastruct.models.attention import Attention
 from megastruct.models.block import Block
 from megastruct.models.documents import document_ids
+from megastruct.models.first_weights import draw_first_weights
 from megastruct.models.guidance import Guidance
 from megastruct.models.mlp import MLP
 from megastruct.models.walk import walk
@@ -100,30 +100,19 @@ class GPT(nn.Module):
             parent, _, name = layer.name.rpartition(".")
             (self.get_submodule(parent) if parent else self).add_module(name, layer.build())
         self.tied = config.model.tie_embeddings
-        for name in self.layer_names if init else []:
-            init_weights(self.get_submodule(name), name, config.run.seed)
+        if init:
+            draw_first_weights(self.named_layers(), config.run.seed)
+
+    def named_layers(self) -> list[tuple[str, nn.Module]]:
+        """The layers with the names that hold in every layout."""
+        return [(name, self.get_submodule(name)) for name in self.layer_names]
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids int64 [b, s] to the logits [s, b, v/tp] of the rank's words."""
         choices = self.guidance.choices() if self.guidance else None
         documents = None if self.eod_id is None else document_ids(ids, self.eod_id)
-        layers = ((name, self.get_submodule(name)) for name in self.layer_names)
-        x = walk(layers, ids, choices, documents, self.head_dim)
+        x = walk(self.named_layers(), ids, choices, documents, self.head_dim)
         return cast(VocabParallelEmbedding, self.get_submodule(EMBEDDING)).project(x) if self.tied else x
-
-
-@torch.no_grad()
-def init_weights(layer: nn.Module, layer_name: str, seed: int) -> None:
-    """Fill all weights of one named layer from the random streams named by (seed, full name of the module).
-
-    A module that has `init_weights` itself fills everything below it.
-    """
-    own = getattr(layer, "init_weights", None)
-    if own is not None:
-        own((seed, "weights", layer_name))
-        return
-    for name, child in layer.named_children():
-        init_weights(child, f"{layer_name}.{name}", seed)
 
 
 def _build_norm(model: ModelConfig, tp: TensorGroup) -> nn.Module:

@@ -38,4 +38,4 @@ def draw_normal(shape: tuple[int, ...], std: float, names: Names) -> Tensor:
     """A float32 CPU tensor of `shape`, drawn from N(0, std^2) with the stream named by `names`."""
     import torch
 
-    return torch.randn(shape, generator=named_generator(*names), device="cpu") * std
+    return torch.empty(shape, device="cpu").normal_(std=std, generator=named_generator(*names))

@@ -8,7 +8,7 @@ linear.py          a linear layer of one process
 sharded.py         a linear layer of which every tensor-parallel rank holds a part
 guide.py           the dense guide beside a structured layer in self-guided training
 dense/ lowrank/ blockdense/ blockshuffle/
-block_product.py, block_sharding.py, orthonormal.py, spectral.py, truncation.py      what some of them share
+block_product.py, block_sharding.py, draws.py, orthonormal.py, spectral.py, truncation.py      what some of them share
 
 Importing this room loads no torch.
 """

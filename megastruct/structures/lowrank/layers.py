@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from megastruct.parallel.collectives import gather_sequence, reduce_scatter_sequence
-from megastruct.parallel.seeds import Names, draw_normal
 from megastruct.parallel.shards import ShardSpec
 from megastruct.structures.dense.maths import apply as product
 from megastruct.structures.layers import Layers
@@ -23,7 +22,7 @@ from megastruct.structures.sharded import ShardedLinear
 
 
 class LowRankLinear(StructuredLinear):
-    """y = U (V x) + b: v [R, N], u [M, R], bias [M]. Starts as the truncated SVD of a dense draw."""
+    """y = U (V x) + b: v [R, N], u [M, R], bias [M]. Starts as a truncated SVD of a dense draw would be distributed."""
 
     numbers = LowRankNumbers()
     maths: ClassVar[ModuleType] = maths
@@ -32,12 +31,6 @@ class LowRankLinear(StructuredLinear):
         self, in_features: int, out_features: int, rank: int, bias: bool = True, init_std: float | None = 0.02
     ) -> None:
         super().__init__(in_features, out_features, bias, init_std, rank=rank)
-
-    @override
-    def draw_factors(self, std: float, names: Names) -> dict[str, Tensor]:
-        weight = draw_normal((self.out_features, self.in_features), std, (*names, "weight"))
-        v, u = maths.init_factors(weight, self.sizes["rank"])
-        return {"v": v, "u": u}
 
 
 class LowRankColumnLinear(ShardedLinear):

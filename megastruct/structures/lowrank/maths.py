@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megastruct.structures.draws import singular_values_of_a_draw
+from megastruct.structures.orthonormal import orthonormalized
 from megastruct.structures.truncation import truncated_svd
 
 
@@ -28,22 +30,17 @@ def to_dense(v: Tensor, u: Tensor) -> Tensor:
     return u @ v
 
 
-def init_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Truncated SVD of a dense draw [M, N] -> (v [R, N], u [M, R]) with V = sqrt(S) V^T, U = U sqrt(S).
+def init_factors(v: Tensor, u: Tensor, std: float) -> tuple[Tensor, Tensor]:
+    """Draws from a normal distribution -> factors as of the truncated SVD of a dense draw [M, N] from N(0, std^2).
 
-    Source: arXiv 2406.16450, section 4.1 (initialisation). Computed from the eigenvectors of the smaller Gram matrix
-    in float64, which is exact enough (the singular values of a random draw are bounded away from zero) and many times
-    faster than a full SVD: an 8192 x 2048 draw takes one 2048 x 2048 eigenproblem. Returns the dtype of `weight`.
+    The singular directions of such a draw are uniformly distributed and independent, so they need no SVD: they are the
+    orthonormal factors of v [R, N] and u [M, R]. The singular values S are those around which the ones of draws
+    scatter. V = sqrt(S) V^T, U = U sqrt(S).
+    Source: arXiv 2406.16450, section 4.1 (initialisation).
     """
-    w = weight.double()
-    if w.shape[0] < w.shape[1]:
-        u_t, v_t = init_factors(w.T, rank)
-        return v_t.T.contiguous().to(weight.dtype), u_t.T.contiguous().to(weight.dtype)
-    eigenvalues, vectors = torch.linalg.eigh(w.T @ w)  # ascending
-    scale = eigenvalues[-rank:].flip(0).clamp_min(torch.finfo(torch.float64).tiny).pow(0.25)  # sqrt of singular values
-    vectors = vectors[:, -rank:].flip(1)
-    # U sqrt(S) = W V S^-1 sqrt(S) = W V / sqrt(S)
-    return (vectors * scale).T.contiguous().to(weight.dtype), ((w @ vectors) / scale).to(weight.dtype)
+    singular_values = torch.from_numpy(singular_values_of_a_draw(u.shape[0], v.shape[1], len(v))).to(v.dtype)
+    scale = (std * singular_values).sqrt()
+    return orthonormalized(v) * scale[:, None], orthonormalized(u) * scale
 
 
 def project(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

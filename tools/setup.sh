@@ -8,7 +8,7 @@ if [ "$(cat $stamp 2>/dev/null)" = "$wanted" ]; then
   exit 0
 fi
 if [ -L .venv ]; then # of another checkout, whose commands would from now on be those of this one
-  echo "warning: $(readlink .venv) has the packages of another version of setup.py or constraints.txt" >&2
+  echo "warning: $(readlink .venv) has the packages of another version of setup.py or constraints.txt" >&2 || true
   exit 0
 fi
 python=${PYTHON:-python3}

@@ -50,10 +50,10 @@ def option_text(text: str) -> str:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
-def files_of_pattern(pattern: str) -> list[Path]:
-    """The files that a glob names, as absolute paths. Folders of it that exist are names, whatever characters they
-    have; so is the current folder, which a relative pattern starts from."""
+def paths_of_pattern(pattern: str) -> list[Path]:
+    """The files and folders that a glob names, as absolute paths. Folders of it that exist are names, whatever
+    characters they have; so is the current folder, which a relative pattern starts from."""
     path = Path(pattern).absolute()
     prefix = next(parent for parent in path.parents if parent.is_dir())
     found = glob.glob(str(path.relative_to(prefix)), root_dir=prefix, recursive=True)
-    return [prefix / name for name in found if (prefix / name).is_file()]
+    return [prefix / name for name in found]

@@ -11,7 +11,7 @@ from configs import tiny_config
 from megastruct.commands import prepare
 from megastruct.config.load import dump_config, load_config
 from megastruct.errors import UserError
-from megastruct.paths import expanded, files_of_pattern, option_path
+from megastruct.paths import expanded, option_path, paths_of_pattern
 from megastruct.run.run_folder import RunFolder
 
 
@@ -60,8 +60,8 @@ def test_a_folder_that_exists_is_never_a_pattern(tmp_path: Path, monkeypatch: py
     files = [folder / "x.jsonl", folder / "more" / "y.jsonl"]
     for file in files:
         file.touch()
-    assert files_of_pattern(f"{folder}/*.jsonl") == files[:1]
-    assert sorted(files_of_pattern(f"{folder}/**/*.jsonl")) == sorted(files)
+    assert paths_of_pattern(f"{folder}/*.jsonl") == files[:1]
+    assert sorted(paths_of_pattern(f"{folder}/**/*.jsonl")) == sorted(files)
     monkeypatch.chdir(folder)
-    assert files_of_pattern("*.jsonl") == files[:1] and files_of_pattern("m[aeiou]re/*.jsonl") == files[1:]
-    assert files_of_pattern(f"{tmp_path}/none/*") == []
+    assert paths_of_pattern("*.jsonl") == files[:1] and paths_of_pattern("m[aeiou]re/*.jsonl") == files[1:]
+    assert paths_of_pattern(f"{tmp_path}/none/*") == []

@@ -7,6 +7,10 @@ wanted=$(cat setup.py constraints.txt | cksum)
 if [ "$(cat $stamp 2>/dev/null)" = "$wanted" ]; then
   exit 0
 fi
+if [ -L .venv ]; then # of another checkout, whose commands would from now on be those of this one
+  echo "warning: $(readlink .venv) has the packages of another version of setup.py or constraints.txt" >&2 || true
+  exit 0
+fi
 python=${PYTHON:-python3}
 if ! $python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   echo "error: $python is $($python --version 2>&1), Python 3.11 or newer is wanted

@@ -54,16 +54,19 @@ def changes_of_the_run(old: Config, new: Config) -> list[Change]:
 
 
 class Extension(NamedTuple):
-    """A run that is made longer: steps before and after, and the number of steps that its schedule has now."""
+    """A run that is made longer: steps before and after, and the number of steps that its schedule had and has."""
 
     old_steps: int
     new_steps: int
+    old_schedule_steps: int
     schedule_steps: int
 
     @property
     def schedule(self) -> str:
-        """stretched: the schedule spans the new length; continued: it has a length of its own (schedule.num_steps)."""
-        return "stretched" if self.schedule_steps == self.new_steps else "continued"
+        """continued: the schedule is as it was; stretched or shortened: its length is another one."""
+        if self.schedule_steps == self.old_schedule_steps:
+            return "continued"
+        return "stretched" if self.schedule_steps > self.old_schedule_steps else "shortened"
 
 
 def extension(old: Config, new: Config) -> Extension | None:
@@ -74,7 +77,7 @@ def extension(old: Config, new: Config) -> Extension | None:
     steps = (old.training.base_steps, new.training.base_steps)
     if new.guided.schedule != "off" or steps[1] <= steps[0]:
         return None
-    return Extension(*steps, new.schedule.num_steps or steps[1])
+    return Extension(*steps, old.schedule.num_steps or steps[0], new.schedule.num_steps or steps[1])
 
 
 def changes_of_a_branch(parent: Config, branch: Config) -> list[Change]:

@@ -14,6 +14,7 @@ from megastruct.config.model import MAX_LAYERS
 from megastruct.config.schema import Config
 from megastruct.config.section import MAX_TENSOR_SIZE
 from megastruct.config.typed import annotation_of, fields_of, typed_values
+from megastruct.config.yaml_text import mistake_in
 from megastruct.errors import Problem
 
 Location = tuple[int | str, ...]
@@ -62,6 +63,8 @@ def _stand_in(values: dict[str, Any], path: Location) -> None:
 def _explain(item: Any) -> Problem:
     where = ".".join(str(key) for key in item["loc"] if not _is_union_tag(key))
     message = item["msg"][0].lower() + item["msg"][1:]
+    if isinstance(item["input"], str) and (mistake := mistake_in(item["input"])):
+        message = f"not valid YAML: {mistake}"
     if len(item["loc"]) > 2:  # inside a list of sources, which an override cannot address
         wrong = {
             "extra_forbidden": "unknown key",

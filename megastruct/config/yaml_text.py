@@ -77,3 +77,13 @@ def parse_yaml(text: str) -> Any:
         raise YAMLSyntaxError(f"{error.problem}{began}", mark.line + 1 if mark else None) from None
     except RecursionError:
         raise YAMLSyntaxError("it is nested too deeply", None) from None
+
+
+def mistake_in(text: str) -> str:
+    """What keeps a text in brackets from being a list or a mapping; empty if it is one, or has no brackets."""
+    try:
+        if text[:1] in ("{", "["):
+            parse_yaml(text)
+    except YAMLSyntaxError as error:
+        return str(error)
+    return ""

@@ -55,6 +55,9 @@ def parse_address(address: str, where: str) -> tuple[Path, Path | None]:
 
     Reads only names. Raises UserError, which names `where`, if there is no such run or checkpoint.
     """
+    if "://" in address:
+        found = f"{address} is an address, but a run is read from a folder of this machine"
+        raise UserError(Problem(where, found, f"copy it to a folder, then {where}=FOLDER@STEP"))
     path, step = Path(address).expanduser().absolute(), None
     if not path.exists() and (match := re.fullmatch(r"(.+)@(\d+)", address)):
         path, step = Path(match[1]).expanduser().absolute(), int(match[2])

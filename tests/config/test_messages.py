@@ -86,6 +86,15 @@ def test_broken_yaml_in_an_included_file(tmp_path: Path, base: str, line: int, f
     assert problem.places == (f"{tmp_path}/run.yaml:2",)
 
 
+def test_broken_yaml_in_an_override(tmp_path: Path) -> None:
+    """Where brackets can only be YAML. A path may begin with one."""
+    overrides = ["evaluation.sources={a: x, a: y}", "training.batch_size_warmup=[{batch_size: 4", "data.path=[a"]
+    found = {problem.where: problem.found for problem in problems(QUICKSTART, *overrides)}
+    assert found["evaluation.sources"] == "'{a: x, a: y}': not valid YAML: key 'a' is given twice"
+    assert found["training.batch_size_warmup"].startswith("'[{batch_size: 4': not valid YAML: ")
+    assert "data.path" not in found
+
+
 def test_a_file_that_is_not_there_and_a_wrong_include(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("\ninclude: [nowhere.yaml]\n")
     [problem] = problems(tmp_path / "run.yaml")

@@ -110,6 +110,19 @@ def test_a_run_can_be_made_longer_and_nothing_else(old: Any, new: Any, changed: 
         assert longer.schedule == ("continued" if "schedule" in new else "stretched")
 
 
+@pytest.mark.parametrize(("before", "now", "said"), [(None, 20, "continued"), (30, 30, "continued")])
+@pytest.mark.parametrize(("other", "said_then"), [(40, "stretched"), (10, "shortened")])
+def test_a_schedule_continues_only_with_its_length(
+    before: int | None, now: int, said: str, other: int, said_then: str
+) -> None:
+    """Whatever the length of the run is: 20 steps at first, then 30."""
+    old, new, changed = (
+        tiny_config(training={"num_steps": steps}, schedule={"num_steps": length})
+        for steps, length in ((20, before), (30, now), (30, other))
+    )
+    assert [extension(old, config).schedule for config in (new, changed)] == [said, said_then]  # type: ignore[union-attr]
+
+
 def test_what_a_branch_shares_with_its_parent() -> None:
     parent = tiny_config()
     other = {

@@ -163,6 +163,7 @@ def test_configurations_splits_and_parts_of_a_dataset(hub, tmp_path):
         (NAME, "en", None, []),
         (f"{NAME}/raw", None, None, []),
         (f"{NAME}/nowhere", None, None, []),
+        (f"hf://datasets/{NAME}/r*", None, None, []),
     ]
     found = find_at(hub, tmp_path, *places)
     assert [each[0] for each in found[:7]] == [
@@ -181,6 +182,7 @@ def test_configurations_splits_and_parts_of_a_dataset(hub, tmp_path):
     assert "2 configurations" in found[7] and "en, de" in found[7] and "--config en" in found[7]
     assert "train (2 files), validation (1 file)" in found[8] and "--split train" in found[8]
     assert "train (1 file), test (1 file)" in found[9] and "has no nowhere among its 7 files" in found[10]
+    assert "names 1 folder and no file (raw)" in found[11]
 
     hub.requests.clear()
     assert find_at(hub, tmp_path, *places[:2]) == found[:2]  # from the cache, with what the user is told

@@ -89,6 +89,17 @@ def test_a_pattern_or_an_object_means_what_it_means_in_a_folder(bucket, text_fol
     assert all(shard.uri.startswith(f"s3://{bucket}/corpus/") and shard.content_id for shard in found)
 
 
+def test_hidden_objects_and_folders_of_a_pattern_are_named(server):
+    bucket = server.bucket(dict.fromkeys(("c/.a.jsonl", "c/b.jsonl", "c/d.jsonl/part-0.jsonl"), LINES))
+    notes = {place: list[str]() for place in ("c", "c/*", "c/d*/*")}
+    found = {place: find_shards(f"s3://{bucket}/{place}", "data.path", notes=notes[place]) for place in notes}
+    names = {place: [shard.name for shard in shards] for place, shards in found.items()}
+    assert names == {"c": ["b.jsonl", "d.jsonl/part-0.jsonl"], "c/*": ["b.jsonl"], "c/d*/*": ["part-0.jsonl"]}
+    hidden = "not read, hidden: 1 file (.a.jsonl)"
+    folder = f"not read, named by the pattern, which should name files: 1 folder ({bucket}/c/d.jsonl)"
+    assert notes == {"c": [hidden], "c/*": [folder, hidden], "c/d*/*": []}
+
+
 def test_training_resumes_at_the_same_sample(server, bucket, text_folder, tokenizer_path):
     """The samples are those of the folder, with connections that fail on the way; a cursor continues them."""
     sizes = {"seq_length": SEQ_LENGTH, "vocab_size": 330, "seed": SEED, "validation_fraction": VALIDATION_FRACTION}

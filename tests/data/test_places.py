@@ -6,6 +6,8 @@ import bz2
 import gzip
 import json
 import lzma
+import os
+import shlex
 import shutil
 
 import datasets
@@ -140,6 +142,13 @@ def test_a_file_that_is_cut_short_is_named(name, num_workers, tmp_path, tokenize
     error = capsys.readouterr().err
     assert f"{tmp_path}/text/{name}: the file cannot be read; it is damaged or cut short" in error
     assert "Traceback" not in error and "good.jsonl" not in error
+    if ending in ("zst", "arrow"):  # found before anything was begun
+        assert "try: remove it, or download it again" in error
+        return
+    assert "try: download it again, and repeat the command; or begin anew without it" in error
+    (tmp_path / "text" / name).write_bytes(content)
+    prepare_data.main(["--input", str(tmp_path / "text"), *options])
+    assert "continuing an interrupted run: 1 of 2 shards are done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("compress", [zstd, bz2.compress, lzma.compress], ids=["zst", "bz2", "xz"])
@@ -265,6 +274,52 @@ def test_a_file_in_two_places_is_refused(tmp_path):
     write(tmp_path, {"a/x.jsonl": lines_of(TEXTS), "a/y.jsonl": lines_of(TEXTS)})
     message = message_of(find, [tmp_path / "a", tmp_path / "a" / "x.jsonl"])
     assert "a/x.jsonl" in message and "read twice" in message and "--input" in message
+
+
+def test_a_file_in_two_places_is_refused_however_it_is_spelt(tmp_path):
+    write(tmp_path, {"a/x.jsonl": lines_of(TEXTS), "b/y.jsonl": lines_of(TEXTS)})
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    for other in (f"{tmp_path}/b/../a", f"{tmp_path}/link", f"{tmp_path}/li*/*"):
+        assert "read twice" in message_of(find, [tmp_path / "a", other])
+    (tmp_path / "a" / "train.jsonl").symlink_to("x.jsonl")
+    (tmp_path / "a" / "test.jsonl").symlink_to("x.jsonl")
+    message = message_of(find, tmp_path / "a", Choice(split="train"), "test")
+    assert "1 files are trained on and held out, such as " in message
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    write(tmp_path, {"text/real/x.jsonl": lines_of(TEXTS), "other/deep/y.jsonl": lines_of(TEXTS), "other/z.txt": b"z"})
+    for link, folder in {"a": "real", "loop": ".", "out": "../other", "z": "../other/deep"}.items():
+        (tmp_path / "text" / link).symlink_to(folder)
+    found = find(tmp_path / "text")
+    assert [shard.name for shard in found.shards] == ["out/deep/y.jsonl", "out/z.txt", "real/x.jsonl"]
+    assert found.lines()[1:] == ["  not read, to a folder that is read already: 3 links (a, loop, z)"]
+    by_pattern = find(f"{tmp_path}/text/**/*.jsonl")
+    assert [shard.name for shard in by_pattern.shards] == ["a/x.jsonl", "z/y.jsonl"]  # by the shortest of 80 paths
+    assert "not read, read already by a shorter path" in by_pattern.lines()[1]
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    write(tmp_path / "text", {"x.jsonl": lines_of(TEXTS)})
+    (tmp_path / "text" / "gone.jsonl").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "text" / "pipe.jsonl")  # opening it would wait for ever
+    for place in ("text", "text/*"):
+        message = message_of(find, tmp_path / place)
+        assert f"{tmp_path}/text/gone.jsonl: a link to nowhere, which does not exist" in message
+        assert f"{tmp_path}/text/pipe.jsonl: is no plain file" in message
+    assert "a link to nowhere" in message_of(find, tmp_path / "text" / "gone.jsonl")
+
+
+def test_a_folder_that_a_pattern_names_is_named(tmp_path):
+    """As Spark writes them: the folder has the ending of a file."""
+    write(tmp_path, {"x.jsonl": lines_of(TEXTS), "y.jsonl/part-0.jsonl": lines_of(TEXTS), "y.jsonl/_SUCCESS": b""})
+    found = find(f"{tmp_path}/*.jsonl")
+    note = f"  not read, named by the pattern, which should name files: 1 folder ({tmp_path}/y.jsonl)"
+    assert [shard.name for shard in found.shards] == ["x.jsonl"] and found.lines()[1:] == [note]
+    message = message_of(find, f"{tmp_path}/y*")
+    assert f"names 1 folder and no file ({tmp_path}/y.jsonl)" in message
+    [suggested] = shlex.split(message.rpartition("their files: ")[2])
+    assert [shard.name for shard in find(suggested).shards] == ["part-0.jsonl"]
 
 
 # Documents without tokens -----------------------------------------------------------------------------------------

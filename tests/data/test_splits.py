@@ -117,6 +117,23 @@ def test_names_that_tell_no_splits_are_read_without_a_choice(tmp_path):
     assert len(find(tmp_path / "*n.jsonl").shards) == 2  # the user gave the files
 
 
+@pytest.mark.parametrize(
+    ("card", "found"),
+    [
+        ("---\nconfigs:\n- config_name: en\n   data_files: en/*\n---\n", "not valid: mapping values are not allowed"),
+        ("---\nconfigs:\n- data_files: en/*\n---\n", "not valid: a configuration without config_name"),
+        (
+            "\ufeff\n---\nconfigs:\n- {config_name: en, data_files: en/*}\n- {config_name: de}\n---\n",
+            "2 configurations",
+        ),
+    ],
+)
+def test_configurations_of_a_card_are_not_passed_over(tmp_path, card, found):
+    """Or all of the files would be read."""
+    write(tmp_path, {"README.md": card.encode(), "en/a.jsonl": lines_of(TEXTS), "de/b.jsonl": lines_of(TEXTS)})
+    assert found in message_of(find, tmp_path)
+
+
 @pytest.mark.parametrize("card", ["---\nconfigs: 3\n---\n", "---\n[: x\n---\n", "# no front matter", ""])
 def test_a_card_without_configurations_is_no_obstacle(tmp_path, card):
     write(tmp_path, {"README.md": card.encode(), "a.jsonl": lines_of(TEXTS)})

@@ -212,6 +212,28 @@ def test_the_end_is_what_the_folder_says(llama3):
     assert (chosen.eod_id, chosen.bos_id) == (ids["<|eot_id|>"], ids["<|end_of_text|>"])
 
 
+def test_the_token_of_unknown_text_ends_no_document(tmp_path):
+    """Not by a suggestion either. Where all bytes are tokens it stands for nothing, and may."""
+    words = {"[UNK]": 0, "[SEP]": 1, "a": 2}
+    library = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    library.add_special_tokens(["[UNK]"])
+    library.save(str(tmp_path / "a.json"))
+    assert "add a special token to" in refusal(tmp_path / "a.json")
+    assert "'[UNK]' is what" in refusal(tmp_path / "a.json", options=TokenizerOptions("[UNK]"))
+    library.add_special_tokens(["[SEP]"])
+    library.save(str(tmp_path / "b.json"))
+    assert "--eod-token '[SEP]'" in refusal(tmp_path / "b.json", "--tokenizer")
+    assert "'[UNK]' is what" in refusal(tmp_path / "b.json", options=TokenizerOptions("[SEP]", "[UNK]"))
+    every_byte = {symbol: index for index, symbol in enumerate(["<end>", *pre_tokenizers.ByteLevel.alphabet()])}
+    bytes_ = Tokenizer(models.BPE(every_byte, [], unk_token="<end>"))
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_.add_special_tokens(["<end>"])
+    bytes_.save(str(tmp_path / "c.json"))
+    opened = open_tokenizer(tmp_path / "c.json", "", TokenizerOptions("<end>"))
+    assert opened.eod_id == 0 and 0 not in opened.encode(["<end> \u2603\U0010fffd"])[0]
+
+
 def test_an_end_that_cannot_be_told_is_asked_for(tmp_path):
     library = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
     library.save(str(tmp_path / "x.json"))

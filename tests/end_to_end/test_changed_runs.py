@@ -153,6 +153,8 @@ def test_what_a_branch_may_not_change(config: Path, tmp_path: Path, stable: Path
         f"run.seed: 7, but {stable} has 1234\n    try: run.seed=1234, or run.inherit=optimizer",
     ):
         assert line in message
+    message = refusal(config, tmp_path, "branch", "run.from=s3://bucket/runs/stable@8")
+    assert "run.from: s3://bucket/runs/stable@8 is an address" in message and "copy it to a folder" in message
     message = refusal(config, tmp_path, "stable", f"run.from={stable}@8", f"run.folder={stable.parent}")
     assert "run.from: " in message and "but the run was started with None" in message
 
@@ -165,7 +167,8 @@ def test_a_finished_run_is_made_longer(config: Path, tmp_path: Path, ranks: int)
     train(config, tmp_path, "run", *CONSTANT, "training.num_steps=5", layout, ranks=ranks)
     run = train(config, tmp_path, "run", *CONSTANT, "training.num_steps=8", layout, ranks=ranks)
     assert losses(run) == losses(long)
-    record = {"finished_steps": 5, "old_steps": 5, "new_steps": 8, "schedule_steps": 8, "schedule": "stretched"}
+    record = {"finished_steps": 5, "old_steps": 5, "new_steps": 8, "old_schedule_steps": 5, "schedule_steps": 8}
+    record["schedule"] = "stretched"
     assert json.loads((run / "extensions.json").read_text()) == [record]
     message = refusal(config, tmp_path, "run", *CONSTANT, "training.num_steps=5")
     assert "training.num_steps: 5, but the run was started with 8" in message and f"run.from={run}" in message

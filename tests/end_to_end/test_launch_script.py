@@ -42,3 +42,18 @@ def test_quick_start(tmp_path: Path, num_steps: int) -> None:
     again = launch(folder)
     assert again.returncode == 0 and f"is finished: {num_steps} steps are done" in again.stdout
     assert time.monotonic() - start < 60
+
+
+def test_a_linked_environment_is_not_installed_into(tmp_path: Path) -> None:
+    """It belongs to another checkout, whose commands would become those of this one."""
+    (tmp_path / "tools").mkdir()
+    for name in ("tools/setup.sh", "setup.py", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    python = tmp_path / "other" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\ntouch {tmp_path}/installed\n")
+    python.chmod(0o755)
+    (tmp_path / ".venv").symlink_to("other")
+    result = subprocess.run(["bash", tmp_path / "tools" / "setup.sh"], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr.startswith("warning: other has the packages of another version")
+    assert not (tmp_path / "installed").exists() and not (tmp_path / "other" / ".installed").exists()

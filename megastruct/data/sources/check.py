@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from megastruct.data.sources.errors import read_errors, unreadable
+from megastruct.data.sources.errors import REMOVE_IT, read_errors, unreadable
 from megastruct.data.sources.formats import format_of
 from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS, patiently
 from megastruct.data.sources.shards import TextShard
@@ -57,7 +57,7 @@ def choose_text_column(
 def problem_of(shard: TextShard, text_column: str, patience_seconds: float) -> Problem | None:
     """Why a shard cannot be used, as far as a short look at it shows; None if nothing is wrong."""
     if shard.num_bytes == 0:
-        return Problem(shard.uri, "the file is empty (0 bytes)", "remove it, or download it again")
+        return Problem(shard.uri, "the file is empty (0 bytes)", REMOVE_IT)
     file_format, storage = format_of(shard), storage_of(shard)
     may_pass = lambda error: not shard.is_local and storage.may_pass(shard, error)  # noqa: E731
     try:

@@ -79,7 +79,11 @@ class DataFiles:
 
     @cached_property
     def _configs(self) -> dict[str, dict[str, Any]]:
-        """The keys of each configuration in the card."""
+        """The keys of each configuration in the card.
+
+        Raises:
+            ValueError: it describes them otherwise than `datasets` allows.
+        """
         entries: Any = None
         for card in CARD_NAMES:
             if self._read is not None and card in self._cards:
@@ -87,7 +91,10 @@ class DataFiles:
                 entries = _front_matter(text, whole=card.endswith(".yaml")).get("configs") or entries
         if not isinstance(entries, list):
             return {}
-        return {str(keys["config_name"]): keys for keys in entries if isinstance(keys, dict) and "config_name" in keys}
+        nameless = [keys for keys in entries if not isinstance(keys, dict) or "config_name" not in keys]
+        if nameless:
+            raise ValueError(f"a configuration without config_name: {nameless[0]!r}")
+        return {str(keys["config_name"]): keys for keys in entries}
 
     def _resolved(self, folder: str, patterns: dict[str, list[str]] | None) -> Splits:
         """The names that match `patterns` below `folder`; without patterns, by the default ones of `datasets`."""
@@ -111,16 +118,22 @@ class DataFiles:
 
 
 def _front_matter(text: str, whole: bool) -> dict[str, Any]:
-    """The YAML between the lines `---` at the head of a card, or the `whole` text; empty if it is not valid."""
-    lines = text.splitlines()
+    """The YAML between the lines `---` at the head of a card, or the `whole` text; empty if there is none.
+
+    Raises:
+        ValueError: it lists configurations, but is not valid.
+    """
+    lines = text.lstrip("\ufeff \t\r\n").splitlines()
     if not whole:
         if not lines or lines[0] != "---" or "---" not in lines[1:]:
             return {}
         lines = lines[1 : lines.index("---", 1)]
     try:
         values = yaml.safe_load("\n".join(lines))
-    except yaml.YAMLError:
-        return {}
+    except yaml.YAMLError as error:
+        if any(line.startswith("configs:") for line in lines):
+            raise ValueError(" ".join(str(error).split())) from None
+        return {}  # lines of a page
     return values if isinstance(values, dict) else {}
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from megastruct.data.sources.choice import EVERYTHING, Choice
+from megastruct.data.sources.notes import counted, named, not_read
 from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS
 from megastruct.data.sources.select import Selection
 from megastruct.data.sources.shards import TextShard
@@ -52,6 +54,19 @@ class Search:
             self.notes.append(described)
         self.notes.extend(selection.notes)
         return selection.names
+
+    def folders_of_pattern(self, folders: Collection[str], files: Sequence[str]) -> None:
+        """Note the folders that a pattern names, unless it names files in them, too: they are not searched.
+
+        Raises:
+            UserError: it names folders and no file.
+        """
+        inside = {str(parent) for file in files for parent in PurePosixPath(file).parents}
+        others = sorted(set(folders) - inside)
+        if others and not files:
+            found = f"{self.path} names {counted(len(others), 'folder')} and no file{named(others)}"
+            raise UserError(Problem(self.where, found, f"their files: {shlex.quote(self.path.rstrip('/') + '/**')}"))
+        self.notes.extend(not_read("named by the pattern, which should name files", others, "folder"))
 
 
 def find_shards(

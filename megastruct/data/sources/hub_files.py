@@ -6,6 +6,7 @@ import io
 import os
 import re
 from dataclasses import astuple
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
@@ -111,7 +112,8 @@ def _listed(search: Search, place: HubPlace) -> list[tuple[Any, ...]]:
             found = f"{name} is not a local path, and it cannot be listed as a Hugging Face dataset ({reason(error)})"
             suggestion = "correct the path, check the network, or download the dataset and give the folder"
         raise UserError(Problem(where, found, suggestion)) from None
-    inside, is_explicit = _inside(files, place.inside)
+    inside, is_explicit, folders = _inside(files, place.inside)
+    search.folders_of_pattern(folders, [file.path for file in inside.values()])
     if place.inside and not inside:
         found = f"the Hugging Face dataset {name} has no {place.inside} among its {len(files)} files"
         raise UserError(Problem(where, found, "correct the folder, or leave it out"))
@@ -125,20 +127,22 @@ def _listed(search: Search, place: HubPlace) -> list[tuple[Any, ...]]:
     return [(hub.uri_of(name, commit, inside[path].path), path, *inside[path][1:]) for path in chosen]
 
 
-def _inside(files: list[hub.HubFile], inside: str) -> tuple[dict[str, hub.HubFile], bool]:
+def _inside(files: list[hub.HubFile], inside: str) -> tuple[dict[str, hub.HubFile], bool, list[str]]:
     """The files of a folder, one file, or those that match a pattern, by their names below the folder.
 
-    Also returns whether the user gave the files themselves, which a folder does not.
+    Also returns whether the user gave the files themselves, which a folder does not; and the folders that match.
     """
     folder = f"{inside}/" if inside else ""
     if found := {file.path.removeprefix(folder): file for file in files if file.path.startswith(folder)}:
-        return found, False
+        return found, False, []
     from fsspec.utils import glob_translate  # not in worker processes, which list nothing
 
     pattern = re.compile(glob_translate(inside))
     matching = [file for file in files if file.path == inside or pattern.fullmatch(file.path)]
     root = os.path.commonpath([os.path.dirname(file.path) for file in matching]) if matching else ""
-    return {os.path.relpath(file.path, root or "."): file for file in matching}, True
+    folders = {str(parent) for file in files for parent in PurePosixPath(file.path).parents} - {"."}
+    named = sorted(filter(pattern.fullmatch, folders))
+    return {os.path.relpath(file.path, root or "."): file for file in matching}, True, named
 
 
 def _contents(shard: TextShard) -> bytes:

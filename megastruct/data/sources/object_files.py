@@ -19,6 +19,7 @@ from megastruct.data.sources.fsspec_address import (
     store_errors,
     version_of,
 )
+from megastruct.data.sources.notes import is_hidden, not_read
 from megastruct.data.sources.ranges import RangedBytes
 from megastruct.data.sources.shards import MANIFEST_NAME, TextShard
 from megastruct.errors import Problem, UserError
@@ -39,7 +40,7 @@ class ObjectFiles:
         if not is_address(search.path):
             return None
         system, path = open_address(search.path, search.where)
-        list_it = partial(_listed, system, path.rstrip("/"))
+        list_it = partial(_listed, search, system, path.rstrip("/"))
         root, infos = retried(list_it, search.path, search.where, search.patience_seconds, "listed", at_start=True)
         if not infos:
             suggestion = "correct the address: a folder, a pattern or an object of a bucket that exists"
@@ -105,7 +106,7 @@ def _state(system: Any, path: str) -> FileState:
     return FileState(info["size"], version_of(info))
 
 
-def _listed(system: Any, path: str) -> tuple[str, _Infos]:
+def _listed(search: Search, system: Any, path: str) -> tuple[str, _Infos]:
     """(folder of the names, what the store says of each object, by path) of a folder, an object or a pattern."""
     infos: _Infos = {}
     with suppress(FileNotFoundError), store_errors():  # no such bucket, or for some stores no such folder
@@ -114,7 +115,9 @@ def _listed(system: Any, path: str) -> tuple[str, _Infos]:
         if set(infos) - {path}:
             return path, infos
         if not infos and set("*?[") & set(path):
-            infos = _objects(system.glob(path, detail=True))
+            named = system.glob(path, detail=True)
+            infos = _objects(named)
+            search.folders_of_pattern([name for name in named if name not in infos], list(infos))
     return posixpath.commonpath([posixpath.dirname(name) for name in infos]) if infos else path, infos
 
 
@@ -132,10 +135,13 @@ def _shards(search: Search, system: Any, root: str, infos: _Infos) -> list[TextS
         found = f"{search.path} holds token shards ({MANIFEST_NAME})"
         suggestion = "train with data.kind=tokens, or give the text that the token shards were made from"
         raise UserError(Problem(search.where, found, suggestion))
-    names = {posixpath.relpath(name, root): name for name in infos if not posixpath.basename(name).startswith(".")}
+    names = {posixpath.relpath(name, root): name for name in infos}
     is_explicit = root != search.path.rstrip("/").partition("://")[2]  # an object or a pattern
+    hidden = sorted(filter(is_hidden, names)) if is_explicit and len(names) > 1 else []
     read = partial(_content, system, names)
-    chosen = {name: names[name] for name in search.text_names(list(names), search.path, read, is_explicit)}
+    shown = [name for name in names if name not in hidden]
+    chosen = {name: names[name] for name in search.text_names(shown, search.path, read, is_explicit)}
+    search.notes.extend(not_read("hidden", hidden))
     return [
         TextShard(system.unstrip_protocol(path), name, infos[path]["size"], version_of(infos[path]))
         for name, path in chosen.items()

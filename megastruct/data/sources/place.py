@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +15,8 @@ from megastruct.data.sources.check import TEXT_COLUMNS, choose_text_column, prob
 from megastruct.data.sources.choice import EVERYTHING, Choice
 from megastruct.data.sources.find import find_shards
 from megastruct.data.sources.formats import all_endings
+from megastruct.data.sources.notes import counted, named
 from megastruct.data.sources.patience import DEFAULT_PATIENCE_SECONDS
-from megastruct.data.sources.select import counted, named
 from megastruct.data.sources.shards import TextShard
 from megastruct.data.sources.storages import storage_of
 from megastruct.errors import Problem, Problems, UserError
@@ -105,9 +106,11 @@ def joined(found: Sequence[FoundText]) -> list[TextShard]:
         return found[0].shards
     problems, first_place = Problems(), dict[str, Place]()
     for text in found:
-        repeated = [shard for shard in text.shards if first_place.setdefault(shard.uri, text.place) is not text.place]
+        repeated = [
+            shard for shard in text.shards if first_place.setdefault(_file(shard), text.place) is not text.place
+        ]
         if repeated:
-            other = first_place[repeated[0].uri].path
+            other = first_place[_file(repeated[0])].path
             what = f"{text.place.path} and {other} both hold {repeated[0].uri}"
             what += f" and {len(repeated) - 1:,} more files" if len(repeated) > 1 else ""
             problems.append(Problem(text.place.where, f"{what}, which would be read twice", "give one of them only"))
@@ -165,13 +168,18 @@ def find_corpus(
         problems.raise_if_any()
     own = [text for text in held_out if text]
     shards, held_out_shards = joined(found), joined(own) if own else []
-    uris = {shard.uri for shard in shards}
-    common = [shard for shard in held_out_shards if shard.uri in uris]
+    files = {_file(shard) for shard in shards} if held_out_shards else set()
+    common = [shard for shard in held_out_shards if _file(shard) in files]
     if common:
         what = f"{len(common):,} files are trained on and held out, such as {common[0].uri}"
         suggestion = "choose two splits that have no file in common"
         raise UserError(Problem(places[0].where, what, suggestion))
     return Corpus(found, own, shards, held_out_shards)
+
+
+def _file(shard: TextShard) -> str:
+    """Which file a shard is, however it is reached: by a link, or by a path with `..`."""
+    return os.path.realpath(shard.uri) if shard.is_local else shard.uri
 
 
 def format_bytes(num_bytes: int) -> str:

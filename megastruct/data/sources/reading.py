@@ -50,7 +50,7 @@ def read_patiently(
         except Exception as error:  # the libraries have no common class for network errors
             if not storage_of(shard).may_pass(shard, error):
                 if isinstance(error, read_errors(shard)):
-                    raise unreadable(shard, error) from None
+                    raise unreadable(shard, error, begun=True) from None
                 raise
             pause_seconds = patience.next_pause(error)
             if watch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
@@ -11,12 +10,13 @@ from pathlib import PurePosixPath
 from megastruct.data.sources.choice import ALL_SPLITS, Choice, how_to_choose
 from megastruct.data.sources.data_files import DataFiles, Splits
 from megastruct.data.sources.formats import all_endings, format_of_name
+from megastruct.data.sources.notes import counted, is_hidden, named, not_read
 from megastruct.errors import Problem, UserError
 
 # Files about the data whose endings are those of text. `datasets` passes over the first five, too.
 _ABOUT_THE_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "dummy_data.zip")
 _NOTES = ("readme", "license", "licence", "copying", "notice", "citation", "changelog", "authors", "requirements")
-_MOST_NAMED, _MOST_LISTED = 5, 200
+_MOST_LISTED = 200
 
 
 class Selection:
@@ -53,8 +53,8 @@ class Selection:
         self.config, self.split = choice.config, choice.split
         self._what, self._where, self._choice = what, where, choice
         is_meant = is_explicit and len(names) == 1  # then it is read, whatever its name is
-        shown = [name for name in names if is_explicit or not _is_hidden(name)]
-        hidden = [name for name in names if not is_explicit and _is_hidden(name) and format_of_name(name)]
+        shown = [name for name in names if is_explicit or not is_hidden(name)]
+        hidden = [name for name in names if not is_explicit and is_hidden(name) and format_of_name(name)]
         included = [name for name in shown if _is_included(name, choice.include)]
         about = {name for name in included if not is_meant and _is_about_the_data(name, shown)}
         shards = sorted(name for name in included if format_of_name(name) and name not in about)
@@ -64,10 +64,10 @@ class Selection:
             raise UserError(Problem(where, found, f"give files that end with {', '.join(all_endings())}"))
         files = DataFiles(shards, read, [name for name in names if "/" not in name])
         self.names = self._chosen(files, shards, is_explicit)
-        self._note(hidden, "hidden")
-        self._note(sorted(set(shown) - set(included)), "not included")
-        self._note(sorted(set(included) - set(shards)), "no text in a known format")
-        self._note(sorted(set(shards) - set(self.names)), "of another configuration or split")
+        self.notes += not_read("hidden", hidden)
+        self.notes += not_read("not included", sorted(set(shown) - set(included)))
+        self.notes += not_read("no text in a known format", sorted(set(included) - set(shards)))
+        self.notes += not_read("of another configuration or split", sorted(set(shards) - set(self.names)))
 
     def _chosen(self, files: DataFiles, shards: list[str], is_explicit: bool) -> list[str]:
         try:
@@ -124,14 +124,6 @@ class Selection:
         can_choose = self._where.startswith(("--input", "data.path"))
         return f"{suggestion}, or {how_to_choose(self._where, split=ALL_SPLITS)}" if can_choose else suggestion
 
-    def _note(self, names: list[str], kind: str) -> None:
-        if names:
-            self.notes.append(f"not read, {kind}: {counted(len(names), 'file')}{named(names)}")
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
-
 
 def _is_included(name: str, patterns: Sequence[str]) -> bool:
     return not patterns or any(fnmatchcase(name, pattern + "*" * pattern.endswith("/")) for pattern in patterns)
@@ -149,20 +141,6 @@ def _is_about_the_data(name: str, names: Sequence[str]) -> bool:
     return False
 
 
-def counted(number: int, noun: str) -> str:
-    """The number with the noun: 1 file, 2 files."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
-
-
 def _list(values: Sequence[str]) -> str:
     more = [f"and {len(values) - _MOST_LISTED} more"] if len(values) > _MOST_LISTED else []
     return ", ".join([*values[:_MOST_LISTED], *more])
-
-
-def named(names: Sequence[str]) -> str:
-    """The first of some names in brackets, with a leading blank; with the number by ending if there are many."""
-    if len(names) <= _MOST_NAMED:
-        return f" ({', '.join(names)})" if names else ""
-    endings = Counter(PurePosixPath(name).suffix or "without ending" for name in names)
-    counted = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common(_MOST_NAMED))
-    return f" ({counted}; the first: {', '.join(names[:_MOST_NAMED])})"

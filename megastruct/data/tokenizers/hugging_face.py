@@ -21,6 +21,8 @@ from megastruct.data.tokenizers.tokenizer_json import FILE_NAME, TokenizerJson, 
 from megastruct.errors import Problem, UserError
 
 _TEXTS_AT_ONCE = 64
+# Every byte that UTF-8 has, and characters that no vocabulary has: known only where all bytes are tokens.
+_RARE_TEXT = "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 0x1000), *range(0xE000, 0x110000, 0x8765)]))
 
 
 class HuggingFaceTokenizer(FileTokenizer):
@@ -105,6 +107,11 @@ class HuggingFaceTokenizer(FileTokenizer):
         return opened
 
     def _refuse_special_tokens_of_text(self, chosen: TokenizerOptions) -> None:
+        for key in ("eod_token", "bos_token"):
+            token = getattr(chosen, key)
+            if token and token == self.json.unknown and self.json.vocabulary[token] in self._encode([_RARE_TEXT])[0]:
+                found = f"{token!r} is what {self.path} makes of unknown characters in a text"
+                raise UserError(Problem(option_name(key, self._where), found, "name another special token"))
         tokens = sorted(self.hidden - {self.json.unknown})
         hidden = {self.json.vocabulary[token] for token in tokens}
         for token, ids in zip(tokens, self._encode(tokens), strict=True):

@@ -114,8 +114,9 @@ def chosen_ends(found: TokenizerJson, path: Path, options: TokenizerOptions, whe
         UserError: a token does not exist, or the token that ends a document cannot be told.
     """
     eod = options.eod_token if options.eod_token is not None else _eod(found, path.parent)
-    choose = f"name one of its added tokens, for example {setting('eod_token', where, _example(found))}"
-    if not found.added:
+    example = _example(found)
+    choose = f"name one of its added tokens, for example {setting('eod_token', where, example)}"
+    if not example:
         choose = f"add a special token to {path} with the library tokenizers, and name it"
     if eod is None:
         what = f"cannot be told from {path} and the files beside it: no {_CONFIG} names an eos_token"
@@ -135,8 +136,9 @@ def _check(found: TokenizerJson, path: Path, key: str, token: str, where: str, s
 
 
 def _example(found: TokenizerJson) -> str:
-    names = sorted(found.added.values(), key=lambda token: (not token.is_special, token.id))
-    return f"'{names[0].text}'" if names else ""
+    """An added token that may end documents; not the one that stands for unknown text."""
+    tokens = sorted(found.added.values(), key=lambda token: (not token.is_special, token.id))
+    return next((f"'{token.text}'" for token in tokens if token.text != found.unknown), "")
 
 
 def _eod(found: TokenizerJson, folder: Path) -> str | None:

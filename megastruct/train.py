@@ -121,7 +121,8 @@ class Run:
             now = scheduled(self.config, self.step)
             loss = self._train_step(now)
             stopping = self.stop.agreed()
-            if self.divergence.note(self.step, loss, self.engine.gradient_norm()) and self._went_back(loss):
+            norm, finish_save = self.engine.gradient_norm(), self.checkpoints.finish_save
+            if self.divergence.note(self.step, loss, norm, finish_save) and self._went_back(loss):
                 continue
             last = self.step == total
             metrics = self._metrics(loss, now) if _due(self.step, self.config.logging.interval_steps, last) else {}

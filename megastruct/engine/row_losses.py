@@ -28,20 +28,20 @@ class RecordingLoss:
         self.row_mean = self.mean if tp.size > 1 else cross_entropy
         self.rows: list[Tensor] | None = None
         self.has_z = config.training.z_loss > 0
-        self._z_sum: Tensor | float = 0.0
-        self._num_z = 0
+        self.z_sum: Tensor | float = 0.0
+        self.num_z = 0
 
     def _note_z(self, z: Tensor) -> None:
         if torch.is_grad_enabled():  # in training only
-            self._z_sum, self._num_z = self._z_sum + z, self._num_z + 1
+            self.z_sum, self.num_z = self.z_sum + z, self.num_z + 1
 
     def read_z(self, device: torch.device) -> float:
         """The z term (`training.z_loss`), the mean over all tokens that were trained since the last call.
 
         Collective over the world; ranks that compute no loss take part with nothing. `device`: this rank's.
         """
-        total = torch.tensor([float(self._z_sum), self._num_z], dtype=torch.float64, device=device)
-        self._z_sum, self._num_z = 0.0, 0
+        total = torch.tensor([float(self.z_sum), self.num_z], dtype=torch.float64, device=device)
+        self.z_sum, self.num_z = 0.0, 0
         dist.all_reduce(total)
         return float(total[0] / total[1])
 

@@ -100,7 +100,7 @@ def measure(config: Config, topology: Topology) -> Costs:
     )
 
 
-@pytest.mark.parametrize(("precision", "zero"), [soak("fp32", 1), ("bf16", 3)])
+@pytest.mark.parametrize(("precision", "zero"), [soak("fp32", 1), soak("bf16", 3)])
 def test_costs(tmp_path: Path, precision: str, zero: int) -> None:
     """A save needs a copy of what ZeRO gave the rank; a load nothing but, under ZeRO 1 and 2, what every optimizer step
     needs to gather the weights, too. Gathered, the state of the whole shard would be 605 MB for either.

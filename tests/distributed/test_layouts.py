@@ -19,7 +19,9 @@ from megastruct.parallel.topology import Topology
 from ranks import run_ranks
 from runs import losses, losses_and_evaluation
 
-BOUNDS = {"fp32": (1e-6, 1e-6), "bf16": (3e-3, 2e-2)}
+# Of losses, and of norms relative to the norm: at the first step, and after it, when rounding errors have grown.
+FIRST = {"fp32": (1e-6, 1e-6), "bf16": (1e-3, 1e-3)}
+BOUNDS = {"fp32": (2e-6, 3e-5), "bf16": (1e-2, 2e-1)}
 PIPELINES = [(pp, dp, zero) for pp in (1, 2, 4) for dp in (1, 2) for zero in (0, 1)]
 PLAIN = [(1, dp, zero) for dp in (1, 2) for zero in (2, 3)]
 
@@ -38,10 +40,11 @@ def one_process() -> dict[str, Any]:
     }
 
 
-def compare(results: list[Any], wanted: list[Any], loss_bound: float, norm_bound: float) -> None:
+def compare(results: list[Any], wanted: list[Any], precision: str) -> None:
     assert all(result == results[0] for result in results), "ranks disagree"
     assert len(results[0]) == len(wanted) == 20
     for step, ((loss, norm), (wanted_loss, wanted_norm)) in enumerate(zip(results[0], wanted, strict=True)):
+        loss_bound, norm_bound = (BOUNDS if step else FIRST)[precision]
         assert abs(loss - wanted_loss) <= loss_bound, f"loss of step {step}"
         assert abs(norm - wanted_norm) <= norm_bound * wanted_norm, f"gradient norm of step {step}"
 
@@ -55,7 +58,7 @@ def compare(results: list[Any], wanted: list[Any], loss_bound: float, norm_bound
 )
 def test_fp32(one_process: Any, pp: int, dp: int, zero: int) -> None:
     results = run_ranks(pp * dp, losses, config_for("fp32", pp, zero), Topology(pp, dp))
-    compare(results, one_process["fp32"], *BOUNDS["fp32"])
+    compare(results, one_process["fp32"], "fp32")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,7 @@ def test_fp32(one_process: Any, pp: int, dp: int, zero: int) -> None:
 )
 def test_bf16(one_process: Any, pp: int, dp: int, zero: int) -> None:
     results = run_ranks(pp * dp, losses, config_for("bf16", pp, zero), Topology(pp, dp))
-    compare(results, one_process["bf16"], *BOUNDS["bf16"])
+    compare(results, one_process["bf16"], "bf16")
 
 
 @pytest.mark.parametrize(("pp", "dp"), [(2, 1), soak(4, 1), soak(2, 2)])
@@ -72,7 +75,7 @@ def test_bf16_without_tying_and_clipping_is_tight(pp: int, dp: int) -> None:
     plain = {"model": {"tie_embeddings": False}, "optimizer": {"gradient_clipping": 0.0}}
     alone = run_ranks(1, losses, config_for("bf16", 1, 1, **plain), Topology(1, 1))[0]
     results = run_ranks(pp * dp, losses, config_for("bf16", pp, 1, **plain), Topology(pp, dp))
-    compare(results, alone, *BOUNDS["fp32"])
+    compare(results, alone, "fp32")
 
 
 def test_losses_fall_and_differ_from_a_wrong_model(one_process: Any) -> None:
@@ -85,7 +88,7 @@ def test_losses_fall_and_differ_from_a_wrong_model(one_process: Any) -> None:
 @pytest.mark.parametrize(("pp", "dp", "zero"), [(2, 1, 1), soak(1, 2, 2), soak(1, 1, 3)])
 def test_recomputed_activations_change_nothing(one_process: Any, pp: int, dp: int, zero: int) -> None:
     config = config_for("fp32", pp, zero, training={"activation_checkpointing": True})
-    compare(run_ranks(pp * dp, losses, config, Topology(pp, dp)), one_process["fp32"], *BOUNDS["fp32"])
+    compare(run_ranks(pp * dp, losses, config, Topology(pp, dp)), one_process["fp32"], "fp32")
 
 
 @pytest.mark.parametrize(("pp", "dp", "zero"), [(2, 2, 1), soak(1, 2, 3)])
@@ -93,7 +96,7 @@ def test_evaluation_agrees_and_leaves_training_alone(one_process: Any, pp: int, 
     alone = run_ranks(1, losses_and_evaluation, config_for("fp32", 1, 1), Topology(1, 1))[0]
     results = run_ranks(pp * dp, losses_and_evaluation, config_for("fp32", pp, zero), Topology(pp, dp))
     for first, evaluated, second in results:
-        compare([first + second], one_process["fp32"], *BOUNDS["fp32"])
+        compare([first + second], one_process["fp32"], "fp32")
         assert abs(evaluated - alone[1]) <= BOUNDS["fp32"][0]
 
 
@@ -104,4 +107,4 @@ def test_clipping_counts_all_stages(clipping: float, zero: int) -> None:
     optimizer = {"gradient_clipping": clipping}
     alone = run_ranks(1, losses, config_for("fp32", 1, 1, optimizer=optimizer), Topology(1, 1))[0]
     results = run_ranks(2, losses, config_for("fp32", 2, zero, optimizer=optimizer), Topology(2, 1))
-    compare(results, alone, *BOUNDS["fp32"])
+    compare(results, alone, "fp32")

@@ -203,7 +203,7 @@ def test_resume(tmp_path: Path, before: Case, after: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("topology", "zero"), [(Topology(1, 2), 3), soak(Topology(2, 1, 2), 1), soak(Topology(2, 2), 0)], ids=str
+    ("topology", "zero"), [soak(Topology(1, 2), 3), soak(Topology(2, 1, 2), 1), soak(Topology(2, 2), 0)], ids=str
 )
 def test_guides_train_and_leave(tmp_path: Path, topology: Topology, zero: int) -> None:
     """On a layout as on one process, through the end of the phase; and from a checkpoint just before it."""

@@ -27,7 +27,7 @@ LAYOUTS = [  # precision, pp, dp, tp, zero, optimizer
     soak("fp32", 1, 1, 2, 1, "adamw"),
     soak("fp32", 1, 2, 1, 2, "adamw"),
     soak("fp32", 1, 2, 1, 3, "adamw"),
-    ("bf16", 2, 1, 2, 1, "adamw"),
+    soak("bf16", 2, 1, 2, 1, "adamw"),
     soak("bf16", 1, 2, 1, 2, "adamw"),
     ("bf16", 1, 2, 1, 3, "adamw"),
     ("fp32", 1, 2, 1, 0, "muon"),

@@ -43,7 +43,7 @@ def losses_and_groups(config: Config, topology: Topology) -> tuple[list[tuple[fl
         (Topology(4, 1), 0, "fp32"),
         soak(Topology(1, 2, 2), 2, "fp32"),
         soak(Topology(1, 2, 2), 3, "fp32"),
-        (Topology(2, 1, 2), 1, "bf16"),
+        soak(Topology(2, 1, 2), 1, "bf16"),
         soak(Topology(1, 2), 3, "bf16"),
     ],
     ids=str,

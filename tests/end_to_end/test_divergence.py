@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def test_skipped_steps_are_counted_also_after_a_restart(config: Path, tmp_path: 
         text = forked.text()
         assert text.count("error: training: the loss is ") == 1 and "Traceback" not in text, text
         assert "at step 8, skipped step 2 of the run (reliability.max_skipped_steps = 1)" in text
-        assert re.search(r"step [36] is saved", text)  # the save of step 6 may still be on its way
+        assert "step 6 is saved" in text  # the run waits for it
 
     bad_steps.remove(8)  # as if other data had come
     train_forked(tmp_path, tmp_path / "runs" / "test", 2, *arguments)

@@ -109,6 +109,7 @@ def test_damaged_token_shards(config: Path, tmp_path: Path, corpus: Corpus, caps
     assert "manifest.json" in message(capsys, config, f"data.path={copy}")
 
 
+@pytest.mark.soak
 def test_a_token_beyond_the_vocabulary_ends_the_run(config: Path, tmp_path: Path, corpus: Corpus) -> None:
     """Seen only when it is read: by the ranks, with the name of the file and without a traceback."""
     copy = tmp_path / "copy"

@@ -131,7 +131,7 @@ def test_norms_of_heads_are_vectors(kind: str) -> None:
     model = GPT(config)
     norms = {id(p) for name, p in model.named_parameters() if name.endswith(("query_norm.weight", "key_norm.weight"))}
     assert len(norms) == 2 * config.model.num_layers
-    groups = build_optimizer(model, config.optimizer, "cpu", config.model.base_width).param_groups
+    groups = build_optimizer(model, config, "cpu").param_groups
     own = [group for group in groups if norms & {id(p) for p in group["params"]}]
     assert [(g["name"], g["weight_decay"], g["lr_scale"]) for g in own] == [("vectors", 0.0, 1.0)]
     assert norms <= {id(p) for p in own[0]["params"]}

@@ -76,9 +76,9 @@ class Run:
         self.checkpoints, self.stop, self.watch = checkpoints, stop, watch
         newest = checkpoints.newest()
         eod_id = data.tokenizer.eod_id
-        begun = step_of(newest) if newest else 0
-        self.engine: Engine = build_engine(config, topology, device, begun, eod_id, drawn=newest is None)
         begins = newest is None and config.run.from_ is not None
+        begun, drawn = step_of(newest) if newest else 0, not (newest or begins)
+        self.engine: Engine = build_engine(config, topology, device, begun, eod_id, drawn)
         self.step, _, state = branch(self.engine, checkpoints) if begins else load_checkpoint(self.engine, newest)
         self.divergence = Divergence(config, state)
         self.earlier_optimizer_steps: int = state.get("earlier_optimizer_steps", 0)  # of the parents

@@ -33,7 +33,7 @@ def write_first_checkpoint(run: RunFolder, weights: FirstWeights, tokenizer: Tok
     """
     config = run.config
     with torch.device("meta"):
-        roles = parameter_roles(model := GPT(config))
+        roles = parameter_roles(model := GPT(config, init=False))
     groups = {name: roles[parameter] for name, parameter in model.named_parameters()}
     groups |= {name: "guide" for name in weights.tensors if is_guide(name)}
     assert groups.keys() == weights.tensors.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,24 @@ from megastruct.parallel.topology import Topology
 from megastruct.run.checkpoints import Checkpoints, load_checkpoint
 from megastruct.run.run_folder import RunFolder
 from ranks import own_device
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Numbers of stages, replicas and tensor-parallel ranks, and the ZeRO stage."""
+
+    pp: int
+    dp: int
+    tp: int
+    zero: int
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.pp, self.dp, self.tp)
+
+    def __str__(self) -> str:
+        return f"pp{self.pp}dp{self.dp}tp{self.tp}zero{self.zero}"
+
 
 OwnWeights = dict[str, tuple[Tensor, Any, int]]  # name -> (a rank's part of the weight, spec, tensor-parallel rank)
 
@@ -102,7 +121,7 @@ def save_half_way(config: Config, topology: Topology, folder: Path) -> list[tupl
 
 def resume_half_way(config: Config, topology: Topology) -> list[tuple[float, float]]:
     """Load what `save_half_way` saved and train to the end."""
-    engine = build_engine(config, topology, own_device())
+    engine = build_engine(config, topology, own_device(), drawn=False)
     step, cursor, _ = load_checkpoint(engine, Checkpoints(RunFolder(config)).newest())
     assert cursor is not None and cursor.tolist() == [[step]]
     return train_steps(engine, step, config.training.base_steps)
@@ -111,7 +130,7 @@ def resume_half_way(config: Config, topology: Topology) -> list[tuple[float, flo
 def resume_and_save_again(config: Config, topology: Topology) -> list[tuple[float, float]]:
     """Load what `save_half_way` saved, save it as the step after, and train to the end."""
     checkpoints = Checkpoints(RunFolder(config))
-    engine = build_engine(config, topology, own_device())
+    engine = build_engine(config, topology, own_device(), drawn=False)
     step, cursor, _ = load_checkpoint(engine, Checkpoints(RunFolder(config)).newest())
     assert cursor is not None
     checkpoints.save(engine, step + 1, cursor, {})
@@ -120,6 +139,6 @@ def resume_and_save_again(config: Config, topology: Topology) -> list[tuple[floa
 
 def evaluate_resumed(config: Config, topology: Topology) -> float:
     """Load what `save_half_way` saved; the loss of the first micro-batch that would be trained on."""
-    engine = build_engine(config, topology, own_device())
+    engine = build_engine(config, topology, own_device(), drawn=False)
     step, _, _ = load_checkpoint(engine, Checkpoints(RunFolder(config)).newest())
     return engine.evaluate([next(batches(config, topology, first_step=step))], 1)

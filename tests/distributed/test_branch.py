@@ -37,7 +37,7 @@ def config_of(folder: Path, name: str, **sections: Any) -> Config:
 def begin(config: Config, topology: Topology) -> None:
     checkpoints = Checkpoints(RunFolder(config))
     checkpoints.newest()
-    branch(build_engine(config, topology, own_device()), checkpoints)
+    branch(build_engine(config, topology, own_device(), drawn=False), checkpoints)
     checkpoints.finish_save()
 
 

@@ -26,7 +26,7 @@ from megastruct.planning.ownership import stage_ownership
 from megastruct.planning.stages import pipeline_stages
 from plain_loop import STEPS, plain_run
 from ranks import own_device, run_ranks
-from runs import OwnWeights, batches, learning_rate, own_weights, resume_half_way, save_half_way, whole_weights
+from runs import Layout, OwnWeights, batches, learning_rate, own_weights, resume_half_way, save_half_way, whole_weights
 from test_tensor_parallel import LLAMA, STRUCTURES
 
 BOUNDS = {"fp32": (3e-6, 1e-5), "bf16": (3e-2, 1e-1)}  # losses; norms, relative
@@ -54,21 +54,13 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Layout):
     """A layout, and the model that it trains."""
 
-    pp: int
-    dp: int
-    tp: int
-    zero: int
     structure: str = "lowrank"
     precision: str = "fp32"
     model: str = "paper"
     keys: str = "muon"
-
-    @property
-    def topology(self) -> Topology:
-        return Topology(self.pp, self.dp, self.tp)
 
     def config(self, **sections: Any) -> Config:
         batch = 2 * self.dp if self.dp > 2 else 4
@@ -82,8 +74,7 @@ class Case:
         )
 
     def __str__(self) -> str:
-        layout = f"pp{self.pp}dp{self.dp}tp{self.tp}zero{self.zero}"
-        return "-".join([layout, self.structure, self.precision, self.model, self.keys])
+        return "-".join([super().__str__(), self.structure, self.precision, self.model, self.keys])
 
 
 class Result(NamedTuple):

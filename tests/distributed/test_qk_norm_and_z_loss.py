@@ -24,6 +24,7 @@ from megastruct.parallel.topology import Topology
 from plain import plain_model
 from ranks import ON_GPUS, own_device, run_ranks
 from runs import (
+    Layout,
     OwnWeights,
     batches,
     learning_rate,
@@ -48,21 +49,13 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Layout):
     """A layout, and the model that it trains."""
 
-    pp: int
-    dp: int
-    tp: int
-    zero: int
     precision: str = "fp32"
     model: str = "paper"
     structure: str = "lowrank"
     recompute: bool = False
-
-    @property
-    def topology(self) -> Topology:
-        return Topology(self.pp, self.dp, self.tp)
 
     def config(self, **sections: Any) -> Config:
         return tiny_config(
@@ -81,9 +74,8 @@ class Case:
         )
 
     def __str__(self) -> str:
-        layout = f"pp{self.pp}dp{self.dp}tp{self.tp}zero{self.zero}"
         options = ["recompute"] * self.recompute
-        return "-".join([layout, self.precision, self.model, self.structure, *options])
+        return "-".join([super().__str__(), self.precision, self.model, self.structure, *options])
 
 
 class Result(NamedTuple):

@@ -20,7 +20,7 @@ from megastruct.checkpoint.store import checkpoint_folder, step_in, step_of
 from megastruct.config.schema import Config
 from megastruct.data.cache import FOLDER_NAME as DATA_CACHE
 from megastruct.data.sources.download import download, write
-from megastruct.data.sources.fsspec_address import open_address, retried, store_errors
+from megastruct.data.sources.fsspec_address import open_address, retried, store_errors, write_limit
 from megastruct.run.run_folder import CHECKPOINTS
 from megastruct.stops import STOP_FILE
 
@@ -70,7 +70,7 @@ class Mirror:
             with store_errors():
                 if self._has_folders:
                     self._system.makedirs(self._path, exist_ok=True)
-                self._system.pipe_file(probe, b"")
+                self._system.pipe_file(probe, b"", **write_limit(self._system, 0))
                 self._system.rm_file(probe)
 
         self._retried(write_and_remove, "written", at_start=True)
@@ -133,9 +133,9 @@ class Mirror:
             if self._has_folders:
                 self._uploads.makedirs(posixpath.dirname(target), exist_ok=True)
             if isinstance(source, bytes):
-                self._uploads.pipe_file(target, source)
+                self._uploads.pipe_file(target, source, **write_limit(self._uploads, len(source)))
             else:
-                self._uploads.put_file(str(source), target)
+                self._uploads.put_file(str(source), target, **write_limit(self._uploads, source.stat().st_size))
 
     def _remove(self, path: str) -> None:
         try:

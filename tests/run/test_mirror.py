@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -19,6 +20,7 @@ from megastruct.checkpoint.intact import newest_intact
 from megastruct.checkpoint.store import Keeping, checkpoint_folder, complete_checkpoints
 from megastruct.config.load import dump_config
 from megastruct.config.schema import Config
+from megastruct.data.sources import fsspec_address
 from megastruct.errors import UserError
 from megastruct.run.mirror import Mirror
 from megastruct.run.mirroring import Mirroring, complete_mirror
@@ -318,6 +320,17 @@ def test_a_mirror_that_cannot_be_used_is_named_before_training(
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(ValueError, match="mirror"):
         config_of(tmp_path, "b", mirror="/a/folder")
+
+
+def test_a_store_that_takes_connections_and_never_answers(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsspec_address, "_WRITE_SECONDS", 0.1)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        patience = config.data.model_copy(update={"patience_seconds": 0.2})
+        mirror = Mirror(config.model_copy(update={"data": patience}))
+        assert "the store has stopped answering" in problem_of(mirror.check_writable)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def test_the_rule_for_old_checkpoints() -> None:

@@ -24,6 +24,8 @@ _BAD_SETTINGS = re.compile(
     r"|\w*SSO\w*|ConfigParseError|\w*InvalidURL\w*|InvalidProxiesConfigError"
 )
 
+_WRITE_SECONDS, _SLOWEST_BYTES_PER_SECOND = 20.0, 200e3  # a write that takes longer counts as failed
+
 T = TypeVar("T")
 
 
@@ -120,6 +122,17 @@ def retried(
     raise UserError(Problem(where, f"{problem.where} {problem.found}", problem.suggestion))
 
 
+def write_limit(system: Any, num_bytes: int) -> dict[str, float]:
+    """The keyword argument that ends a call of fsspec which writes `num_bytes`, if the store has stopped answering.
+
+    Requests that read have limits of their own. One that writes has none: S3's asks for leave to send first
+    (`Expect: 100-continue`), and aiohttp waits for that without end.
+    """
+    if not getattr(system, "async_impl", False):
+        return {}
+    return {"timeout": _WRITE_SECONDS + num_bytes / _SLOWEST_BYTES_PER_SECOND}
+
+
 @contextmanager
 def store_errors() -> Iterator[None]:
     """Turn the errors of fsspec's packages into the classes of this file.
@@ -131,6 +144,8 @@ def store_errors() -> Iterator[None]:
     except (FileNotFoundError, StoreError, StoreRefusedError, UserError):
         raise
     except Exception as error:
+        if type(error).__name__ == "FSTimeoutError":  # of `write_limit`
+            raise StoreError("the store has stopped answering") from error
         if type(error).__module__ == "builtins" and not isinstance(error, OSError):
             raise
         raise _class_of(error)(reason(error)) from error

@@ -28,10 +28,10 @@ from megastruct.engine.internals import check_internals
 from megastruct.engine.norms import set_up_norm
 from megastruct.engine.optimizer import build_optimizer, parameter_roles
 from megastruct.engine.pipeline import GPTPipeline, deepspeed_topology
+from megastruct.engine.placing import Place, Placing, in_place
 from megastruct.engine.row_losses import RecordingLoss
 from megastruct.engine.whole_matrices import share_whole_matrices, stage_group
 from megastruct.models.block import compile_blocks
-from megastruct.models.first_weights import draw_first_weights
 from megastruct.models.gpt import GPT
 from megastruct.models.guidance import Guidance
 from megastruct.optimizers import MASTER, OPTIMIZERS, Optimizer, Role
@@ -52,20 +52,23 @@ class Engine:
         tp: TensorGroup,
         device: torch.device,
         stage_group: StageGroup,
+        place: Place,
         mpu: Any = None,
     ) -> None:
-        """`mpu`: DeepSpeed's view of the groups, where the module does not bring it."""
+        """`place` puts the module's layers in their place. `mpu`: DeepSpeed's view of the groups, where the module does
+        not bring it."""
         self.config, self.topology, self.tp, self.device, self.mpu = config, topology, tp, device, mpu
         self.stage_group = stage_group
         self.loss: RecordingLoss = module.loss_fn if isinstance(module, GPTPipeline) else RecordingLoss(config, tp)
         self.roles: dict[nn.Parameter, Role] = parameter_roles(module)  # ZeRO 3 will change the parameters' shapes
         optimizer = build_optimizer(module, config, device.type)
-        num_parameters = sum(p.numel() for p in module.parameters())
+        values = deepspeed_config(config, topology.dp_size, sum(p.numel() for p in module.parameters()))
+        place(values, mpu)
         with contextlib.redirect_stdout(io.StringIO()):  # its optimizers print their memory with print()
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,
-                config=deepspeed_config(config, topology.dp_size, num_parameters),
+                config=values,
                 mpu=mpu,
                 dist_init_required=False,
             )
@@ -185,8 +188,9 @@ class PipelineEngine(Engine):
         tp: TensorGroup,
         device: torch.device,
         stage_group: StageGroup,
+        place: Place,
     ) -> None:
-        super().__init__(module, config, topology, tp, device, stage_group)
+        super().__init__(module, config, topology, tp, device, stage_group, place)
         if tp.size > 1:
             self._sum_replicated_gradients()
 
@@ -197,8 +201,10 @@ class PipelineEngine(Engine):
         """Build the stage of this rank. Collective over the world."""
         tp = make_tensor_group(topology, sums_once=True)
         guidance = make_guidance(config, topology, device) if guided else None
-        module = GPTPipeline(config, topology, tp, RecordingLoss(config, tp), guidance, eod_id, drawn)
-        return cls(module, config, topology, tp, device, stage_group(config, topology))
+        module = GPTPipeline(config, topology, tp, RecordingLoss(config, tp), guidance, eod_id)
+        stage, replicas = stage_group(config, topology), module.data_parallel_group
+        place = Placing(module.own_layers, config, topology, tp, device, replicas, stage, drawn)
+        return cls(module, config, topology, tp, device, stage, place)
 
     def _sum_replicated_gradients(self) -> None:
         """Have DeepSpeed sum the gradients of replicated parameters over the tensor-parallel group, after the last
@@ -219,7 +225,7 @@ class PipelineEngine(Engine):
         module = self.module  # stays: a new one would make new process groups
         self._close()
         module.drop_guides()
-        return PipelineEngine(module, self.config, self.topology, self.tp, self.device, self.stage_group)
+        return PipelineEngine(module, self.config, self.topology, self.tp, self.device, self.stage_group, in_place)
 
     @override
     def canonical_name(self, name: str) -> str:
@@ -248,10 +254,10 @@ class PlainEngine(Engine):
         tp = make_tensor_group(topology)
         guidance = make_guidance(config, topology, device) if guided else None
         mpu = PipelineParallelGrid(topology=deepspeed_topology(topology))
-        module = GPT(config, tp, guidance, eod_id, init=False)
-        if drawn:
-            draw_first_weights(module.named_layers(), config.run.seed, mpu.get_data_parallel_group(), device)
-        return cls(module, config, topology, tp, device, stage_group(config, topology), mpu)
+        module, stage = GPT(config, tp, guidance, eod_id, init=False), stage_group(config, topology)
+        replicas = mpu.get_data_parallel_group()
+        place = Placing(module.named_layers(), config, topology, tp, device, replicas, stage, drawn)
+        return cls(module, config, topology, tp, device, stage, place, mpu)
 
     @override
     def without_guides(self) -> PlainEngine:
@@ -261,7 +267,10 @@ class PlainEngine(Engine):
         zero.empty_parameters(parameters)
         # A new module: ZeRO 3 has cut the old one's parameters, and tied them to its optimizer.
         module = GPT(self.config, self.tp, eod_id=eod_id, init=False)
-        return PlainEngine(module, self.config, self.topology, self.tp, self.device, self.stage_group, self.mpu)
+        layers, replicas = module.named_layers(), self.mpu.get_data_parallel_group()
+        stage = self.stage_group
+        place = Placing(layers, self.config, self.topology, self.tp, self.device, replicas, stage, drawn=False)
+        return PlainEngine(module, self.config, self.topology, self.tp, self.device, stage, place, self.mpu)
 
     @override
     def train_batch(self, batches: Iterator[Batch] | None) -> float:

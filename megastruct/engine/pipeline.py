@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from megastruct.config.schema import Config
 from megastruct.models.documents import document_ids
-from megastruct.models.first_weights import draw_first_weights
 from megastruct.models.gpt import EMBEDDING, HEAD, NamedLayer, named_layers
 from megastruct.models.guidance import Guidance
 from megastruct.models.mlp import MLP
@@ -42,15 +41,14 @@ class GPTPipeline(PipelineModule):
         loss_fn: Callable[[Tensor, Tensor], Tensor],
         guidance: Guidance | None = None,
         eod_id: int | None = None,
-        init: bool = True,
     ) -> None:
-        """`guidance`, `eod_id` and `init` as in `GPT`. Collective over the world."""
+        """`guidance` and `eod_id` as in `GPT`. The weights hold uninitialised memory. Collective over the world."""
         layers = named_layers(config, tp, guided=guidance is not None)
         self.layer_names = [layer.name for layer in layers]
         self.stage_costs = [layer.forward_flops for layer in layer_costs(config)]
         if config.model.tie_embeddings:
             self.layer_names.append(HEAD)
-        built: dict[str, nn.Module] = {}  # the stage's own layers
+        built: dict[str, nn.Module] = {}
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its partition with print()
             super().__init__(
                 layers=_layer_specs(config, layers, built),
@@ -59,9 +57,12 @@ class GPTPipeline(PipelineModule):
                 partition_method="balanced",
             )
         self.guidance, self.eod_id, self.head_dim = guidance, eod_id, config.model.attention_head_dim
-        if init:
-            replicas, device = self._grid.get_data_parallel_group(), next(self.parameters()).device
-            draw_first_weights(list(built.items()), config.run.seed, replicas, device)
+        self.own_layers = list(built.items())  # of this stage, with the names that hold in every layout
+
+    @property
+    def data_parallel_group(self) -> Any:
+        """The process group of the replicas of this rank's part of the model."""
+        return self._grid.get_data_parallel_group()
 
     @property
     def replica_group(self) -> Any:

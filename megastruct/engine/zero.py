@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer as TorchOptimizer
 
 from megastruct.optimizers import MASTER
@@ -118,6 +119,20 @@ def gathered(parameters: Sequence[Tensor], zero_stage: int) -> Any:
 def accumulated_gradient(parameter: Any, in_bf16: bool) -> Tensor | None:
     """The gradient summed over the micro-batches so far; in bf16 with ZeRO 1 in fp32, beside the parameter."""
     return parameter._hp_grad if in_bf16 else parameter.grad
+
+
+def partition(
+    layer: nn.Module, first: nn.Module, replicas: Any, dtype: torch.dtype, config: dict[str, Any], mpu: Any
+) -> None:
+    """Cut the parameters of a layer over the process group of the replicas, as ZeRO 3 does. Collective over it.
+
+    `first`: the layer with which this was called first. `config`, `mpu`: as for `deepspeed.initialize`.
+    """
+    cut: Any = next((parameter for parameter in first.parameters() if hasattr(parameter, "ds_id")), None)
+    if cut is None:
+        deepspeed.zero.Init(layer, replicas, dtype=dtype, config_dict_or_path=config, mpu=mpu)
+    else:  # in the same way; reading the config for every layer takes seconds
+        cut.convert_to_zero_parameters(param_list=list(layer.parameters()))
 
 
 def release(engine: Any) -> None:

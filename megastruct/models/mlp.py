@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import override
 
 from megastruct.config.activations import Activation
 from megastruct.models.guidance import NOT_EVALUATED, BlockChoices
 from megastruct.parallel.seeds import Names
 from megastruct.structures.guide import Choice
-from megastruct.structures.sharded import LinearBuilder, ShardedLinear
+from megastruct.structures.sharded import LinearBuilder, Seeded, ShardedLinear
 
 
-class MLP(nn.Module):
+class MLP(Seeded):
     """fc2(activation(fc1 x)); with a gated activation, fc1 makes gate and value in one map h -> 2f.
 
     A guide stands beside a structured linear while it is trained with one (`structures/guide.py`).
@@ -41,14 +42,23 @@ class MLP(nn.Module):
         y = _linear(self.fc1, self.fc1_guide, x, choices[0])  # [s, b, f/tp] or [s, b, 2f/tp]
         return _linear(self.fc2, self.fc2_guide, self.activation(y), choices[1])
 
+    @override
     @torch.no_grad()
-    def init_weights(self, names: Names) -> None:
-        """Fill the linears from the streams named by `names`; a guide starts as its linear's dense equivalent."""
+    def draw_weights(self, names: Names) -> dict[str, Tensor]:
+        """The linears' from the streams named by `names`; a guide starts as its linear's dense equivalent."""
         *path, name = names
+        weights: dict[str, Tensor] = {}
         for linear, guide, suffix in ((self.fc1, self.fc1_guide, "fc1"), (self.fc2, self.fc2_guide, "fc2")):
-            whole = linear.init_weights((*path, f"{name}.{suffix}"))
+            whole = linear.draw_unsharded((*path, f"{name}.{suffix}"))
+            weights |= {f"{suffix}.{key}": weight.detach() for key, weight in whole.named_parameters()}
             if guide is not None:
-                guide.load_whole({"weight": whole.to_dense()})
+                weights[f"{suffix}_guide.weight"] = whole.to_dense()
+        return weights
+
+    @property
+    @override
+    def tensor_rank(self) -> int:
+        return self.fc1.tensor_rank
 
     def drop_guides(self) -> None:
         """Free the guides, if there are any."""

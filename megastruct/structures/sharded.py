@@ -24,7 +24,40 @@ from megastruct.structures.numbers import Form, Widths
 Whole = TypeVar("Whole", bound=SeededLayer)  # the layer of one process
 
 
-class ShardedLayer(nn.Module, Generic[Whole]):
+class Seeded(nn.Module):
+    """A module whose first weights depend on names alone, and of which each tensor-parallel rank may hold a part."""
+
+    @property
+    def tensor_rank(self) -> int:
+        """This rank in the tensor-parallel group."""
+        raise NotImplementedError
+
+    def draw_weights(self, names: Names) -> dict[str, Tensor]:
+        """All global parameters, by the names of `named_parameters`: float32, on the CPU.
+
+        They come from the random streams named by `names` (the seed and the module's full name), so they do not depend
+        on what else is built, in which order or where. Threads may call this for several modules at a time.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def load_whole(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take this rank's part of the global parameters, which are given by name, bit for bit."""
+        for name, parameter in self.named_parameters():
+            spec = getattr(parameter, "shard_spec", None)
+            parameter.copy_(parameters[name] if spec is None else spec.shard(parameters[name], self.tensor_rank))
+
+    def init_weights(self, names: Names) -> None:
+        """Draw the weights, and take this rank's part of them."""
+        self.load_whole(self.draw_weights(names))
+
+
+def global_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the tensor that a parameter is, or of which it is a part."""
+    return getattr(parameter, "global_shape", parameter.shape)
+
+
+class ShardedLayer(Seeded, Generic[Whole]):
     """A layer of which every rank of `tp` holds a part.
 
     A sharded parameter carries `shard_spec` and `global_shape` (which part of which tensor it is) and
@@ -76,20 +109,21 @@ class ShardedLayer(nn.Module, Generic[Whole]):
         """A new layer of one process with parameters of the same names and global shapes."""
         raise NotImplementedError
 
-    def init_weights(self, names: Names) -> Whole:
-        """Make the unsharded layer with its `init_weights(names)`, take this rank's part bit for bit, and return it."""
+    def draw_unsharded(self, names: Names) -> Whole:
+        """The unsharded layer with its first weights, from the random streams named by `names`."""
         with empty_weights():
             whole = self.unsharded()
         whole.init_weights(names)
-        self.load_whole({name: parameter.detach() for name, parameter in whole.named_parameters()})
         return whole
 
-    @torch.no_grad()
-    def load_whole(self, parameters: Mapping[str, Tensor]) -> None:
-        """Take this rank's part of the global parameters, which are given by name."""
-        for name, parameter in self.named_parameters():
-            spec = getattr(parameter, "shard_spec", None)
-            parameter.copy_(parameters[name] if spec is None else spec.shard(parameters[name], self.tp.rank))
+    @override
+    def draw_weights(self, names: Names) -> dict[str, Tensor]:
+        return {name: weight.detach() for name, weight in self.draw_unsharded(names).named_parameters()}
+
+    @property
+    @override
+    def tensor_rank(self) -> int:
+        return self.tp.rank
 
 
 class ShardedLinear(ShardedLayer[StructuredLinear]):

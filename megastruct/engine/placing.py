@@ -10,6 +10,7 @@ of it in fp32 in the host's memory at once.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -52,18 +53,20 @@ class Placing:
 
         def place(layer: nn.Module) -> None:
             for parameter in layer.parameters():  # buffers keep their precision
-                parameter.data = parameter.data.to(self.device, dtype)
+                parameter.data = parameter.data.to(self.device, dtype).contiguous()
             layer.to(self.device)
             if self.config.parallel.zero_stage == 3:
                 zero.partition(layer, self.layers[0][1], self.replicas, dtype, deepspeed_config, mpu)
+            _give_freed_memory_back()
 
+        for _, layer in self.layers:
+            _leave_shapes_only(layer, self.device)
         if self.drawn:
             with self._sharing_group() as group:
                 draw_first_weights(self.layers, self.config.run.seed, group, self.device, place)
-            return
-        for _, layer in self.layers:
-            _leave_empty(layer, self.device, dtype)
-            place(layer)
+        else:
+            for _, layer in self.layers:
+                place(layer)
 
     @contextlib.contextmanager
     def _sharing_group(self) -> Iterator[Any]:
@@ -80,12 +83,18 @@ class Placing:
             dist.destroy_process_group(group)
 
 
-def _leave_empty(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Give the weights that would be drawn memory on the device, without a copy of what they hold now."""
+def _leave_shapes_only(layer: nn.Module, device: torch.device) -> None:
+    """Leave the parameters that will be drawn or read from a checkpoint their shapes, on the device, but no memory."""
     for module in layer.modules():
         if isinstance(module, Seeded):
             for parameter in module.parameters():
-                parameter.data = torch.empty(parameter.shape, dtype=dtype, device=device)
+                parameter.data = torch.empty(1, dtype=parameter.dtype, device=device).expand(parameter.shape)
+
+
+def _give_freed_memory_back() -> None:
+    """Have the C library return to the host what a layer has needed on its way, instead of keeping it for later."""
+    with contextlib.suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def in_place(deepspeed_config: dict[str, Any], mpu: Any) -> None:

@@ -42,10 +42,14 @@ class Seeded(nn.Module):
 
     @torch.no_grad()
     def load_whole(self, parameters: Mapping[str, Tensor]) -> None:
-        """Take this rank's part of the global parameters, which are given by name, bit for bit."""
+        """Take this rank's part of the global parameters, which are given by name, bit for bit.
+
+        Its memory becomes the parameter's, so that what a parameter held before needs none.
+        """
         for name, parameter in self.named_parameters():
             spec = getattr(parameter, "shard_spec", None)
-            parameter.copy_(parameters[name] if spec is None else spec.shard(parameters[name], self.tensor_rank))
+            part = parameters[name] if spec is None else spec.shard(parameters[name], self.tensor_rank)
+            parameter.data = part.to(parameter.device, parameter.dtype)
 
     def init_weights(self, names: Names) -> None:
         """Draw the weights, and take this rank's part of them."""

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 
 from configs import tiny_config
+from host_memory import peak_extra_bytes
 from marks import soak
 from megastruct.config.schema import Config
 from megastruct.engine.engine import build_engine
@@ -53,20 +52,6 @@ def config_for(folder: Path, precision: str, zero: int) -> Config:
         training={"precision": precision},
         parallel={"zero_stage": zero},
     )
-
-
-def peak_extra_bytes(function: Callable[[], object]) -> int:
-    """By how much this process's resident memory rises above what it is now, while `function` runs."""
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again, and not be seen
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _status_bytes("VmRSS")
-    function()
-    return _status_bytes("VmHWM") - before
-
-
-def _status_bytes(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 
 
 def measure(config: Config, topology: Topology) -> Costs:

@@ -37,6 +37,11 @@ def expanded_at(text: str, where: str) -> str:
         raise UserError(Problem(where, f"{text!r}: {error}", "set it, or write the path out")) from None
 
 
+def user_cache() -> Path:
+    """The folder for what may be lost, but costs time to make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megastruct"
+
+
 def option_path(text: str) -> Path:
     """The type of an option that is a path; argparse prints what is wrong with it."""
     return Path(option_text(text))

@@ -26,7 +26,7 @@ from megastruct.config.reference import PrintKeys
 from megastruct.console import lasting_command
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.launch.deepspeed import LaunchOptions, deepspeed_command
-from megastruct.launch.environment import free_port
+from megastruct.launch.environment import begin_start, free_port
 from megastruct.launch.hostfile import hostfile_slots
 from megastruct.launch.running import run_launcher
 from megastruct.paths import option_text
@@ -38,6 +38,7 @@ from megastruct.stops import STOP_FILE, ends_when_asked
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exit code 2 for a user error, 75 if it was asked to stop, else the launcher's."""
     args = _parse(argv)
+    begin_start()
     with ends_when_asked(), user_errors_exit():
         config = load_config(args.config, args.overrides)
         if argv is None:  # as a command

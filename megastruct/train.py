@@ -32,13 +32,19 @@ from megastruct.engine.engine import Engine, build_engine
 from megastruct.engine.internals import check_internals
 from megastruct.errors import EXIT_CODE_START_AGAIN, user_errors_exit
 from megastruct.launch.deepspeed import decoded
-from megastruct.launch.environment import current_process, take_share_of_cores
+from megastruct.launch.environment import (
+    current_process,
+    keep_compiled_code,
+    seconds_since_start,
+    take_share_of_cores,
+)
 from megastruct.launch.signals import StopRequest
 from megastruct.launch.watchdog import Watch
 from megastruct.metrics.devices import peak_tflops, read_peak_memory_bytes
 from megastruct.metrics.perplexity import perplexity
 from megastruct.metrics.progress import Progress, style_of
 from megastruct.metrics.spent import Spent
+from megastruct.metrics.start_times import StartTimes
 from megastruct.metrics.throughput import Throughput
 from megastruct.metrics.wandb_writer import open_wandb
 from megastruct.metrics.writers import Metrics, MetricWriter
@@ -71,7 +77,9 @@ class Run:
         checkpoints: Checkpoints,
         stop: StopRequest,
         watch: Watch,
+        times: StartTimes,
     ) -> None:
+        self.times: StartTimes | None = times  # until the first step is done
         self.config, self.topology, self.data, self.device = config, topology, data, device
         self.checkpoints, self.stop, self.watch = checkpoints, stop, watch
         newest = checkpoints.newest()
@@ -79,7 +87,9 @@ class Run:
         begins = newest is None and config.run.from_ is not None
         begun, drawn = step_of(newest) if newest else 0, not (newest or begins)
         self.engine: Engine = build_engine(config, topology, device, begun, eod_id, drawn)
+        times.done("model and engine")
         self.step, _, state = branch(self.engine, checkpoints) if begins else load_checkpoint(self.engine, newest)
+        times.done("checkpoint")
         self.divergence = Divergence(config, state)
         self.earlier_optimizer_steps: int = state.get("earlier_optimizer_steps", 0)  # of the parents
         self.sample, cursor = place_in_data(config, state)
@@ -120,6 +130,7 @@ class Run:
             self.stop.ask(self.device)
             now = scheduled(self.config, self.step)
             loss = self._train_step(now)
+            self._say_start_is_over()
             stopping = self.stop.agreed()
             norm, finish_save = self.engine.gradient_norm(), self.checkpoints.finish_save
             if self.divergence.note(self.step, loss, norm, finish_save) and self._went_back(loss):
@@ -165,6 +176,13 @@ class Run:
         num_tokens = self.batch_size * self.config.training.seq_length
         self.progress.update(loss, num_tokens / (time.perf_counter() - start))
         return loss
+
+    def _say_start_is_over(self) -> None:
+        if self.times:
+            self.times.done("data and first step")
+            if self.writer:
+                self.progress.say(f"step {self.step} done {self.times}")
+            self.times = None
 
     def _went_back(self, loss: float) -> bool:
         """After a spike, go back to the newest checkpoint and continue with later data; False if that is impossible."""
@@ -258,20 +276,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(decoded(sys.argv[1:] if argv is None else argv))
     process, stop, finished = current_process(), StopRequest(), True
+    times = StartTimes(seconds_since_start(), "command and imports")
     with user_errors_exit(print_message=process.local_rank == 0):  # the same on all ranks of a node
         check_internals()
         config = load_config(args.config, args.overrides)
         topology, data = preflight(config, process.world_size, report=_say_on_first_rank(process.rank))
+        times.done("checks")
     with user_errors_exit(rank=process.rank):
         torch.set_num_threads(take_share_of_cores())
         device = choose_device(config.hardware.device, process)
         limits = config.reliability
+        keep_compiled_code(config.hardware.compile_cache)
         join(device, limits.collective_seconds)
+        times.done("joining")
         with Watch(process, limits.silence_seconds, limits.collective_seconds) as watch:
             check_same_data(data.describe())
             checkpoints = Checkpoints(RunFolder(config))
             if checkpoints.agreed_finished_steps() < total_steps(config):
-                finished = Run(config, topology, data, device, checkpoints, stop, watch).train()
+                finished = Run(config, topology, data, device, checkpoints, stop, watch, times).train()
             elif process.rank == 0:
                 print(f"{checkpoints.folder.path} is finished: {total_steps(config)} steps are done.", file=sys.stderr)
         leave()

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megastruct.config.section import MAX_SECONDS, Count, Section, Size, TensorSize
+from megastruct.config.section import MAX_SECONDS, Count, PathText, Section, Size, TensorSize
 
 
 class ParallelConfig(Section):
@@ -61,6 +61,11 @@ class HardwareConfig(Section):
 
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where the run trains. auto: on GPUs where there are any. cuda refuses a machine without"
+    )
+    compile_cache: PathText | None = Field(
+        None,
+        description="folder that keeps what torch.compile makes, for the next start. Left out: ~/.cache/megastruct "
+        "(in $XDG_CACHE_HOME if that is set). The variable TORCHINDUCTOR_CACHE_DIR goes before it",
     )
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
         None,

@@ -180,18 +180,10 @@ class Engine:
 class PipelineEngine(Engine):
     """ZeRO 0 and 1, any number of stages."""
 
-    def __init__(
-        self,
-        module: GPTPipeline,
-        config: Config,
-        topology: Topology,
-        tp: TensorGroup,
-        device: torch.device,
-        stage_group: StageGroup,
-        place: Place,
-    ) -> None:
-        super().__init__(module, config, topology, tp, device, stage_group, place)
-        if tp.size > 1:
+    @override
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        if self.tp.size > 1:
             self._sum_replicated_gradients()
 
     @classmethod

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megastruct.files import write_atomically
+from megastruct.paths import user_cache
 from megastruct.structures.sharded import ShardedLinear
 
 TOKENS = tuple(2**power for power in range(13))  # 1 to 4,096; beyond, the FLOPs decide as at 4,096
@@ -43,7 +43,7 @@ class Crossover:
 
 def cache_file() -> Path:
     """Where measurements are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megastruct" / "crossover.json"
+    return user_cache() / "crossover.json"
 
 
 def measured_crossover(linear: ShardedLinear, dtype: torch.dtype) -> Crossover:

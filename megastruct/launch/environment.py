@@ -7,9 +7,17 @@ import platform
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import psutil
+
+from megastruct.paths import user_cache
+
+_BEGAN, _COMPILED = "MEGASTRUCT_BEGAN", "TORCHINDUCTOR_CACHE_DIR"
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,39 @@ def take_share_of_cores() -> int:
     threads = max(1, cores // processes_on_this_node(1))
     os.environ["OMP_NUM_THREADS"] = str(threads)
     return threads
+
+
+def begin_start() -> None:
+    """Note when the command began that starts a run, for `seconds_since_start` in its ranks."""
+    os.environ.setdefault(_BEGAN, str(psutil.Process().create_time()))
+
+
+def seconds_since_start() -> float:
+    """Seconds since the command began that started this rank; without one on this machine, since the rank began."""
+    own = psutil.Process().create_time()
+    began = float(os.environ.get(_BEGAN, own))
+    return time.time() - (began if began <= own else own)
+
+
+def keep_compiled_code(folder: str | None) -> None:
+    """Have torch.compile keep its results in `folder`, or in the user's cache, unless TORCHINDUCTOR_CACHE_DIR is set.
+
+    By itself it keeps them in the machine's folder for temporary files. A folder that cannot be written is left out,
+    with a warning.
+    """
+    if _COMPILED in os.environ:
+        return
+    path = Path(folder) if folder else user_cache() / "compiled"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        if is_first_process():
+            where = "hardware.compile_cache" if folder else "the user's cache"
+            print(f"warning: {where}: {path} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
+        return
+    os.environ[_COMPILED] = str(path.absolute())
 
 
 def processes_on_this_node(world_size: int) -> int:

@@ -1,12 +1,20 @@
-"""Threads of a process: its share of the machine's cores."""
+"""What a process takes from its environment: its share of the cores, the start of its command, a place for caches."""
 
 from __future__ import annotations
 
 import os
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 
-from megastruct.launch.environment import take_share_of_cores
+from megastruct.launch.environment import (
+    begin_start,
+    keep_compiled_code,
+    seconds_since_start,
+    take_share_of_cores,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,3 +38,35 @@ def test_a_process_takes_its_share_of_the_cores(
         monkeypatch.setenv(name, value)
     assert take_share_of_cores() == threads
     assert os.environ["OMP_NUM_THREADS"] == str(threads)
+
+
+def test_a_rank_counts_from_the_start_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGASTRUCT_BEGAN", str(time.time() - 1e6))
+    begin_start()  # the first one counts
+    assert 1e6 <= seconds_since_start() < 1e6 + 60
+    monkeypatch.delenv("MEGASTRUCT_BEGAN")
+    own = time.time() - psutil.Process().create_time()
+    assert own <= seconds_since_start() < own + 60
+    monkeypatch.setenv("MEGASTRUCT_BEGAN", str(time.time() + 1e6))  # another machine, whose clock is ahead
+    assert own <= seconds_since_start() < own + 60
+
+
+def test_compiled_code_is_kept_where_the_config_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set")
+    keep_compiled_code(str(tmp_path / "a"))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "set" and not list(tmp_path.iterdir())
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "file").touch()
+    keep_compiled_code(str(tmp_path / "file" / "folder"))
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert "warning: hardware.compile_cache: " in capsys.readouterr().err
+    keep_compiled_code(None)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "megastruct" / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_compiled_code(str(tmp_path / "a"))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "a") and (tmp_path / "a").is_dir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")

@@ -247,9 +247,9 @@ class PlainEngine(Engine):
         guidance = make_guidance(config, topology, device) if guided else None
         mpu = PipelineParallelGrid(topology=deepspeed_topology(topology))
         module, stage = GPT(config, tp, guidance, eod_id, init=False), stage_group(config, topology)
-        replicas = mpu.get_data_parallel_group()
-        place = Placing(module.named_layers(), config, topology, tp, device, replicas, stage, drawn)
-        return cls(module, config, topology, tp, device, stage, place, mpu)
+        given = (config, topology, tp, device)
+        place = Placing(module.named_layers(), *given, mpu.get_data_parallel_group(), stage, drawn)
+        return cls(module, *given, stage, place, mpu)
 
     @override
     def without_guides(self) -> PlainEngine:
@@ -259,10 +259,9 @@ class PlainEngine(Engine):
         zero.empty_parameters(parameters)
         # A new module: ZeRO 3 has cut the old one's parameters, and tied them to its optimizer.
         module = GPT(self.config, self.tp, eod_id=eod_id, init=False)
-        layers, replicas = module.named_layers(), self.mpu.get_data_parallel_group()
-        stage = self.stage_group
-        place = Placing(layers, self.config, self.topology, self.tp, self.device, replicas, stage, drawn=False)
-        return PlainEngine(module, self.config, self.topology, self.tp, self.device, stage, place, self.mpu)
+        given, stage = (self.config, self.topology, self.tp, self.device), self.stage_group
+        place = Placing(module.named_layers(), *given, self.mpu.get_data_parallel_group(), stage, drawn=False)
+        return PlainEngine(module, *given, stage, place, self.mpu)
 
     @override
     def train_batch(self, batches: Iterator[Batch] | None) -> float:

@@ -45,7 +45,9 @@ from megastruct.metrics.perplexity import perplexity
 from megastruct.metrics.progress import Progress, style_of
 from megastruct.metrics.spent import Spent
 from megastruct.metrics.start_times import StartTimes
+from megastruct.metrics.stragglers import Parts, slowest
 from megastruct.metrics.throughput import Throughput
+from megastruct.metrics.waiting import Waiting
 from megastruct.metrics.wandb_writer import open_wandb
 from megastruct.metrics.writers import Metrics, MetricWriter
 from megastruct.parallel.topology import Topology
@@ -101,6 +103,7 @@ class Run:
             topology.world_size,
             peak_tflops(device, config.training.precision, config.hardware.peak_tflops),
         )
+        self.waiting = Waiting(device, topology.world_size)
         flops = [config.training.tokens_per_step * training_flops_per_token(config, share) for share in (0.0, 1.0)]
         self.spent = Spent(topology.world_size, flops[0], flops[1] - flops[0], state, self.step)
         self.writer: MetricWriter | None = None
@@ -164,10 +167,11 @@ class Run:
 
     def _train_step(self, now: Scheduled) -> float:
         start, batch_share = time.perf_counter(), self.batch_size / self.config.training.global_batch_size
-        with self.throughput.step(batch_share):
+        with self.throughput.step(batch_share), self.waiting.step() as waited_seconds:
             self.engine.set_learning_rate(now.learning_rate)
             self.engine.set_alpha(now.alpha, self.step)
             loss = self.engine.train_batch(self._timed(self.reader) if self.reader else None)
+        self.throughput.waited_for_ranks(waited_seconds())
         share = self.engine.guidance.read_share() if self.engine.guidance else 0.0
         self.throughput.guided(share)
         self.spent.step(share, batch_share)
@@ -200,8 +204,7 @@ class Run:
         return True
 
     def _metrics(self, loss: float, now: Scheduled) -> Metrics:
-        memory = torch.tensor(read_peak_memory_bytes(self.device), device=self.device)
-        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        memory_bytes, ranks = self._of_all_ranks()
         share = self.throughput.guide_share  # includes steps from before the end of the guided phase
         guided = {"alpha": now.alpha, "guide_share": share} if self.engine.guidance else {}
         z_loss = {"z_loss": self.engine.loss.read_z(self.device)} if self.engine.loss.has_z else {}
@@ -214,10 +217,19 @@ class Run:
             "grad_norm": self.engine.gradient_norm(),
             "skipped_steps": self.divergence.skipped_steps,
             "skipped_data_steps": self.divergence.skipped_data_steps,
-            "memory_bytes": int(memory),
+            "memory_bytes": max(memory_bytes),
             "skipped_documents": self.data.skipped_documents(self._cursor()),
             **self.throughput.read(training_flops_per_token(self.config, share)),
+            **slowest(ranks),
         }
+
+    def _of_all_ranks(self) -> tuple[list[int], list[Parts]]:
+        """By rank: peak bytes of memory, and the parts of the steps since the last record. Collective."""
+        own = (read_peak_memory_bytes(self.device), *self.throughput.parts())
+        every = torch.empty(self.topology.world_size * len(own), dtype=torch.float64, device=self.device)
+        dist.all_gather_into_tensor(every, torch.tensor(own, dtype=torch.float64, device=self.device))
+        ranks = every.view(-1, len(own)).tolist()
+        return [int(memory) for memory, *_ in ranks], [Parts(*parts) for _, *parts in ranks]
 
     def _validate(self) -> Metrics:
         metrics = self.validation.metrics(self.engine, self.step)

@@ -11,6 +11,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from megastruct.config.schema import LoggingConfig
+from megastruct.metrics.stragglers import notable
 from megastruct.planning.words import duration
 
 Style = Literal["bar", "lines", "off"]
@@ -57,6 +58,7 @@ class Progress:
         parts += [f"learning rate {metrics['learning_rate']:.3g}"] if metrics.get("learning_rate") is not None else []
         parts += [f"gradient norm {metrics['grad_norm']:.3g}"] if metrics.get("grad_norm") is not None else []
         parts += [f"{speed:,.0f} tokens/s"] if speed is not None else []
+        parts += [straggler] if (straggler := notable(metrics)) else []
         self.say(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {'  '.join(parts)}  left {duration(left)}")
 
     def go_back(self, step: int) -> None:

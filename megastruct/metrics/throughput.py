@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from megastruct.metrics.stragglers import Parts
+
 
 @dataclass
 class Throughput:
@@ -23,6 +25,7 @@ class Throughput:
     peak_tflops: float | None
     _seconds: float = field(default=0.0, init=False)
     _data_seconds: float = field(default=0.0, init=False)
+    _waiting_seconds: float = field(default=0.0, init=False)
     _guide_shares: float = field(default=0.0, init=False)
     _steps: int = field(default=0, init=False)
     _full_batches: float = field(default=0.0, init=False)
@@ -43,6 +46,10 @@ class Throughput:
         """Add the seconds that a step waited for its data."""
         self._data_seconds += seconds
 
+    def waited_for_ranks(self, seconds: float) -> None:
+        """Add the seconds that a step communicated and waited for other ranks."""
+        self._waiting_seconds += seconds
+
     def guided(self, share: float) -> None:
         """Add the share of a step's tokens, in [0, 1], for which guides were evaluated (self-guided training only)."""
         self._guide_shares += share
@@ -51,6 +58,12 @@ class Throughput:
     def guide_share(self) -> float:
         """Mean share over the steps since the last `read`, including steps without guides."""
         return self._guide_shares / max(1, self._steps)
+
+    def parts(self) -> Parts:
+        """The parts of this rank's steps since the last `read`."""
+        compute = self._seconds - self._data_seconds - self._waiting_seconds
+        steps = max(1, self._steps)
+        return Parts(compute / steps, self._data_seconds / steps, self._waiting_seconds / steps)
 
     def read(self, flops_per_token: float) -> dict[str, float | None]:
         """Means over the steps since the last `read`, by metric name; starts the next window.
@@ -69,5 +82,5 @@ class Throughput:
             "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
         }
         self._seconds, self._data_seconds, self._guide_shares, self._steps = 0.0, 0.0, 0.0, 0
-        self._full_batches = 0.0
+        self._waiting_seconds, self._full_batches = 0.0, 0.0
         return values

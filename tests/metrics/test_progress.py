@@ -8,6 +8,7 @@ import pytest
 
 from megastruct.config.schema import LoggingConfig
 from megastruct.metrics.progress import Progress, style_of
+from megastruct.metrics.stragglers import Parts, slowest
 from megastruct.planning.words import count, duration, size
 
 RECORD = {"loss": 2.5, "learning_rate": 3e-4, "grad_norm": None, "tokens_per_second": 12345.6, "memory_bytes": 1.0}
@@ -22,6 +23,13 @@ def test_a_line_per_record(capsys: pytest.CaptureFixture[str]) -> None:
     [line] = capsys.readouterr().err.splitlines()
     shown = r"step 10/20  loss 2.5000  learning rate 0.0003  12,346 tokens/s  left 0:00:00"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  " + shown, line), line
+
+
+def test_a_line_names_a_slow_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(20, 5, "lines")
+    progress.record(10, RECORD | slowest([Parts(1.0, 0.0, 0.5), Parts(1.0, 0.75, 0.0)]))
+    progress.close()
+    assert "12,346 tokens/s  slowest rank 1: data wait 0.75 s, median 0 s  left" in capsys.readouterr().err
 
 
 def test_a_bar_has_no_lines_and_off_has_neither(capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,7 @@ from megastruct.run.agreement import check_same_data, gather_cursor
 from megastruct.run.branch import branch
 from megastruct.run.checkpoints import Checkpoints, load_checkpoint, place_in_data
 from megastruct.run.divergence import Divergence
+from megastruct.run.garbage import AlignedCollection
 from megastruct.run.guided_phase import end_guided_phase
 from megastruct.run.preflight import preflight
 from megastruct.run.run_folder import RunFolder
@@ -79,11 +80,12 @@ class Run:
         checkpoints: Checkpoints,
         stop: StopRequest,
         watch: Watch,
+        garbage: AlignedCollection,
         times: StartTimes,
     ) -> None:
         self.times: StartTimes | None = times  # until the first step is done
         self.config, self.topology, self.data, self.device = config, topology, data, device
-        self.checkpoints, self.stop, self.watch = checkpoints, stop, watch
+        self.checkpoints, self.stop, self.watch, self.garbage = checkpoints, stop, watch, garbage
         newest = checkpoints.newest()
         eod_id = data.tokenizer.eod_id
         begins = newest is None and config.run.from_ is not None
@@ -124,6 +126,7 @@ class Run:
         self.spent.start()
         while self.step < total and not stopping:
             if self.engine.guidance and self.step >= guided_steps(self.config):
+                self.garbage.search_all()
                 self.engine = end_guided_phase(self.engine, self.checkpoints, self.step, *self._place())
             if self.step == self.config.training.base_steps:  # the data of the guided steps is read again
                 self.divergence.skipped_data_steps = self.sample = 0
@@ -135,6 +138,7 @@ class Run:
             loss = self._train_step(now)
             self._say_start_is_over()
             stopping = self.stop.agreed()
+            self.garbage.finished(self.step)
             norm, finish_save = self.engine.gradient_norm(), self.checkpoints.finish_save
             if self.divergence.note(self.step, loss, norm, finish_save) and self._went_back(loss):
                 continue
@@ -301,11 +305,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         keep_compiled_code(config.hardware.compile_cache)
         join(device, limits.collective_seconds)
         times.done("joining")
-        with Watch(process, limits.silence_seconds, limits.collective_seconds) as watch:
+        watch = Watch(process, limits.silence_seconds, limits.collective_seconds)
+        with watch, AlignedCollection(limits.gc_interval_steps) as garbage:
             check_same_data(data.describe())
             checkpoints = Checkpoints(RunFolder(config))
             if checkpoints.agreed_finished_steps() < total_steps(config):
-                finished = Run(config, topology, data, device, checkpoints, stop, watch, times).train()
+                finished = Run(config, topology, data, device, checkpoints, stop, watch, garbage, times).train()
             elif process.rank == 0:
                 print(f"{checkpoints.folder.path} is finished: {total_steps(config)} steps are done.", file=sys.stderr)
         leave()

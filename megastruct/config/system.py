@@ -30,7 +30,7 @@ class ParallelConfig(Section):
 
 
 class ReliabilityConfig(Section):
-    """Limits after which a run ends itself and names the cause.
+    """Limits after which a run ends itself and names the cause, and what keeps ranks in step.
 
     Causes are a dead, stopped or hanging rank, skipped steps and loss spikes; see docs/reliability.md.
     """
@@ -54,6 +54,11 @@ class ReliabilityConfig(Section):
     )
     spike_window_steps: Size = Field(50, description="recent losses in the median")
     max_spikes: Count = Field(3, description="how often a run goes back after a spike; one more spike ends it")
+    gc_interval_steps: Count = Field(
+        50,
+        description="steps between two collections of Python's cyclic garbage, which all ranks make at once and at no "
+        "other time. 0: Python's own collector, which stops each rank at other moments",
+    )
 
 
 class HardwareConfig(Section):

@@ -27,6 +27,7 @@ from megastruct.checkpoint.store import step_of
 from megastruct.config import Config, load_config
 from megastruct.console import lasting_command
 from megastruct.data import Batch, TrainingData
+from megastruct.engine.determinism import make_deterministic
 from megastruct.engine.distributed import choose_device, join, leave
 from megastruct.engine.engine import Engine, build_engine
 from megastruct.engine.internals import check_internals
@@ -296,6 +297,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with user_errors_exit(print_message=process.local_rank == 0):  # the same on all ranks of a node
         check_internals()
         config = load_config(args.config, args.overrides)
+        if config.reliability.deterministic:
+            make_deterministic()
         topology, data = preflight(config, process.world_size, report=_say_on_first_rank(process.rank))
         times.done("checks")
     with user_errors_exit(rank=process.rank):

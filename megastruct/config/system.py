@@ -54,6 +54,11 @@ class ReliabilityConfig(Section):
     )
     spike_window_steps: Size = Field(50, description="recent losses in the median")
     max_spikes: Count = Field(3, description="how often a run goes back after a spike; one more spike ends it")
+    deterministic: bool = Field(
+        False,
+        description="true: two runs on the same devices give the same bits, on GPUs too. Slower there; on CPUs they do "
+        "so anyway",
+    )
     gc_interval_steps: Count = Field(
         50,
         description="steps between two collections of Python's cyclic garbage, which all ranks make at once and at no "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -164,11 +165,14 @@ def test_the_end_of_a_run_waits_for_a_limited_time(server: LocalS3, config: Conf
         config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"mirror_wait_seconds": 0.3})})
     )
     assert "step_00000020 was not copied" in capsys.readouterr().err
-    assert any("__0_0" in key for key in server.keys(bucket_of(config)))
+    deadline = time.monotonic() + 60
+    while not any("__0_0" in key for key in server.keys(bucket_of(config))):  # the thread goes on
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert Mirror(config).complete_steps() == []
     assert newest_intact(checkpoints_of(config)) == (checkpoint_folder(checkpoints_of(config), 20), [])
+    shutil.rmtree(checkpoints_of(config).parent / ".mirroring")  # the first thread ends, and has completed nothing
     server.recover()
-    shutil.rmtree(checkpoints_of(config).parent / ".mirroring")  # the first thread ends
     complete_mirror(config)
     assert Mirror(config).complete_steps() == [20]
 

@@ -19,9 +19,13 @@ soak:  ## the long tests
 	tools/setup.sh
 	.venv/bin/python -m pytest -m soak
 
-gpu:  ## the tests of layouts on the GPUs of this machine, over NCCL, and those of kernels
+gpu:  ## the tests of layouts on the GPUs of this machine, over NCCL, and those of kernels; reports in build/gpu
 	tools/setup.sh
-	DS_ACCELERATOR=cuda .venv/bin/python -m pytest -m "soak or not soak" tests/distributed tests/models/test_document_kernel.py tests/inference
+	mkdir -p build/gpu && rm -f build/gpu/bounds.jsonl
+	DS_ACCELERATOR=cuda BOUNDS_FILE=$(CURDIR)/build/gpu/bounds.jsonl .venv/bin/python -m pytest -m "soak or not soak" \
+		--junitxml=build/gpu/cases.xml tests/distributed tests/models/test_document_kernel.py tests/inference \
+		$(PYTEST_ARGS); \
+	status=$$?; .venv/bin/python tests/bounds.py build/gpu/bounds.jsonl > build/gpu/bounds.md; exit $$status
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from bounds import within
 from configs import tiny_config
 from guided import first_losses, guided_config, interrupted_run, memory_of_the_end, whole_run
 from marks import always, soak
@@ -51,7 +52,7 @@ def alone(tmp_path_factory: Any) -> dict[str, Any]:
     ids=str,
 )
 def test_every_layout_trains_as_one_process_does(tmp_path: Path, alone: Any, topology: Topology, zero: int) -> None:
-    assert furthest(run(tmp_path, topology, zero), alone["rows"]) <= BOUNDS["fp32"]
+    assert within(furthest(run(tmp_path, topology, zero), alone["rows"]), BOUNDS["fp32"], "loss")
 
 
 @pytest.mark.parametrize(
@@ -65,13 +66,13 @@ def test_every_layout_trains_as_one_process_does(tmp_path: Path, alone: Any, top
     ids=str,
 )
 def test_every_way_to_skip(tmp_path: Path, alone: Any, skip: str, topology: Topology, zero: int) -> None:
-    assert furthest(run(tmp_path, topology, zero, guided={"skip": skip}), alone[skip]) <= BOUNDS["fp32"]
+    assert within(furthest(run(tmp_path, topology, zero, guided={"skip": skip}), alone[skip]), BOUNDS["fp32"], "loss")
 
 
 @pytest.mark.parametrize("structure", [soak("blockdense"), soak("blockshuffle")])
 def test_block_structures_over_tensor_ranks(tmp_path: Path, structure: str) -> None:
     wanted = run(tmp_path, ALONE, structure=structure)
-    assert furthest(run(tmp_path, Topology(2, 1, 2), structure=structure), wanted) <= BOUNDS["fp32"]
+    assert within(furthest(run(tmp_path, Topology(2, 1, 2), structure=structure), wanted), BOUNDS["fp32"], "loss")
 
 
 @pytest.mark.parametrize(("topology", "zero"), [(Topology(2, 1, 2), 1), soak(Topology(1, 1, 2), 3)], ids=str)
@@ -86,7 +87,7 @@ def test_at_the_start_alpha_changes_nothing(topology: Topology, zero: int, struc
 @pytest.mark.parametrize("topology", [soak(Topology(2, 2)), soak(Topology(1, 1, 2))], ids=str)
 def test_bf16(tmp_path: Path, topology: Topology) -> None:
     low = {"training": {"precision": "bf16"}}
-    assert furthest(run(tmp_path, topology, **low), run(tmp_path, ALONE, **low)) <= BOUNDS["bf16"]
+    assert within(furthest(run(tmp_path, topology, **low), run(tmp_path, ALONE, **low)), BOUNDS["bf16"], "loss")
 
 
 def test_the_guide_matters(tmp_path: Path, alone: Any) -> None:
@@ -156,7 +157,7 @@ def test_a_guided_run_goes_on_in_another_layout(
     folder = {"run": {"folder": str(tmp_path)}}
     first = run_ranks(before.world_size, interrupted_run, guided_config(before, **folder), before, last)[0]
     rest = run_ranks(after.world_size, whole_run, guided_config(after, zero, **folder), after)[0]
-    assert furthest(first + rest, alone["rows"]) <= BOUNDS["fp32"]
+    assert within(furthest(first + rest, alone["rows"]), BOUNDS["fp32"], "loss")
 
 
 WIDE = {"model": {"hidden_size": 128, "ffn_hidden_size": 512}, "training": {"num_steps": 4}}

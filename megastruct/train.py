@@ -54,7 +54,7 @@ from megastruct.metrics.writers import Metrics, MetricWriter
 from megastruct.parallel.topology import Topology
 from megastruct.planning.cost import training_flops_per_token
 from megastruct.planning.steps import guided_steps, total_steps
-from megastruct.run.agreement import check_same_data, gather_cursor
+from megastruct.run.agreement import check_same_data, gather_cursor, gather_numbers
 from megastruct.run.branch import branch
 from megastruct.run.checkpoints import Checkpoints, load_checkpoint, place_in_data
 from megastruct.run.divergence import Divergence
@@ -209,7 +209,7 @@ class Run:
         return True
 
     def _metrics(self, loss: float, now: Scheduled) -> Metrics:
-        memory_bytes, ranks = self._of_all_ranks()
+        every = gather_numbers([read_peak_memory_bytes(self.device), *self.throughput.parts()], self.device)
         share = self.throughput.guide_share  # includes steps from before the end of the guided phase
         guided = {"alpha": now.alpha, "guide_share": share} if self.engine.guidance else {}
         z_loss = {"z_loss": self.engine.loss.read_z(self.device)} if self.engine.loss.has_z else {}
@@ -222,19 +222,11 @@ class Run:
             "grad_norm": self.engine.gradient_norm(),
             "skipped_steps": self.divergence.skipped_steps,
             "skipped_data_steps": self.divergence.skipped_data_steps,
-            "memory_bytes": max(memory_bytes),
+            "memory_bytes": int(max(memory for memory, *_ in every)),
             "skipped_documents": self.data.skipped_documents(self._cursor()),
             **self.throughput.read(training_flops_per_token(self.config, share)),
-            **slowest(ranks),
+            **slowest([Parts(*parts) for _, *parts in every]),
         }
-
-    def _of_all_ranks(self) -> tuple[list[int], list[Parts]]:
-        """By rank: peak bytes of memory, and the parts of the steps since the last record. Collective."""
-        own = (read_peak_memory_bytes(self.device), *self.throughput.parts())
-        every = torch.empty(self.topology.world_size * len(own), dtype=torch.float64, device=self.device)
-        dist.all_gather_into_tensor(every, torch.tensor(own, dtype=torch.float64, device=self.device))
-        ranks = every.view(-1, len(own)).tolist()
-        return [int(memory) for memory, *_ in ranks], [Parts(*parts) for _, *parts in ranks]
 
     def _validate(self) -> Metrics:
         metrics = self.validation.metrics(self.engine, self.step)

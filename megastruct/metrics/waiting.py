@@ -87,9 +87,10 @@ class Waiting:
         spans, self._spans = self._spans, []
         if not self._cuda:
             return sum(end - start for start, end in spans)
-        seconds = sum(start.elapsed_time(end) for start, end in spans) / 1000
-        self._unused_events += [event for span in spans for event in span]
-        return seconds
+        ended = [span for span in spans if span[1].query()]
+        self._spans = [span for span in spans if not span[1].query()]  # none, unless a call was left waiting for nobody
+        self._unused_events += [event for span in ended for event in span]
+        return sum(start.elapsed_time(end) for start, end in ended) / 1000
 
 
 def _replace(undo: ExitStack, owner: Any, name: str, decorate: Callable[[Any], Any]) -> None:

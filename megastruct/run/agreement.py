@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,3 +30,10 @@ def gather_cursor(cursor: np.ndarray | None, shape: tuple[int, ...], device: tor
     tensor = torch.from_numpy(local).to(device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.cpu().numpy()
+
+
+def gather_numbers(own: Sequence[float], device: torch.device) -> list[list[float]]:
+    """The numbers of every rank, in float64, by rank; all ranks pass as many. Collective."""
+    every = torch.empty(dist.get_world_size() * len(own), dtype=torch.float64, device=device)
+    dist.all_gather_into_tensor(every, torch.tensor(own, dtype=torch.float64, device=device))
+    return every.view(-1, len(own)).tolist()

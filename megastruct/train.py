@@ -16,7 +16,7 @@ if __name__ == "__main__":
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from megastruct.engine.determinism import make_deterministic
 from megastruct.engine.distributed import choose_device, join, leave
 from megastruct.engine.engine import Engine, build_engine
 from megastruct.engine.internals import check_internals
+from megastruct.engine.ranges import named_ranges
 from megastruct.errors import EXIT_CODE_START_AGAIN, user_errors_exit
 from megastruct.launch.deepspeed import decoded
 from megastruct.launch.environment import (
@@ -54,6 +55,8 @@ from megastruct.metrics.writers import Metrics, MetricWriter
 from megastruct.parallel.topology import Topology
 from megastruct.planning.cost import training_flops_per_token
 from megastruct.planning.steps import guided_steps, total_steps
+from megastruct.profiling.flight_recorder import FlightRecorder
+from megastruct.profiling.traces import StepProfiler
 from megastruct.run.agreement import check_same_data, gather_cursor, gather_numbers
 from megastruct.run.branch import branch
 from megastruct.run.checkpoints import Checkpoints, load_checkpoint, place_in_data
@@ -87,6 +90,7 @@ class Run:
         self.times: StartTimes | None = times  # until the first step is done
         self.config, self.topology, self.data, self.device = config, topology, data, device
         self.checkpoints, self.stop, self.watch, self.garbage = checkpoints, stop, watch, garbage
+        self.profiler = StepProfiler(config.profiling, checkpoints.folder.path, dist.get_rank(), device)
         newest = checkpoints.newest()
         eod_id = data.tokenizer.eod_id
         begins = newest is None and config.run.from_ is not None
@@ -117,9 +121,8 @@ class Run:
             texts = folder.write(data.describe(), data.tokenizer.files)
             self.writer = MetricWriter(folder.path, self.step, texts, open_wandb(config, folder.path))
             print(summary(config, topology, data, device, self.step), file=sys.stderr, flush=True)
-        self.progress = Progress(
-            total_steps(config), self.step, style_of(config.logging) if dist.get_rank() == 0 else "off"
-        )
+        style = style_of(config.logging) if dist.get_rank() == 0 else "off"
+        self.progress = Progress(total_steps(config), self.step, style)
 
     def train(self) -> bool:
         """Train to the last step, or until the run is asked to stop. Returns whether it is finished."""
@@ -136,7 +139,8 @@ class Run:
             self.watch.arrived(self.step)
             self.stop.ask(self.device)
             now = scheduled(self.config, self.step)
-            loss = self._train_step(now)
+            with self.profiler.step(self.step + 1, lambda: named_ranges(self.engine)):
+                loss = self._train_step(now)
             self._say_start_is_over()
             stopping = self.stop.agreed()
             self.garbage.finished(self.step)
@@ -269,10 +273,6 @@ class Run:
             yield batch
 
 
-def _say_on_first_rank(rank: int) -> Callable[[str], None]:
-    return lambda line: None if rank else print(line, file=sys.stderr, flush=True)
-
-
 def _due(step: int, interval_steps: int, last: bool) -> bool:
     return last or (interval_steps > 0 and step % interval_steps == 0)
 
@@ -291,19 +291,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = load_config(args.config, args.overrides)
         if config.reliability.deterministic:
             make_deterministic()
-        topology, data = preflight(config, process.world_size, report=_say_on_first_rank(process.rank))
+        topology, data = preflight(
+            config, process.world_size, report=lambda line: None if process.rank else print(line, file=sys.stderr)
+        )
         times.done("checks")
     with user_errors_exit(rank=process.rank):
         torch.set_num_threads(take_share_of_cores())
         device = choose_device(config.hardware.device, process)
-        limits = config.reliability
+        limits, folder = config.reliability, RunFolder(config)
         keep_compiled_code(config.hardware.compile_cache)
+        recorder = FlightRecorder(config.profiling, folder.path, process.rank)
         join(device, limits.collective_seconds)
         times.done("joining")
-        watch = Watch(process, limits.silence_seconds, limits.collective_seconds)
+        watch = Watch(process, limits.silence_seconds, limits.collective_seconds, recorder.dump)
         with watch, AlignedCollection(limits.gc_interval_steps) as garbage:
             check_same_data(data.describe())
-            checkpoints = Checkpoints(RunFolder(config))
+            checkpoints = Checkpoints(folder)
             if checkpoints.agreed_finished_steps() < total_steps(config):
                 finished = Run(config, topology, data, device, checkpoints, stop, watch, garbage, times).train()
             elif process.rank == 0:

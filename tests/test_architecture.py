@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
         "config",
         "planning",
     },
-    {"layers", "data", "checkpoint", "metrics", "launch"},
+    {"layers", "data", "checkpoint", "metrics", "launch", "profiling"},
     {"models"},
     {"engine"},
     {"run"},

@@ -137,8 +137,10 @@ def default_of(key: str) -> str:
     field = fields[name]
     if field.is_required():
         return "required"
-    if field.default is None or field.default == {}:
+    if field.default is None or field.default in ({}, ()):
         return "left out"
+    if isinstance(field.default, tuple):
+        return str([*field.default])
     if isinstance(field.default, bool | str):
         return str(field.default).lower()
     return f"{field.default:g}"
@@ -146,10 +148,14 @@ def default_of(key: str) -> str:
 
 def test_defaults_in_the_tables_are_those_of_the_config() -> None:
     rows = tabled_defaults()
-    pages = {"data.md", "guided.md", "optimizers.md", "reliability.md", "runs.md", "structures.md"}
+    pages = {"data.md", "guided.md", "optimizers.md", "performance.md", "reliability.md", "runs.md", "structures.md"}
     assert {page for page, *_ in rows} == pages
     assert {key: default for _, key, default in rows} == {key: default_of(key) for _, key, _ in rows}
-    every = {f"{name}.{key}" for name in ("data", "ffn", "guided", "reliability") for key in section(name).model_fields}
+    every = {
+        f"{name}.{key}"
+        for name in ("data", "ffn", "guided", "profiling", "reliability")
+        for key in section(name).model_fields
+    }
     every |= {f"ffn.{size}" for size in known_sizes()}
     assert every <= {key for _, key, _ in rows}, "a key is missing in its table"
 

@@ -4,9 +4,14 @@
     megastruct-benchmark documents configs/run/s_dense.yaml training.micro_batch_size=8
     megastruct-benchmark decode configs/run/m_gqa.yaml configs/run/m_wide_lowrank_63.yaml --form structured --form auto
     megastruct-benchmark prefill configs/run/l_dense.yaml configs/run/l_lowrank_32.yaml
+    megastruct-benchmark step configs/run/s_lowrank_32.yaml training.compile=true
+    torchrun --nproc-per-node 8 tools/benchmark.py step configs/run/s_lowrank_32.yaml
+    megastruct-benchmark trace runs/NAME/profile/step_00000010_rank_0.json.gz
 
 data: tokenising text, and reading batches. documents: attention within documents, compared with attention across
-document borders. decode: generating tokens with a cache, by batch size. prefill: reading prompts.
+document borders. decode: generating tokens with a cache, by batch size. prefill: reading prompts. step: a training
+step beside plain PyTorch, on one process or several, and its time by part. trace: the time by part of a step that a
+run has traced.
 """
 
 from __future__ import annotations
@@ -21,10 +26,12 @@ import torch
 from megastruct.benchmarks import data as data_benchmark
 from megastruct.benchmarks import documents as documents_benchmark
 from megastruct.commands import benchmark_inference as inference_command
+from megastruct.commands import benchmark_step as step_command
 from megastruct.commands.text_options import add_column_option, columns_of
 from megastruct.config import load_config
 from megastruct.console import command
 from megastruct.errors import Problem, UserError, user_errors_exit
+from megastruct.launch.environment import is_first_process
 from megastruct.paths import option_text
 
 
@@ -62,14 +69,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     for benchmark, run in ((data, benchmark_data), (documents, benchmark_documents)):
         benchmark.set_defaults(run=run)
     inference_command.add_parsers(what)
-    arguments = parser.parse_args(argv)
-    with user_errors_exit():
+    step_command.add_parsers(what)
+    arguments = _parsed(parser, argv)
+    with user_errors_exit(print_message=is_first_process()):
         _check_counts(arguments)
         arguments.run(arguments)
 
 
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; overrides may stand behind options, where argparse itself does not look for them."""
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
 def _check_counts(arguments: argparse.Namespace) -> None:
-    for option in ("max_characters", "rounds", "mean_tokens", "prompt_tokens", "new_tokens"):
+    for option in ("max_characters", "rounds", "mean_tokens", "prompt_tokens", "new_tokens", "steps", "warmup"):
         if getattr(arguments, option, 1) < 1:
             name = "--" + option.replace("_", "-")
             raise UserError(Problem(name, f"{getattr(arguments, option)} is less than 1", f"leave {name} out"))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from megastruct.config.schema import Config
 
 # Where and how fast the run trains, and how often it evaluates and saves. None of it changes what is trained.
-FREE_SECTIONS = ("parallel", "evaluation", "logging", "checkpoint", "hardware", "reliability")
+FREE_SECTIONS = ("parallel", "evaluation", "logging", "checkpoint", "hardware", "reliability", "profiling")
 FREE_KEYS = (
     "training.micro_batch_size",
     "training.activation_checkpointing",

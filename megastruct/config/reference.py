@@ -38,6 +38,7 @@ _PAGES = {  # where a section is explained
     "logging": "[runs.md](runs.md#metrics)",
     "checkpoint": "[runs.md](runs.md#resuming)",
     "reliability": "[reliability.md](reliability.md)",
+    "profiling": "[performance.md](performance.md#traces-of-a-run)",
 }
 
 

@@ -16,7 +16,7 @@ from megastruct.config.data import DataConfig
 from megastruct.config.model import FFNConfig, GuidedConfig, ModelConfig
 from megastruct.config.optimizer import OptimizerConfig
 from megastruct.config.section import MAX_SECONDS, Count, Fraction, PathText, Section, Size, TensorSize
-from megastruct.config.system import HardwareConfig, ParallelConfig, ReliabilityConfig
+from megastruct.config.system import HardwareConfig, ParallelConfig, ProfilingConfig, ReliabilityConfig
 
 
 class RunConfig(Section):
@@ -248,3 +248,4 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     hardware: HardwareConfig = HardwareConfig()
     reliability: ReliabilityConfig = ReliabilityConfig()
+    profiling: ProfilingConfig = ProfilingConfig()

@@ -81,3 +81,44 @@ class HardwareConfig(Section):
         None,
         description="peak of one device in the run's precision, for the metric mfu. Left out: from a table of GPUs",
     )
+
+
+class ProfilingConfig(Section):
+    """What is recorded of chosen steps, and of a run that fails, in the folder `profile` of the run folder.
+
+    Nothing of it changes what is trained.
+    """
+
+    steps: Annotated[tuple[Size, ...], Field(strict=False)] = Field(
+        (),
+        description="steps of which a trace is written, [10, 12]: the first one of a run is 1. Take some after the "
+        "tenth, when everything is compiled. Left out: none",
+        examples=["[10, 12]"],
+    )
+    ranks: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)] = Field(
+        (0,), description="ranks that write traces and memory snapshots", examples=["[0]"]
+    )
+    memory_steps: Annotated[tuple[Size, ...], Field(strict=False)] = Field(
+        (),
+        description="steps after which a snapshot of the GPU's memory is written, with its history. Left out: none",
+        examples=["[10]"],
+    )
+    memory_at_out_of_memory: bool = Field(
+        False, description="write such a snapshot when a GPU has no memory left. true costs a little time in every step"
+    )
+    flight_recorder_entries: Count = Field(
+        0,
+        description="newest collectives that every rank remembers, and writes down when the run ends because a rank is "
+        "lost or hangs. 0: off. 2000 is usual",
+        json_schema_extra={"unit": "collectives"},
+    )
+
+    @property
+    def takes_memory(self) -> bool:
+        """Whether allocations are recorded."""
+        return bool(self.memory_steps) or self.memory_at_out_of_memory
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is recorded on `ranks`."""
+        return bool(self.steps) or self.takes_memory

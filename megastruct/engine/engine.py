@@ -158,7 +158,7 @@ class Engine:
         """
         raise NotImplementedError
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """Let go of all that DeepSpeed holds: partitions, moments, buffers, the last outputs."""
         zero.release(self.deepspeed)
         del self.deepspeed, self.clipper, self.roles  # they hold the guides' weights
@@ -215,7 +215,7 @@ class PipelineEngine(Engine):
     @override
     def without_guides(self) -> PipelineEngine:
         module = self.module  # stays: a new one would make new process groups
-        self._close()
+        self.close()
         module.drop_guides()
         return PipelineEngine(module, self.config, self.topology, self.tp, self.device, self.stage_group, in_place)
 
@@ -255,7 +255,7 @@ class PlainEngine(Engine):
     def without_guides(self) -> PlainEngine:
         parameters = list(self.module.parameters())
         eod_id = self.module.eod_id
-        self._close()
+        self.close()
         zero.empty_parameters(parameters)
         # A new module: ZeRO 3 has cut the old one's parameters, and tied them to its optimizer.
         module = GPT(self.config, self.tp, eod_id=eod_id, init=False)

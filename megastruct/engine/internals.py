@@ -72,6 +72,12 @@ INTERNALS = (
     ),
     Internal("deepspeed.runtime.pipe.schedule", ("ReduceTiedGrads",), "know when the last backward of a step is done"),
     Internal(
+        "deepspeed.runtime.pipe.schedule",
+        ("ForwardPass", "BackwardPass", "ReduceGrads", "OptimizerStep"),
+        "name the parts of a step in traces",
+    ),
+    Internal(_BF16, ("update_hp_grads()",), "name the accumulation of gradients in traces"),
+    Internal(
         "deepspeed.pipe",
         (
             "PipelineModule(layers, topology, loss_fn, partition_method)",

@@ -21,6 +21,7 @@ from megastruct.config.schema import Config
 from megastruct.data.cache import FOLDER_NAME as DATA_CACHE
 from megastruct.data.sources.download import download, write
 from megastruct.data.sources.fsspec_address import open_address, retried, store_errors, write_limit
+from megastruct.profiling.files import FOLDER_NAME as PROFILE
 from megastruct.run.run_folder import CHECKPOINTS
 from megastruct.stops import STOP_FILE
 
@@ -78,9 +79,9 @@ class Mirror:
     def put_files(self, folder: Path) -> None:
         """Copy the files of the run folder that have changed since the last call: all that are not hidden.
 
-        Checkpoints and other subfolders are left out, except the data cache.
+        Checkpoints and other subfolders are left out, except the data cache and the traces.
         """
-        for path in (*folder.iterdir(), *folder.glob(f"{DATA_CACHE}/*")):
+        for path in (*folder.iterdir(), *folder.glob(f"{DATA_CACHE}/*"), *folder.glob(f"{PROFILE}/*")):
             if path.name.startswith(".") or path.name == STOP_FILE or not path.is_file():
                 continue
             name, status = path.relative_to(folder).as_posix(), path.stat()
@@ -156,7 +157,7 @@ class Mirror:
         return sorted(step for step, paths in steps.items() if _is_complete(paths))
 
     def get_files(self, folder: Path) -> None:
-        """Write the run's files, all but the checkpoints, into the run folder.
+        """Write the run's files, all but the checkpoints and the traces, into the run folder.
 
         Raises:
             UserError: the store cannot be reached, or a file cannot be written.
@@ -164,7 +165,7 @@ class Mirror:
         for path in self._retried(lambda: self._find(self._path), "listed"):
             name = PurePosixPath(posixpath.relpath(path, self._path))
             hidden = any(part.startswith(".") for part in name.parts)  # also ".."
-            if name.parts[0] != CHECKPOINTS and not hidden:
+            if name.parts[0] not in (CHECKPOINTS, PROFILE) and not hidden:
                 self._get(path, folder / name)
 
     def get_checkpoint(self, step: int, folder: Path) -> None:

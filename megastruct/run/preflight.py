@@ -16,6 +16,7 @@ from megastruct.launch.environment import processes_on_this_node
 from megastruct.metrics.wandb_writer import check_wandb
 from megastruct.parallel.topology import Topology
 from megastruct.planning.steps import check_guided_steps
+from megastruct.profiling.check import profiling_problems
 from megastruct.run.branch import begins_as_branch, check_parent
 from megastruct.run.restore import Restore
 from megastruct.run.run_folder import RunFolder
@@ -35,11 +36,12 @@ def preflight(
     runs elsewhere. `report` receives lines about the text that is read. Raises UserError with all problems.
     """
     parallel, problems = config.parallel, Problems(check_guided_steps(config))
+    here = processes_on_this_node(world_size) if processes_here is None else processes_here
     problems += check_wandb(config)
+    problems += profiling_problems(config, world_size, _device_type(config) if here else None)
     topology = problems.collect(lambda: Topology.of_world(world_size, parallel.pp, parallel.dp, parallel.tp))
     if topology:
         problems += check_batch(config, topology.dp_size)
-    here = processes_on_this_node(world_size) if processes_here is None else processes_here
     if topology and here and not problems:
         problems += check_memory(config, topology, _device_type(config), here)
     restore = problems.collect(lambda: _restored_files(config))

@@ -1,6 +1,6 @@
 """The folder of a run: resolved config, environment, metrics, TensorBoard, checkpoints.
 
-runs/NAME/  config.yaml  environment.json  data.json  metrics.jsonl  checkpoints/
+runs/NAME/  config.yaml  environment.json  data.json  metrics.jsonl  checkpoints/  profile/
             tokenizer.model (or tokenizer.json and tokenizer_options.json)
             events.out.tfevents.* (TensorBoard)  extensions.json  origin.json
 """

@@ -23,15 +23,19 @@ from processes import last_step
 
 
 class Forked:
-    """The ranks of `megastruct.train ARGUMENTS`. Use as a context: what still runs at its end is killed."""
+    """The ranks of `megastruct.train ARGUMENTS`, or of another `main`. What still runs at its end is killed."""
 
-    def __init__(self, folder: Path, run: Path, world_size: int, *arguments: Any) -> None:
+    def __init__(
+        self, folder: Path, run: Path, world_size: int, *arguments: Any, main: Callable[[list[str]], Any] = train.main
+    ) -> None:
         """`folder`: for the ranks' output."""
         self.run, self.folder = run, folder
         context, port = multiprocessing.get_context("fork"), free_port()
         self.port = port
         self.ranks = [
-            context.Process(target=_rank, args=(rank, world_size, port, self.log(rank), [str(a) for a in arguments]))
+            context.Process(
+                target=_rank, args=(rank, world_size, port, self.log(rank), [str(a) for a in arguments], main)
+            )
             for rank in range(world_size)
         ]
         self.started = time.monotonic()
@@ -80,7 +84,9 @@ def train_forked(folder: Path, run: Path, world_size: int, *arguments: Any) -> N
         assert forked.codes() == [0] * world_size, forked.text()
 
 
-def _rank(rank: int, world_size: int, port: int, log: Path, arguments: list[str]) -> None:
+def _rank(
+    rank: int, world_size: int, port: int, log: Path, arguments: list[str], main: Callable[[list[str]], Any]
+) -> None:
     sys.stdout = sys.stderr = file = log.open("w", buffering=1)
     os.dup2(file.fileno(), 1)
     os.dup2(file.fileno(), 2)
@@ -89,7 +95,7 @@ def _rank(rank: int, world_size: int, port: int, log: Path, arguments: list[str]
     torch.set_num_threads(1)
     code: Any = 1
     try:
-        train.main(arguments)
+        main(arguments)
         code = 0
     except SystemExit as exit_:
         code = exit_.code

@@ -58,6 +58,9 @@ def config(server: LocalS3, tmp_path: Path) -> Config:
     (folder / "metrics.jsonl").write_text('{"step": 20}\n')
     (folder / "data_cache").mkdir()
     (folder / "data_cache" / "held_out.npy").write_bytes(b"tokens")
+    (folder / "profile").mkdir()
+    (folder / "profile" / "step_00000012_rank_0.json.gz").write_bytes(b"trace")
+    (folder / "profile" / ".step_00000013_rank_0.json.gz").write_bytes(b"half a trace")
     (folder / ".lock").touch()
     return config
 
@@ -96,8 +99,9 @@ def write_checkpoint(root: Path, step: int) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).parts[0][0] != "."]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    shown = {name: path for name, path in files.items() if not any(part.startswith(".") for part in name.parts)}
+    return {name.as_posix(): path.read_bytes() for name, path in shown.items()}
 
 
 def copy_all(config: Config) -> None:
@@ -139,7 +143,7 @@ def test_the_mirror_holds_what_the_folder_holds(server: LocalS3, config: Config)
     )
     server.requests.clear()
     copy_all(config)  # which has nothing to do
-    assert not [request for request in server.requests if "step_" in request.path and request.method == "PUT"]
+    assert not [request for request in server.requests if "checkpoints/" in request.path and request.method == "PUT"]
 
 
 def test_a_failing_mirror_delays_only_the_copy(server: LocalS3, config: Config, capsys: Any) -> None:
@@ -240,7 +244,7 @@ def restore(config: Config) -> None:
 
 
 def test_a_run_comes_back_to_an_empty_folder_once(server: LocalS3, config: Config, tmp_path: Path) -> None:
-    """Two processes ask at the same time: one of them downloads the checkpoint, the newest alone."""
+    """Two processes ask at the same time: one of them downloads the checkpoint, the newest alone, and no traces."""
     copy_all(config)
     there = elsewhere(config, tmp_path)
     server.requests.clear()
@@ -250,7 +254,9 @@ def test_a_run_comes_back_to_an_empty_folder_once(server: LocalS3, config: Confi
     for thread in threads:
         thread.join()
     expected = {
-        name: content for name, content in contents(checkpoints_of(config).parent).items() if "00010" not in name
+        name: content
+        for name, content in contents(checkpoints_of(config).parent).items()
+        if "00010" not in name and not name.startswith("profile/")
     }
     assert contents(checkpoints_of(there).parent) == expected
     assert sum(request.method == "GET" and "__0_0" in request.path for request in server.requests) == 1

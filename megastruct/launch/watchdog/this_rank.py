@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,8 +21,9 @@ from megastruct.launch.watchdog.messages import Heartbeat
 class ThisRank:
     """The main thread writes its progress here; the watch thread reads it and may end the process."""
 
-    def __init__(self, process: Process, limits: Limits) -> None:
-        self.process, self.limits = process, limits
+    def __init__(self, process: Process, limits: Limits, last_words: Callable[[], None] = lambda: None) -> None:
+        """`last_words` is called before the process ends for a rank that is lost or hangs; it raises nothing."""
+        self.process, self.limits, self._last_words = process, limits, last_words
         self.tick_seconds = min(1.0, limits.silence_seconds / 10)  # between two heartbeats
         self.step, self.arrivals = 0, 0
         self.failed = False
@@ -54,7 +56,8 @@ class ThisRank:
         if speaks or self.process.local_rank == 0:
             # The message begins on a new line, because the progress bar does not end its line.
             hint = "run the same command again to resume from the newest checkpoint"
-            print(f"\nerror: {message}\n    {hint}", file=sys.stderr)
+            print(f"\nerror: {message}\n    {hint}", file=sys.stderr, flush=True)
+        self._last_words()
         _exit(code)
 
     def end_later(self, code: int) -> None:

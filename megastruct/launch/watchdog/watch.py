@@ -6,6 +6,7 @@ import os
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from types import TracebackType
 
@@ -26,13 +27,21 @@ class Watch:
     A single process is not watched.
     """
 
-    def __init__(self, process: Process, silence_seconds: float, collective_seconds: float) -> None:
+    def __init__(
+        self,
+        process: Process,
+        silence_seconds: float,
+        collective_seconds: float,
+        last_words: Callable[[], None] = lambda: None,
+    ) -> None:
         """Set the limits.
 
         `silence_seconds`: time without a heartbeat after which a rank counts as stopped. `collective_seconds`: time
-        that the others wait for a rank before it counts as hanging; the timeout of the process groups.
+        that the others wait for a rank before it counts as hanging; the timeout of the process groups. `last_words` is
+        called in a thread of every rank that is still there when the run ends for a rank that is lost or hangs; it
+        must end soon, and raise nothing.
         """
-        self.this_rank = ThisRank(process, Limits(silence_seconds, collective_seconds))
+        self.this_rank = ThisRank(process, Limits(silence_seconds, collective_seconds), last_words)
         self._connection: Connection | None = None  # to rank 0
 
     def arrived(self, step: int) -> None:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megastruct.files import write_atomically
 from megastruct.paths import user_cache
+from megastruct.structures.product import linear as product
 from megastruct.structures.sharded import ShardedLinear
 
 TOKENS = tuple(2**power for power in range(13))  # 1 to 4,096; beyond, the FLOPs decide as at 4,096
@@ -89,7 +89,7 @@ def measure(linear: ShardedLinear, dtype: torch.dtype) -> Crossover:
     for tokens in TOKENS if weight.is_cuda else [tokens for tokens in TOKENS if tokens <= CPU_TOKENS]:
         x = torch.ones(tokens, 1, linear.in_features, dtype=dtype, device=weight.device)  # decoding: [b, 1, N]
         merged, structured = _seconds(
-            [partial(F.linear, x, weight) for weight in weights],
+            [partial(product, x, weight) for weight in weights],
             [partial(maths.apply, x, *own, bias=None) for own in factors],
         )
         faster.append(merged < structured)

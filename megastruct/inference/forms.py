@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megastruct.errors import Problem, UserError
 from megastruct.inference.crossover import Crossover, measured_crossover
 from megastruct.structures import DENSE
+from megastruct.structures.product import linear as product
 from megastruct.structures.sharded import ShardedLinear
 
 Form = Literal["structured", "merged", "auto"]
@@ -32,7 +32,7 @@ class MergedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., N] to [..., M]."""
-        return F.linear(x, self.weight, self.bias)
+        return product(x, self.weight, self.bias)
 
 
 class FasterLinear(nn.Module):

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from megastruct.parallel.seeds import Names, draw_normal
 from megastruct.structures.linear import SeededLayer
+from megastruct.structures.product import linear
 
 
 class Embedding(SeededLayer):
@@ -25,7 +26,7 @@ class Embedding(SeededLayer):
 
     def project(self, x: Tensor) -> Tensor:
         """The tied output head: x [s, b, h] -> logits [s, b, vocab]."""
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
     @override
     @torch.no_grad()

@@ -22,6 +22,7 @@ from megastruct.parallel.groups import TensorGroup
 from megastruct.parallel.shards import ShardSpec
 from megastruct.parallel.sizes import words_per_rank
 from megastruct.structures.dense.layers import Linear
+from megastruct.structures.product import linear
 from megastruct.structures.sharded import ShardedLayer
 
 
@@ -103,7 +104,7 @@ def vocab_parallel_cross_entropy_and_z(
 
 def _logits(x: Tensor, weight: Tensor, scale: float, tp: TensorGroup) -> Tensor:
     """Map x [s/tp, b, h] to [s, b, Vt]. The h values of a token are scaled, because its logits are many more."""
-    return F.linear(gather_sequence(x if scale == 1.0 else x * scale, tp), weight)
+    return linear(gather_sequence(x if scale == 1.0 else x * scale, tp), weight)
 
 
 def _local_words(words: Tensor, num_local: int, vocab_size: int, tp: TensorGroup) -> tuple[Tensor, Tensor]:

@@ -20,15 +20,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 
-def autocast_pair(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Cast both to autocast's dtype where autocast is on, as torch's own products do; the shapes stay."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        return x.to(dtype), w.to(dtype)
-    return x, w
-
-
 def is_feature_major(x: Tensor) -> bool:
     """Whether x [..., F] is laid out in memory as a contiguous [F, T]."""
     return not x.is_contiguous() and x.movedim(-1, 0).is_contiguous()
@@ -42,6 +33,11 @@ def _by_block(x: Tensor, nblocks: int, shuffled: bool) -> Tensor:
     return x.unflatten(1, (nblocks, -1)).transpose(0, 1)
 
 
+def _goes_wide(x: Tensor) -> bool:
+    """Whether operands are multiplied in fp32 and the result is rounded: CPUs have no fast bf16 kernel for strides."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
 def _empty(x: Tensor, features: int, feature_major: bool) -> Tensor:
     leading = x.shape[:-1]
     return x.new_empty(features, *leading).movedim(0, -1) if feature_major else x.new_empty(*leading, features)
@@ -53,6 +49,8 @@ def block_product(x: Tensor, w: Tensor, shuffled: bool, feature_major: bool) -> 
 
     If `shuffled`, x must be feature-major, and so must the layout of the result.
     """
+    if _goes_wide(x):
+        return block_product(x.float(), w.float(), shuffled, feature_major).to(x.dtype)
     nblocks, out_per_block, _ = w.shape
     y = _empty(x, nblocks * out_per_block, feature_major)
     torch.bmm(_by_block(x, nblocks, shuffled), w.mT, out=_by_block(y, nblocks, shuffled))
@@ -67,6 +65,8 @@ def _(x: Tensor, w: Tensor, shuffled: bool, feature_major: bool) -> Tensor:
 @torch.library.custom_op("megastruct::block_product_weight_gradient", mutates_args=())
 def block_product_weight_gradient(gradient: Tensor, x: Tensor, nblocks: int, shuffled: bool) -> Tensor:
     """Gradient [..., B o] of the product and its input x [..., B i] -> gradient of w [B, o, i]."""
+    if _goes_wide(x):
+        return block_product_weight_gradient(gradient.float(), x.float(), nblocks, shuffled).to(x.dtype)
     return torch.bmm(_by_block(gradient, nblocks, shuffled).mT, _by_block(x, nblocks, shuffled))
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from megastruct.parallel.collectives import features_to_tokens
 from megastruct.parallel.groups import TensorGroup
 from megastruct.parallel.shards import Cut, ShardSpec
-from megastruct.structures.block_product import autocast_pair, block_product
+from megastruct.structures.block_product import block_product
+from megastruct.structures.product import autocast_pair
 from megastruct.structures.sizes import blocks_divide
 
 

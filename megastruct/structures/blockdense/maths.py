@@ -6,11 +6,11 @@ Shapes: v [B, R/B, N/B] (block l maps features l*N/B ... of x to features l*R/B 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megastruct.structures.block_product import autocast_pair, block_product
+from megastruct.structures.block_product import block_product
 from megastruct.structures.orthonormal import orthonormalized
+from megastruct.structures.product import autocast_pair, linear
 from megastruct.structures.truncation import truncated_svd
 
 
@@ -22,7 +22,7 @@ def apply(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor
     """
     x, v = autocast_pair(x, v)
     hidden = block_product(x, v, shuffled=False, feature_major=False)  # [..., R]
-    return F.linear(hidden, u, bias)
+    return linear(hidden, u, bias)
 
 
 def apply_reference(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megastruct.structures.block_product import autocast_pair, block_product
+from megastruct.structures.block_product import block_product
 from megastruct.structures.orthonormal import orthonormalized
+from megastruct.structures.product import autocast_pair
 from megastruct.structures.truncation import truncated_svd
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megastruct.structures.draws import singular_values_of_a_draw
 from megastruct.structures.orthonormal import orthonormalized
+from megastruct.structures.product import linear
 from megastruct.structures.truncation import truncated_svd
 
 
 def apply(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:
     """Map x [..., N] to [..., M]; v [R, N], u [M, R], bias [M]."""
-    return F.linear(F.linear(x, v), u, bias)
+    return linear(linear(x, v), u, bias)
 
 
 def apply_reference(x: Tensor, v: Tensor, u: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -8,6 +8,8 @@ import os
 import socket
 import warnings
 from datetime import timedelta
+from importlib import import_module
+from typing import Any
 
 import deepspeed
 import psutil
@@ -57,7 +59,10 @@ def join(device: torch.device, collective_seconds: float = 1800.0) -> None:
     warnings.filterwarnings("ignore", message="c10d::.* an autograd kernel was not registered")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     # On CPU this op is compiled at start (30 s) and leaves 66 MiB in /dev/shm per rank and run; training never uses it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Asking which ops could be compiled would call compilers for all, whose complaints about missing libraries (`cannot
+    # find -laio`) reach the screen.
+    comm: Any = import_module("deepspeed.comm.torch")  # its name in `deepspeed.comm` is that of torch itself
+    comm.build_shm_op = lambda: None
     _choose_network()
     # With `device_id` below, sends between pipeline stages wait in line with collectives, of which NCCL warns at every
     # first one; they are waited for here anyway.

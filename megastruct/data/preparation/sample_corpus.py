@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import io
 import json
+import os
 import platform
 import sys
 import sysconfig
@@ -42,6 +43,7 @@ MIN_DOCUMENT_CHARACTERS = 300
 MAX_DOCUMENT_CHARACTERS = 4000
 # Third-party code, and tests, whose docstrings contain little English.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+STATEMENT_FIELDS = ("body", "orelse", "handlers", "finalbody", "cases")  # of nodes of `ast` that hold statements
 
 
 class SampleCorpus(NamedTuple):
@@ -102,7 +104,10 @@ def _topic_documents() -> Iterator[tuple[str, str]]:
 
 def _docstring_documents(library: Path) -> Iterator[tuple[str, str]]:
     """(url, text) of the docstrings of every module under `library`, cut between docstrings into pages."""
-    paths = [path for path in library.rglob("*.py") if not SKIPPED_FOLDERS & set(path.relative_to(library).parts)]
+    paths = []
+    for folder, folders, names in os.walk(library):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
     for path in tqdm(sorted(paths), desc="modules", unit="", disable=not sys.stderr.isatty()):
         module = path.relative_to(library).with_suffix("").as_posix().removesuffix("/__init__").replace("/", ".")
         page, number = "", 0
@@ -121,8 +126,7 @@ def _docstrings(path: Path) -> list[str]:
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):  # templates that are not valid Python
         return []
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+    nodes = list(_documented(tree))
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
     found = []
     for node in nodes:
@@ -130,6 +134,16 @@ def _docstrings(path: Path) -> list[str]:
             text = inspect.cleandoc(text)
             found.append(text if isinstance(node, ast.Module) else f"{node.name}: {text}")
     return found
+
+
+def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The module, its classes and functions, level by level. Expressions, most of a tree, contain none."""
+    level: list[ast.AST] = [tree]
+    while level:
+        for node in level:
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield node
+        level = [child for node in level for field in STATEMENT_FIELDS for child in getattr(node, field, ())]
 
 
 def _shard_content(documents: list[tuple[str, str]], shard_format: str) -> bytes:

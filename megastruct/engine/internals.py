@@ -182,7 +182,7 @@ INTERNALS = (
         "read a parameter's own part with ZeRO 3",
     ),
     Internal(
-        "deepspeed.comm.torch", ("build_shm_op()",), "leave out an operator that is compiled at each start on CPUs"
+        "deepspeed.comm.torch", ("build_shm_op()",), "leave out an operator that is compiled at every start"
     ),
 )
 

@@ -29,3 +29,14 @@ def saved_bytes(run: Callable[[], Any], weights: list[nn.Parameter]) -> int:
         storages.append(found)
     known = {p.untyped_storage().data_ptr() for p in weights} | set(storages[0])
     return sum(size for address, size in storages[1].items() if address not in known)
+
+
+def held_bytes(run: Callable[[], Any]) -> int:
+    """Bytes of CPU memory that are allocated in a forward and still held when it has ended, its output included.
+
+    By the allocator's own count: what is kept outside of autograd counts, too. Run twice, the first time for tables.
+    """
+    kept = [run()]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept.append(run())
+    return sum(event.self_cpu_memory_usage for event in profile.key_averages())

@@ -127,7 +127,7 @@ def baseline_problems(config: Config, world_size: int) -> Iterator[Problem]:
 def _first_weights(config: Config, device: torch.device) -> PlainGPT:
     """The whole model in float32 on the device, with the same random weights on all ranks."""
     with torch.device(device):
-        model = PlainGPT(config.model, config.training.activation_checkpointing)
+        model = PlainGPT(config.model, config.training.activation_checkpointing is True)
     generator = torch.Generator(device).manual_seed(config.run.seed)
     for parameter in model.parameters():
         if parameter.ndim > 1:

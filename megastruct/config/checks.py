@@ -200,6 +200,12 @@ def check_parallel(config: Config) -> Iterator[Problem]:
             "0 with training.precision = bf16, where DeepSpeed has no fp32 gradient accumulation",
             "parallel.zero_stage=1 (the same arithmetic; with one replica the same memory)",
         )
+    if config.training.activation_checkpointing == "selective" and zero == 3:
+        yield Problem(
+            "training.activation_checkpointing",
+            "selective with parallel.zero_stage = 3, where gradients would be wrong",
+            "training.activation_checkpointing=true, or parallel.zero_stage=2",
+        )
 
 
 def check_tensor_parallel(config: Config) -> Iterator[Problem]:

@@ -18,6 +18,8 @@ from megastruct.config.optimizer import OptimizerConfig
 from megastruct.config.section import MAX_SECONDS, Count, Fraction, PathText, Section, Size, TensorSize
 from megastruct.config.system import HardwareConfig, ParallelConfig, ProfilingConfig, ReliabilityConfig
 
+Recompute = bool | Literal["selective"]  # what is computed again in the backward: all, nothing, or what is cheap
+
 
 class RunConfig(Section):
     """Name and place of the run, the seed of all randomness, and the run that it branches from."""
@@ -117,10 +119,11 @@ class TrainingConfig(Section):
         description="crossed: a token attends to all earlier tokens of its packed row, as in the paper. separate: "
         "only to those of its own document, for corpora of short documents",
     )
-    activation_checkpointing: bool = Field(
+    activation_checkpointing: Recompute = Field(
         False,
-        description="keep only the inputs of blocks and compute the rest again in the backward. true saves memory and "
-        "costs about a third more compute",
+        description="what is computed again in the backward instead of being kept. true: everything but the inputs of "
+        "blocks, which saves most memory and costs about a third more compute. selective: norms, rotary embeddings, "
+        "activations and sums, but no products, attention or communication; not with ZeRO 3",
     )
     compile: bool = Field(
         False,

@@ -181,9 +181,7 @@ INTERNALS = (
         ("safe_get_local_fp32_param()", "safe_get_local_optimizer_state()"),
         "read a parameter's own part with ZeRO 3",
     ),
-    Internal(
-        "deepspeed.comm.torch", ("build_shm_op()",), "leave out an operator that is compiled at every start"
-    ),
+    Internal("deepspeed.comm.torch", ("build_shm_op()",), "leave out an operator that is compiled at every start"),
 )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megastruct.config.schema import Recompute
 from megastruct.models.attention import Attention
 from megastruct.models.documents import Mask
 from megastruct.models.guidance import NOT_EVALUATED, BlockChoices
 from megastruct.models.mlp import MLP
+from megastruct.models.recompute import contexts
 
 # All blocks share one limit, because they share their code: dense and structured blocks, training and evaluation, and,
 # with guides, every choice of the two linears.
@@ -17,10 +21,14 @@ COMPILED_VARIANTS = 32
 
 
 class Block(nn.Module):
-    """A transformer block. `recompute`: keep only its input for the backward, which runs the forward again."""
+    """A transformer block.
+
+    `recompute`: what runs again in the backward. True: all, only the input is kept. "selective": what `recompute.py`
+    does not keep.
+    """
 
     def __init__(
-        self, attention: Attention, mlp: MLP, attention_norm: nn.Module, mlp_norm: nn.Module, recompute: bool
+        self, attention: Attention, mlp: MLP, attention_norm: nn.Module, mlp_norm: nn.Module, recompute: Recompute
     ) -> None:
         super().__init__()
         self.attention_norm = attention_norm
@@ -38,7 +46,8 @@ class Block(nn.Module):
         if self.recompute and self.training:
             # Nothing inside is random (choices are made before), so no generator state is needed for the second
             # forward.
-            return checkpoint(self._forward, x, choices, mask, use_reentrant=False, preserve_rng_state=False)
+            run = partial(checkpoint, self._forward, x, choices, mask, use_reentrant=False, preserve_rng_state=False)
+            return run(context_fn=contexts) if self.recompute == "selective" else run()
         return self._forward(x, choices, mask)
 
     def _forward(self, x: Tensor, choices: BlockChoices, mask: Mask | None) -> Tensor:

@@ -238,3 +238,6 @@ def _all_reduce(x: Tensor, operation: str, group: str, size: int) -> Tensor:
 @_all_reduce.register_fake
 def _(x: Tensor, operation: str, group: str, size: int) -> Tensor:
     return x.new_empty(x.shape)
+
+
+KEPT_COLLECTIVES = (_all_gather, _reduce_scatter, _all_to_all)  # those of a forward, which no second forward runs again

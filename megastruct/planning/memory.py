@@ -112,9 +112,9 @@ def communication_bytes(config: Config, parameters: int) -> int:
 def activation_bytes(config: Config, stage: Stage, dp_size: int) -> int:
     """What the backward needs, for all micro-batches that are under way at once: p - i of them on stage i of p.
 
-    With activation checkpointing only the inputs of the blocks, and one whole block while it runs again. Where
-    attention stays inside of documents without a kernel for that, also the mask [b, 1, s, s] that all blocks of the
-    stage share.
+    With activation checkpointing only the inputs of the blocks, and one whole block while it runs again; if it is
+    selective, also `kept_block_bytes` of every block. Where attention stays inside of documents without a kernel for
+    that, also the mask [b, 1, s, s] that all blocks of the stage share.
     """
     training, tp = config.training, config.parallel.tp
     tokens, in_flight = _tokens_and_micro_batches(config, stage, dp_size)
@@ -125,6 +125,8 @@ def activation_bytes(config: Config, stage: Stage, dp_size: int) -> int:
     if not training.activation_checkpointing:
         return tokens * in_flight * (sum(blocks) + others)
     kept = _share(value_bytes(config) * config.model.hidden_size, tp) * len(blocks) + others
+    if training.activation_checkpointing == "selective":
+        kept += sum(kept_block_bytes(config, config.ffn.of_block(index)) for index in stage.blocks)
     return tokens * (in_flight * kept + max(blocks, default=0))
 
 
@@ -140,8 +142,10 @@ def guide_bytes(config: Config, stage: Stage, dp_size: int) -> int:
     state += communication_bytes(config, with_guides) - communication_bytes(config, own)
     tokens, in_flight = _tokens_and_micro_batches(config, stage, dp_size)
     guided_blocks = sum(layer.guide_weights > 0 for layer in stage.layers)
-    at_once = min(guided_blocks, 1) if config.training.activation_checkpointing else in_flight * guided_blocks
-    return state + tokens * at_once * guide_activation_bytes(config)
+    if not config.training.activation_checkpointing:
+        return state + tokens * in_flight * guided_blocks * guide_activation_bytes(config)
+    kept = kept_guide_bytes(config) if config.training.activation_checkpointing == "selective" else 0
+    return state + tokens * (in_flight * guided_blocks * kept + min(guided_blocks, 1) * guide_activation_bytes(config))
 
 
 def guide_activation_bytes(config: Config) -> int:
@@ -154,8 +158,23 @@ def guide_activation_bytes(config: Config) -> int:
     gathered = e * config.model.hidden_size
     if guided.skip != "rows" or guided.levels == 1:
         return gathered if tp > 1 else 0
-    copied = gathered + _share(e * config.model.ffn_hidden_size, tp)
-    return copied * (guided.levels - 1) // guided.levels
+    return _largest_share(config, gathered + _share(e * config.model.ffn_hidden_size, tp))
+
+
+def kept_guide_bytes(config: Config) -> int:
+    """Per token of the sequence, what selective recomputation keeps of the guides of one block, at most.
+
+    The outputs of both, and over tensor-parallel ranks the gathered input of fc1's.
+    """
+    model, tp = config.model, config.parallel.tp
+    values = _share(model.fc1_out_features + model.hidden_size, tp) + (model.hidden_size if tp > 1 else 0)
+    return _largest_share(config, value_bytes(config) * values)
+
+
+def _largest_share(config: Config, num_bytes: int) -> int:
+    """Of `num_bytes` for all rows, those of the largest share of them that is not the whole."""
+    skip, levels = config.guided.skip, config.guided.levels
+    return num_bytes * (levels - 1) // levels if skip == "rows" and levels > 1 else num_bytes
 
 
 def block_activation_bytes(config: Config, ffn: FFNConfig) -> int:
@@ -186,6 +205,26 @@ def block_activation_bytes(config: Config, ffn: FFNConfig) -> int:
     if fc1.inner_width:
         return _share(divided + norm_output, tp) + whole + e * fc1.inner_width
     return _share(divided, tp) + whole + norm_output
+
+
+def kept_block_bytes(config: Config, ffn: FFNConfig) -> int:
+    """Per token of the sequence, what selective recomputation keeps of one block, besides the block's input.
+
+    Outputs of products: queries, keys, values, the attention's map, both maps of the FFN with their inner vectors; the
+    attention's output, with one fp32 log-sum per head. Over tensor-parallel ranks also what collectives return: the
+    gathered inputs of the attention and of fc1, or its gathered inner vector; the own part of what is summed.
+    """
+    model, e, tp = config.model, value_bytes(config), config.parallel.tp
+    fc1, fc2 = ffn_linears(config, ffn)
+    cut = tp if model.kv_heads % tp == 0 else 1
+    kv = _share(2 * model.kv_heads * model.attention_head_dim, cut)
+    divided = 2 * model.num_attention_heads * model.attention_head_dim + 2 * model.hidden_size + model.fc1_out_features
+    values = kv + _share(divided + fc1.inner_width + fc2.inner_width, tp)
+    if tp > 1:
+        values += model.hidden_size + (fc1.inner_width or model.hidden_size)
+        if fc2.exchange(tp).collective == "all_to_all":  # what is sent is kept, too
+            values += fc2.exchange(tp).width
+    return e * values + _share(4 * model.num_attention_heads, tp)
 
 
 def has_dense_mask(config: Config) -> bool:

@@ -46,12 +46,12 @@ def tensor_parallel_bytes(config: Config, stage: Stage, dp_size: int) -> dict[st
     replicated_gradients: an all-reduce of the gradients of replicated parameters. With ZeRO 0 and 1 it runs once a
     step, in fp32. With ZeRO 2 and 3, which keep no whole gradient, it runs in every micro-batch, and twice for the bias
     of a guided fc2, which both branches add.
-    With activation checkpointing the collectives of the blocks' forward run again, except one that ends its map (that
-    of a dense fc2), because the second forward stops when nothing more is needed.
+    If everything is computed again, the collectives of the blocks' forward run again, except one that ends its map
+    (that of a dense fc2), because the second forward stops when nothing more is needed.
     """
     training, tp, e = config.training, config.parallel.tp, value_bytes(config)
     micro_batches = micro_batches_per_step(config, dp_size)
-    passes = 3 if training.activation_checkpointing else 2
+    passes = 3 if training.activation_checkpointing is True else 2
     d, ffn, guides, guided_blocks = config.model.hidden_size, 0, 0.0, 0
     share = mean_guide_share(config) if config.guided.schedule != "off" else 0.0
     for index in stage.blocks:

@@ -8,6 +8,8 @@ rounded. Few rows are left to PyTorch, which has a fast kernel for them: reading
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,28 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 _WIDE_ON_CPU = not _cpu_multiplies_bf16()
+
+
+_partial_sums = False
+
+
+@contextmanager
+def partial_sums(active: bool) -> Iterator[None]:
+    """Inside, if `active`, products are terms of a sum over ranks, which is all that the backward needs of them."""
+    global _partial_sums
+    if not active or torch.compiler.is_compiling():  # the compiler sees for itself what the backward needs
+        yield
+        return
+    _partial_sums = True
+    try:
+        yield
+    finally:
+        _partial_sums = False
+
+
+def makes_partial_sums() -> bool:
+    """Whether it is inside of `partial_sums`."""
+    return _partial_sums
 
 
 def autocast_pair(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -76,6 +76,11 @@ def test_cross_field_problems_beside_unknown_keys() -> None:
     [
         (["training.num_tokens=100"], "training.num_steps, training.num_tokens", "exactly one"),
         (["parallel.zero_stage=2"], "parallel.zero_stage", "parallel.zero_stage=1"),
+        (
+            ["parallel.pp=1", "parallel.zero_stage=3", "training.activation_checkpointing=selective"],
+            "training.activation_checkpointing",
+            "training.activation_checkpointing=true",
+        ),
         (["parallel.zero_stage=0", "training.precision=bf16"], "parallel.zero_stage", "parallel.zero_stage=1"),
         (["parallel.pp=5"], "parallel.pp", "parallel.pp=4"),
         (["training.global_batch_size=30"], "training.global_batch_size", "training.global_batch_size=32"),

@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gqa_narrow_attention": {"model": {"num_key_value_heads": 2, "head_dim": 6}},
     "one_key_value_head": {"model": {"num_key_value_heads": 1}},
     "recomputed": {"training": {"activation_checkpointing": True}},
+    "recomputed in part": {"training": {"activation_checkpointing": "selective"}},
     "guided": {"guided": {"schedule": "fixedstep", "levels": 4}},
 }
 # Every row has 16 tokens: cut at both ends, documents of one token (the end alone), one document, an end at the end.

@@ -44,8 +44,8 @@ def perturbed(config: Config) -> GPT:
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
-@pytest.mark.parametrize("recompute", [False, True])
-def test_output_and_every_gradient(variant: str, recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", [False, True, "selective"])
+def test_output_and_every_gradient(variant: str, recompute: bool | str) -> None:
     config = tiny_config(**VARIANTS[variant], training={"activation_checkpointing": recompute})
     model = perturbed(config)
     ids = torch.randint(0, 64, (3, 9), generator=torch.Generator().manual_seed(2))

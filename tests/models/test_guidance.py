@@ -159,9 +159,10 @@ def gradients(config: Config, accumulate: int = 3) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("skip", ["rows", "coin"])
-def test_recomputed_forwards_decide_as_the_first_ones(skip: str) -> None:
+@pytest.mark.parametrize("recompute", [True, "selective"])
+def test_recomputed_forwards_decide_as_the_first_ones(skip: str, recompute: bool | str) -> None:
     once = gradients(config_for(guided={"skip": skip}))
-    twice = gradients(config_for(guided={"skip": skip}, training={"activation_checkpointing": True}))
+    twice = gradients(config_for(guided={"skip": skip}, training={"activation_checkpointing": recompute}))
     assert set(once) == set(dict(GPT(config_for(), guidance=Guidance(config_for(), 1, 0, 1)).named_parameters()))
     assert all(torch.equal(once[name], twice[name]) for name in once)
     other = gradients(config_for(guided={"skip": skip}, run={"seed": 77}))

@@ -8,19 +8,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy
 
 from configs import tiny_config
 from marks import soak
 from megastruct.config.schema import Config
 from megastruct.engine.config import bucket_values
 from megastruct.engine.engine import build_engine
+from megastruct.models import recompute
 from megastruct.models.gpt import GPT
 from megastruct.models.guidance import Guidance
 from megastruct.models.loss import make_loss
 from megastruct.parallel.collectives import count_bytes
 from megastruct.parallel.groups import TensorGroup
 from megastruct.parallel.topology import Topology
-from megastruct.planning.memory import block_activation_bytes, memory_by_part
+from megastruct.planning.memory import block_activation_bytes, kept_block_bytes, memory_by_part
 from megastruct.planning.stages import pipeline_stages
 from megastruct.planning.traffic import pipeline_bytes, tensor_parallel_bytes
 from ranks import run_ranks
@@ -47,6 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "few_kv_heads": {"num_key_value_heads": 2, "vocab_size": 61},
     "qk_norm": {"num_key_value_heads": 2, "vocab_size": 61, "qk_norm": True},
 }
+CHECKPOINTING = (False, True, "selective")
 
 
 def config_for(tp: int, ffn: str = "lowrank", model: str = "paper", pp: int = 1, **training: Any) -> Config:
@@ -109,7 +113,7 @@ def test_bytes_sent_by_the_whole_model(tp: int) -> None:
         (ffn, model, precision, checkpointing)
         for ffn in FFNS
         for model, precision in (("paper", "fp32"), ("llama", "bf16"), ("few_kv_heads", "fp32"), ("qk_norm", "bf16"))
-        for checkpointing in (False, True)
+        for checkpointing in CHECKPOINTING
     ]
     configs = [config_for(tp, f, m, precision=p, activation_checkpointing=c) for f, m, p, c in cases]
     for results in run_ranks(tp, sent_by_a_micro_batch, configs):
@@ -126,7 +130,7 @@ def test_bytes_sent_by_the_whole_model(tp: int) -> None:
 @pytest.mark.parametrize("skip", ["rows", "none"])
 def test_bytes_sent_with_guides(skip: str) -> None:
     """Half of the rows in every guided forward, which is the mean; or all."""
-    cases = [(ffn, checkpointing) for ffn in sorted(set(FFNS) - {"dense"}) for checkpointing in (False, True)]
+    cases = [(ffn, checkpointing) for ffn in sorted(set(FFNS) - {"dense"}) for checkpointing in CHECKPOINTING]
     guided = {"guided": {"schedule": "fixedstep", "skip": skip, "levels": 2}}
     configs = [
         Config.model_validate({**config_for(2, ffn, activation_checkpointing=c).model_dump(), **guided})
@@ -211,6 +215,42 @@ def test_activations_of_a_block_as_autograd_saves_them(tp: int) -> None:
     for case, config, found in zip(cases, configs, saved, strict=True):
         planned = 16 * block_activation_bytes(config, config.ffn.of_block(1))
         assert found == pytest.approx(planned, rel=0.02), case
+
+
+def kept_by_a_block(configs: list[Config]) -> list[int]:
+    """Bytes of the outputs that the policy keeps. The allocator's count would include buffers of gloo's threads."""
+    tp, results, policy = world(), [], recompute._policy
+    kept: dict[int, Any] = {}
+
+    def recorded(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
+        decision = policy(context, operator, *args, **kwargs)
+        if decision is CheckpointPolicy.MUST_SAVE:
+            outputs = [each for each in tree_leaves(context.op_output) if isinstance(each, torch.Tensor)]
+            kept.update({each.untyped_storage().data_ptr(): each.untyped_storage() for each in outputs})
+        return decision
+
+    recompute._policy = recorded  # type: ignore[assignment]  # in this rank's process alone
+    for config in configs:
+        kept.clear()
+        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        block = GPT(config, tp).to(dtype).blocks.get_submodule("1")
+        x = torch.randn(8 // tp.size, 2, 16, dtype=dtype, requires_grad=True)
+        block(x)
+        results.append(sum(storage.nbytes() for storage in kept.values()))
+    return results
+
+
+@pytest.mark.parametrize("tp", [2, soak(4)])
+def test_what_selective_recomputation_keeps(tp: int) -> None:
+    """On 16 tokens."""
+    cases = [(ffn, model, precision) for ffn in FFNS for model in MODELS for precision in ("fp32", "bf16")]
+    configs = [
+        config_for(tp, ffn, model, precision=precision, activation_checkpointing="selective")
+        for ffn, model, precision in cases
+    ]
+    held = run_ranks(tp, kept_by_a_block, configs)[0]
+    for case, config, found in zip(cases, configs, held, strict=True):
+        assert found == pytest.approx(16 * kept_block_bytes(config, config.ffn.of_block(1)), rel=0.02), case
 
 
 def engine_sizes(config: Config, topology: Topology) -> tuple[int, int, int]:

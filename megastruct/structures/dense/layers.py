@@ -21,6 +21,7 @@ from megastruct.structures.dense import maths
 from megastruct.structures.dense.numbers import DenseNumbers
 from megastruct.structures.layers import Layers
 from megastruct.structures.linear import StructuredLinear
+from megastruct.structures.product import partial_sums
 from megastruct.structures.sharded import ShardedLinear
 from megastruct.structures.spectral import spectral_std
 
@@ -89,7 +90,9 @@ class RowParallelLinear(ShardedLinear):
 
         The bias is added last on one rank too, so that all group sizes round alike.
         """
-        y = reduce_scatter_sequence(maths.apply(x, self.weight), self.tp)  # [s, b, M] partial -> [s/tp, b, M]
+        with partial_sums(self.tp.size > 1):
+            y = maths.apply(x, self.weight)
+        y = reduce_scatter_sequence(y, self.tp)  # [s, b, M] partial -> [s/tp, b, M]
         bias = self.replicated_bias()
         return y if bias is None else y + bias
 

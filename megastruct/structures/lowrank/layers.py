@@ -18,6 +18,7 @@ from megastruct.structures.layers import Layers
 from megastruct.structures.linear import StructuredLinear
 from megastruct.structures.lowrank import maths
 from megastruct.structures.lowrank.numbers import LowRankNumbers
+from megastruct.structures.product import partial_sums
 from megastruct.structures.sharded import ShardedLinear
 
 
@@ -63,7 +64,9 @@ class LowRankRowLinear(ShardedLinear):
 
     def forward_sharded(self, x: Tensor) -> Tensor:
         """Map x [s, b, N/tp] to [s/tp, b, M]."""
-        z = reduce_scatter_sequence(product(x, self.v), self.tp)  # [s, b, R] partial -> [s/tp, b, R]
+        with partial_sums(True):
+            z = product(x, self.v)
+        z = reduce_scatter_sequence(z, self.tp)  # [s, b, R] partial -> [s/tp, b, R]
         return product(z, self.replicated(self.u), self.replicated_bias())
 
 

@@ -53,7 +53,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("family", always(FAMILIES, ["guided"]))
+@pytest.mark.parametrize("family", always(FAMILIES, ["stages"]))
 def test_runs_repeat_and_resume_bit_for_bit(config: Path, settings: Path, family: str) -> None:
     arguments = [config, *FAMILIES[family], "reliability.deterministic=true"]
     runs = settings / "runs"

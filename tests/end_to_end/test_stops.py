@@ -45,7 +45,8 @@ def test_stopped_and_resumed_is_the_undisturbed_run(config: Path, tmp_path: Path
     assert [line.split()[0] for line in lines[1:10]] == titles
     assert "2 processes" in lines[3] and "200 steps, 51.2 k tokens" in lines[6] and str(run) in lines[8]
     assert "evaluation.num_samples: 0 with evaluation.interval_steps = 6: nothing would be validated" in lines[9]
-    assert "  step 1/200  loss " in lines[10]
+    assert lines[10].startswith("step 1 done after ") and "data and first step" in lines[10]
+    assert "  step 1/200  loss " in lines[11]
 
     def one_rank(forked: Forked) -> None:
         forked.signal(1, signal.SIGUSR1)

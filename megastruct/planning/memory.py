@@ -219,11 +219,12 @@ def kept_block_bytes(config: Config, ffn: FFNConfig) -> int:
     cut = tp if model.kv_heads % tp == 0 else 1
     kv = _share(2 * model.kv_heads * model.attention_head_dim, cut)
     divided = 2 * model.num_attention_heads * model.attention_head_dim + 2 * model.hidden_size + model.fc1_out_features
-    values = kv + _share(divided + fc1.inner_width + fc2.inner_width, tp)
+    exchange = fc2.exchange(tp)
+    exchanged = tp > 1 and exchange.collective == "all_to_all"  # both what is sent and what is received
+    inner = fc1.inner_width + (0 if exchanged else fc2.inner_width)
+    values = kv + _share(divided + inner, tp) + (2 * exchange.width if exchanged else 0)
     if tp > 1:
         values += model.hidden_size + (fc1.inner_width or model.hidden_size)
-        if fc2.exchange(tp).collective == "all_to_all":  # what is sent is kept, too
-            values += fc2.exchange(tp).width
     return e * values + _share(4 * model.num_attention_heads, tp)
 
 

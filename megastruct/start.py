@@ -26,7 +26,7 @@ from megastruct.config.reference import PrintKeys
 from megastruct.console import lasting_command
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.launch.deepspeed import LaunchOptions, deepspeed_command
-from megastruct.launch.environment import begin_start, free_port
+from megastruct.launch.environment import began, free_port
 from megastruct.launch.hostfile import hostfile_slots
 from megastruct.launch.running import run_launcher
 from megastruct.paths import option_text
@@ -38,7 +38,6 @@ from megastruct.stops import STOP_FILE, ends_when_asked
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exit code 2 for a user error, 75 if it was asked to stop, else the launcher's."""
     args = _parse(argv)
-    begin_start()
     with ends_when_asked(), user_errors_exit():
         config = load_config(args.config, args.overrides)
         if argv is None:  # as a command
@@ -163,7 +162,7 @@ def _environment(config: Config) -> dict[str, str]:
     """The environment of the launcher and all ranks."""
     import torch
 
-    environment = os.environ | import_variables()
+    environment = os.environ | import_variables() | began()
     if config.hardware.device == "cpu" or not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
     environment.setdefault("LOG_LEVEL", "warning")

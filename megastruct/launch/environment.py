@@ -60,16 +60,15 @@ def take_share_of_cores() -> int:
     return threads
 
 
-def begin_start() -> None:
-    """Note when the command began that starts a run, for `seconds_since_start` in its ranks."""
-    os.environ.setdefault(_BEGAN, str(psutil.Process().create_time()))
+def began() -> dict[str, str]:
+    """The variable that tells the ranks which this process starts when its command began: `seconds_since_start`."""
+    return {_BEGAN: str(psutil.Process().create_time())}
 
 
 def seconds_since_start() -> float:
     """Seconds since the command began that started this rank; without one on this machine, since the rank began."""
     own = psutil.Process().create_time()
-    began = float(os.environ.get(_BEGAN, own))
-    return time.time() - (began if began <= own else own)
+    return time.time() - min(own, float(os.environ.get(_BEGAN, own)))
 
 
 def keep_compiled_code(folder: str | None) -> None:

@@ -15,7 +15,7 @@ from megastruct.config import Config, load_config
 from megastruct.config.checks import check_batch
 from megastruct.errors import Problem, Problems, UserError, user_errors_exit
 from megastruct.files import write_atomically
-from megastruct.launch.environment import Process, current_process, take_share_of_cores
+from megastruct.launch.environment import Process, current_process, keep_compiled_code, take_share_of_cores
 from megastruct.parallel.topology import Topology
 from megastruct.paths import option_path
 from megastruct.profiling.breakdown import as_json, breakdown, breakdown_lines
@@ -95,8 +95,12 @@ def _run(
     arguments: argparse.Namespace, config: Config, topology: Topology, tokens: Tokens, process: Process, folder: Path
 ) -> None:
     from megastruct.benchmarks import step as benchmark
+    from megastruct.engine.determinism import make_deterministic
     from megastruct.engine.distributed import choose_device, join, leave
 
+    if config.reliability.deterministic:
+        make_deterministic()
+    keep_compiled_code(config.hardware.compile_cache)
     torch.set_num_threads(take_share_of_cores())
     device = choose_device(config.hardware.device, process)
     join(device, config.reliability.collective_seconds)

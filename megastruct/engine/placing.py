@@ -23,7 +23,7 @@ from megastruct.engine import zero
 from megastruct.models.first_weights import draw_first_weights
 from megastruct.parallel.groups import StageGroup, TensorGroup, make_stage_group
 from megastruct.parallel.topology import Topology
-from megastruct.structures.sharded import Seeded
+from megastruct.structures.sharded import ShardedModule
 
 
 class Placing:
@@ -86,7 +86,7 @@ class Placing:
 def _leave_shapes_only(layer: nn.Module, device: torch.device) -> None:
     """Leave the parameters that will be drawn or read from a checkpoint their shapes, on the device, but no memory."""
     for module in layer.modules():
-        if isinstance(module, Seeded):
+        if isinstance(module, ShardedModule):
             for parameter in module.parameters():
                 parameter.data = torch.empty(1, dtype=parameter.dtype, device=device).expand(parameter.shape)
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megastruct.parallel.seeds import Names
-from megastruct.structures.sharded import Seeded, global_shape
+from megastruct.structures.sharded import ShardedModule, global_shape
 
 
 class _Part(NamedTuple):
     """What is drawn at once: a module of a layer, the name of its streams, and the index of the layer."""
 
-    module: Seeded
+    module: ShardedModule
     names: Names
     layer: int
 
@@ -68,7 +68,7 @@ def draw_first_weights(
 
 def _parts(module: nn.Module, name: str, seed: int, layer: int) -> Iterator[_Part]:
     """The parts of one named layer. A module that has `draw_weights` draws everything below it."""
-    if isinstance(module, Seeded):
+    if isinstance(module, ShardedModule):
         yield _Part(module, (seed, "weights", name), layer)
         return
     for child_name, child in module.named_children():
@@ -76,7 +76,7 @@ def _parts(module: nn.Module, name: str, seed: int, layer: int) -> Iterator[_Par
 
 
 def _shared(
-    module: Seeded, weights: dict[str, Tensor], source: int, group: ProcessGroup, device: torch.device | None
+    module: ShardedModule, weights: dict[str, Tensor], source: int, group: ProcessGroup, device: torch.device | None
 ) -> dict[str, Tensor]:
     """The weights that the rank `source` has drawn, on every rank, in float32 as drawn."""
     sent = {}

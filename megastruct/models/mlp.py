@@ -10,10 +10,10 @@ from megastruct.config.activations import Activation
 from megastruct.models.guidance import NOT_EVALUATED, BlockChoices
 from megastruct.parallel.seeds import Names
 from megastruct.structures.guide import Choice
-from megastruct.structures.sharded import LinearBuilder, Seeded, ShardedLinear
+from megastruct.structures.sharded import LinearBuilder, ShardedLinear, ShardedModule
 
 
-class MLP(Seeded):
+class MLP(ShardedModule):
     """fc2(activation(fc1 x)); with a gated activation, fc1 makes gate and value in one map h -> 2f.
 
     A guide stands beside a structured linear while it is trained with one (`structures/guide.py`).

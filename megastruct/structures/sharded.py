@@ -24,7 +24,7 @@ from megastruct.structures.numbers import Form, Widths
 Whole = TypeVar("Whole", bound=SeededLayer)  # the layer of one process
 
 
-class Seeded(nn.Module):
+class ShardedModule(nn.Module):
     """A module whose first weights depend on names alone, and of which each tensor-parallel rank may hold a part."""
 
     @property
@@ -52,7 +52,7 @@ class Seeded(nn.Module):
             parameter.data = part.to(parameter.device, parameter.dtype)
 
     def init_weights(self, names: Names) -> None:
-        """Draw the weights, and take this rank's part of them."""
+        """Draw the weights and take this rank's part of them, as a `SeededLayer` fills itself."""
         self.load_whole(self.draw_weights(names))
 
 
@@ -61,7 +61,7 @@ def global_shape(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "global_shape", parameter.shape)
 
 
-class ShardedLayer(Seeded, Generic[Whole]):
+class ShardedLayer(ShardedModule, Generic[Whole]):
     """A layer of which every rank of `tp` holds a part.
 
     A sharded parameter carries `shard_spec` and `global_shape` (which part of which tensor it is) and

@@ -15,7 +15,7 @@ from megastruct.engine.engine import build_engine
 from megastruct.engine.placing import Placing
 from megastruct.models.gpt import GPT
 from megastruct.models.mlp import MLP
-from megastruct.structures.sharded import Seeded, ShardedLayer
+from megastruct.structures.sharded import ShardedLayer, ShardedModule
 from ranks import run_ranks
 from runs import Layout, OwnWeights, own_weights, whole_weights
 
@@ -49,7 +49,7 @@ def test_every_part_is_drawn_by_one_rank_of_its_stage(layout: Layout) -> None:
     guides = {name: found.pop(name) for name in list(found) if "_guide" in name}
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     assert guides and all(weight.any() for weight in guides.values())
-    parts = sum(isinstance(module, Seeded) and ".mlp." not in name for name, module in model.named_modules())
+    parts = sum(isinstance(module, ShardedModule) and ".mlp." not in name for name, module in model.named_modules())
     tied_again = int(layout.pp > 1 and config.model.tie_embeddings)
     assert sum(drawn for _, drawn in ranks) == parts + tied_again
     assert all(drawn for _, drawn in ranks)

@@ -185,7 +185,8 @@ def _type_words(value: dict[str, Any], definitions: dict[str, Any]) -> str:
     if options:
         return " or ".join(_type_words(option, definitions) for option in options)
     if "enum" in value or "const" in value:
-        return " or ".join(map(str, value.get("enum", [value.get("const")])))
+        words = value.get("enum", [value.get("const")])
+        return " or ".join(str(word).lower() if isinstance(word, bool) else str(word) for word in words)
     if "$ref" in value:
         properties = definitions[value["$ref"].rpartition("/")[2]]["properties"]
         return f"{{{', '.join(properties)}}}"

@@ -18,7 +18,7 @@ from megastruct.config.optimizer import OptimizerConfig
 from megastruct.config.section import MAX_SECONDS, Count, Fraction, PathText, Section, Size, TensorSize
 from megastruct.config.system import HardwareConfig, ParallelConfig, ProfilingConfig, ReliabilityConfig
 
-Recompute = bool | Literal["selective"]  # what is computed again in the backward: all, nothing, or what is cheap
+Recompute = Literal[False, True, "selective"]  # what is computed again in the backward: all, nothing, or what is cheap
 
 
 class RunConfig(Section):

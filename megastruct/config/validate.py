@@ -63,6 +63,8 @@ def _stand_in(values: dict[str, Any], path: Location) -> None:
 def _explain(item: Any) -> Problem:
     where = ".".join(str(key) for key in item["loc"] if not _is_union_tag(key))
     message = item["msg"][0].lower() + item["msg"][1:]
+    if item["type"] == "literal_error":  # in the words of YAML
+        message = message.replace("False", "false").replace("True", "true")
     if isinstance(item["input"], str) and (mistake := mistake_in(item["input"])):
         message = f"not valid YAML: {mistake}"
     if len(item["loc"]) > 2:  # inside a list of sources, which an override cannot address
@@ -124,7 +126,7 @@ def _value_that_is_right(item: Any) -> str:
 def _words(annotation: Any) -> list[str]:
     """The words between which a key's type leaves the choice."""
     if get_origin(annotation) is Literal:
-        return [word for word in get_args(annotation) if isinstance(word, str)]
+        return [word if isinstance(word, str) else str(word).lower() for word in get_args(annotation)]
     return [word for option in get_args(annotation) for word in _words(option)]
 
 

@@ -200,3 +200,11 @@ def test_sizes_that_no_machine_holds_are_one_message_at_once(overrides: list[str
     found = problems(QUICKSTART, *overrides)
     assert found and time.process_time() - begun < 2.0
     assert all(len(str(problem)) < 600 for problem in found)
+
+
+def test_a_key_that_takes_truth_or_a_word_is_one_problem_in_the_words_of_yaml() -> None:
+    [problem] = problems(QUICKSTART, "training.activation_checkpointing=selectve")
+    assert problem.found == "'selectve': input should be false, true or 'selective'"
+    assert problem.suggestion == "training.activation_checkpointing=selective"
+    for value in ("true", "false", "selective"):
+        assert not problems(QUICKSTART, f"training.activation_checkpointing={value}")

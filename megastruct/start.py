@@ -26,7 +26,7 @@ from megastruct.config.reference import PrintKeys
 from megastruct.console import lasting_command
 from megastruct.errors import Problem, UserError, user_errors_exit
 from megastruct.launch.deepspeed import LaunchOptions, deepspeed_command
-from megastruct.launch.environment import began, free_port
+from megastruct.launch.environment import began, reserved_port
 from megastruct.launch.hostfile import hostfile_slots
 from megastruct.launch.running import run_launcher
 from megastruct.paths import option_text
@@ -38,7 +38,7 @@ from megastruct.stops import STOP_FILE, ends_when_asked
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; exit code 2 for a user error, 75 if it was asked to stop, else the launcher's."""
     args = _parse(argv)
-    with ends_when_asked(), user_errors_exit():
+    with ends_when_asked(), user_errors_exit(), reserved_port() as free_port:
         config = load_config(args.config, args.overrides)
         if argv is None:  # as a command
             print(f"{args.config}: checking the config, the data and the devices", file=sys.stderr, flush=True)
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run.check_config()
         finished = run.finished_steps()
         if finished < total:
-            options, world_size, here = _launch_options(config, args)
+            options, world_size, here = _launch_options(config, args, free_port)
             with places_in_errors(args.config, args.overrides):
                 preflight(config, world_size, here)
             finished = run.finished_steps()  # the mirror may have had more
@@ -105,7 +105,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def _launch_options(config: Config, args: argparse.Namespace) -> tuple[LaunchOptions, int, int]:
+def _launch_options(config: Config, args: argparse.Namespace, free_port: int) -> tuple[LaunchOptions, int, int]:
     """(options for the launcher, processes on all nodes, processes on one node).
 
     Raises UserError for options that do not fit.
@@ -138,7 +138,7 @@ def _launch_options(config: Config, args: argparse.Namespace) -> tuple[LaunchOpt
         port = args.master_port
     else:
         processes = world_size = _local_processes(config, args.num_gpus)
-        port = args.master_port or free_port()  # any free one, so that several runs on a machine do not collide
+        port = args.master_port or free_port  # so that several runs on a machine do not collide
     per_node = args.num_gpus if args.hostfile is not None else processes
     options = LaunchOptions(args.hostfile, per_node, args.num_nodes, args.node_rank, args.master_addr, port)
     return options, world_size, processes

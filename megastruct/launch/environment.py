@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -100,11 +102,16 @@ def processes_on_this_node(world_size: int) -> int:
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or world_size)
 
 
-def free_port() -> int:
-    """A TCP port of this machine on which no process listens at the moment."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A free TCP port of this machine, which the system gives to nobody else inside the context.
+
+    Rank 0 can listen on it: two sockets may have a port with SO_REUSEADDR while at most one of them listens.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        yield holder.getsockname()[1]
 
 
 def describe_environment() -> dict[str, str]:

@@ -35,7 +35,7 @@ import torch._inductor.compile_fx  # deepspeed.initialize imports it: seconds pe
 import torch.multiprocessing
 
 from megastruct.engine.distributed import choose_device, join, leave
-from megastruct.launch.environment import current_process, free_port
+from megastruct.launch.environment import current_process, reserved_port
 
 TIMEOUT_SECONDS = 240
 ON_GPUS = os.environ["DS_ACCELERATOR"] == "cuda"
@@ -53,8 +53,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) ->
         pytest.skip(f"{world_size} ranks, {torch.cuda.device_count()} GPUs")
     torch.set_num_threads(1)
     context, environment = _context(), dict(os.environ)
-    with TemporaryDirectory() as folder:
-        port = free_port()
+    with TemporaryDirectory() as folder, reserved_port() as port:
         processes = [
             context.Process(target=_rank, args=(rank, world_size, port, Path(folder), environment, function, arguments))
             for rank in range(world_size)

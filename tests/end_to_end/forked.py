@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch._dynamo
 import torch._inductor.compile_fx
 
 from megastruct import train
-from megastruct.launch.environment import free_port
+from megastruct.launch.environment import reserved_port
 from processes import last_step
 
 
@@ -30,8 +31,8 @@ class Forked:
     ) -> None:
         """`folder`: for the ranks' output."""
         self.run, self.folder = run, folder
-        context, port = multiprocessing.get_context("fork"), free_port()
-        self.port = port
+        context, self._reserved = multiprocessing.get_context("fork"), ExitStack()
+        self.port = port = self._reserved.enter_context(reserved_port())
         self.ranks = [
             context.Process(
                 target=_rank, args=(rank, world_size, port, self.log(rank), [str(a) for a in arguments], main)
@@ -49,6 +50,7 @@ class Forked:
         for rank in self.ranks:
             rank.kill()
             rank.join()
+        self._reserved.close()
 
     def log(self, rank: int) -> Path:
         return self.folder / f"rank{rank}.log"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any
 
@@ -15,22 +16,23 @@ from ranks import run_ranks
 
 
 def two_saves() -> list[Any]:
-    """What the saves of two steps have written; both are slow, and training changes the tensor at once."""
+    """What the saves of two steps have written; both end after training went on, which changes the tensor at once."""
     saver, written = BackgroundSaver(), []
     weight = torch.zeros(3)
 
-    def write(group: Any, copies: dict[str, torch.Tensor], seconds: float) -> None:
-        time.sleep(seconds)
+    def write(group: Any, copies: dict[str, torch.Tensor], started: threading.Event) -> None:
+        written.append("training goes on" if started.wait(20) else "training waits")
+        time.sleep(0.5)  # a next save that does not wait would come meanwhile
         total = copies["weight"].clone()
         dist.all_reduce(total, group=group)
         written.append(total.tolist())
 
-    for step, seconds in ((1, 0.5), (2, 0.5)):
+    for step in (1, 2):
         weight.fill_(step)
         copies = saver.host_copies({"weight": weight})
-        start = time.monotonic()
-        saver.start(lambda group, copies=copies, seconds=seconds: write(group, copies, seconds))
-        written.append("training goes on" if time.monotonic() - start < 0.4 else "training waits")
+        started = threading.Event()
+        saver.start(lambda group, copies=copies, started=started: write(group, copies, started))
+        started.set()
         weight.fill_(-1)
         dist.all_reduce(torch.ones(1))  # training's own collectives meanwhile
     saver.wait()

@@ -52,7 +52,7 @@ def test_benchmark_of_documents_compares_with_attention_across_borders(capsys):
 
 
 def test_token_shards_are_read_at_five_million_tokens_a_second(tmp_path, tokenizer_path):
-    """In one process, from what the system has in memory; half a second of it."""
+    """In one process, from what the system has in memory; half a second of the processor's time."""
     text = tmp_path / "text"
     text.mkdir()
     for shard in range(3):
@@ -61,11 +61,11 @@ def test_token_shards_are_read_at_five_million_tokens_a_second(tmp_path, tokeniz
     data = open_kind("tokens", str(tmp_path / "tokens"), None, seq_length=2048, vocab_size=512, seed=0)
     reader = data.train_reader(64, 8, 0, 1)
     best = 0.0
-    for _ in range(5):  # the machine may have other work
-        start, num_tokens = time.perf_counter(), 0
-        while time.perf_counter() - start < 0.1:
+    for _ in range(5):  # other processes may take the cache of the processor
+        start, num_tokens = time.process_time(), 0
+        while time.process_time() - start < 0.1:
             num_tokens += next(reader).ids.numel()
-        best = max(best, num_tokens / (time.perf_counter() - start))
+        best = max(best, num_tokens / (time.process_time() - start))
     assert best > 5e6
 
 

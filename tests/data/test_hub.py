@@ -408,10 +408,9 @@ def test_a_hub_that_goes_down_is_named_when_patience_ends(hub, few, tokenizer_pa
 
 def test_a_hub_that_is_down_is_said_at_once_because_the_name_may_be_a_wrong_path(hub, tokenizer_path, tmp_path):
     hub.go_down()
-    start = time.monotonic()
     error = refused(prepare_from(hub, tmp_path, tokenizer_path, name="data/texts"))
     assert "--input: data/texts is not a local path" in error and "ConnectError" in error
-    assert time.monotonic() - start < 10
+    assert "trying again" not in error
 
 
 @pytest.mark.parametrize("pattern, named", [soak("/tree/", "org/name"), ("^shard-1", "shard-1.parquet")])
@@ -422,7 +421,7 @@ def test_a_hub_that_hangs_is_named_when_patience_ends(hub, few, tokenizer_path, 
     options = {"HF_HUB_DOWNLOAD_TIMEOUT": "1"}
     error = refused(prepare_from(hub, tmp_path, tokenizer_path, "--patience-seconds", "0.2", **options))
     assert re.search(rf"{named}: could not be (listed|read) for 0.2 s \(last error: ReadTimeout", error)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60  # without the option: minutes
 
 
 @pytest.mark.soak

@@ -187,7 +187,7 @@ def test_a_source_that_stays_away_is_named_when_patience_ends(tmp_path, tokenize
     with pytest.raises(UserError, match=r"a\.parquet: could not be read for 1 s .*No such file") as caught:
         next(chunks[0, 0])
     assert "data.patience_seconds" in str(caught.value)
-    assert 0.9 < time.monotonic() - start < 15
+    assert 0.9 < time.monotonic() - start < 60
     assert "trying again" in capfd.readouterr().err
 
 
@@ -202,7 +202,7 @@ def test_a_source_that_hangs_is_named_when_patience_ends(tmp_path, tokenizer_pat
     start = time.monotonic()
     with pytest.raises(UserError, match=r"a\.jsonl: could not be read for 3 s .*does not answer"):
         next(chunks[0, 0])
-    assert 2 < time.monotonic() - start < 20
+    assert 2 < time.monotonic() - start < 60
     if not num_workers:
         (tmp_path / "a.jsonl").open("w").close()  # lets the thread go
 

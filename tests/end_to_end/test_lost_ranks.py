@@ -15,6 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from forked import Forked
+from marks import soak
 from megastruct import train
 from megastruct.errors import Problem, UserError
 from processes import Started, last_step
@@ -51,14 +52,15 @@ def test_a_killed_rank_is_named_at_once(config: Path, tmp_path: Path, lost: int)
         assert "run the same command again to resume from the newest checkpoint" in text
 
 
-@pytest.mark.parametrize("lost", [0, 3])
-def test_a_stopped_rank_is_named_in_time(config: Path, tmp_path: Path, lost: int) -> None:
+@pytest.mark.parametrize(("lost", "margin"), [(0, 25.0), (3, 25.0), soak(0, 5.0)])
+def test_a_stopped_rank_is_named_in_time(config: Path, tmp_path: Path, lost: int, margin: float) -> None:
+    """Long before the limit of collectives; within seconds where the machine has nothing else to do."""
     with Forked(tmp_path, tmp_path / "runs" / "test", 4, config, *RUN, *LIMITS) as forked:
         forked.wait_for_step(2)
         forked.signal(lost, signal.SIGSTOP)
         start = time.monotonic()
-        assert forked.codes(*survivors(forked, lost), seconds=30) == [1, 1, 1], forked.text()
-        assert SILENCE / 2 < time.monotonic() - start < SILENCE + 5
+        assert forked.codes(*survivors(forked, lost), seconds=40) == [1, 1, 1], forked.text()
+        assert SILENCE / 2 < time.monotonic() - start < SILENCE + margin
         found = only_message(forked.text())
         assert f"rank {lost}" in found and "has been silent for 3 s: it is stopped" in found
 

@@ -56,7 +56,7 @@ def compare(results: list[Any], wanted: list[Any], what: str) -> None:
     ("pp", "dp", "zero"),
     always(
         [layout for layout in PIPELINES + PLAIN if layout != (1, 1, 1)],
-        [(4, 1, 0), (2, 2, 0), (4, 2, 1), (1, 2, 2), (1, 2, 3)],
+        [(2, 2, 0), (4, 2, 1), (1, 2, 2), (1, 2, 3)],
     ),
 )
 def test_fp32(one_process: Any, pp: int, dp: int, zero: int) -> None:
@@ -66,7 +66,7 @@ def test_fp32(one_process: Any, pp: int, dp: int, zero: int) -> None:
 
 @pytest.mark.parametrize(
     ("pp", "dp", "zero"),
-    always([layout for layout in PIPELINES + PLAIN if layout[2] > 0], [(2, 2, 1), (1, 2, 3)]),
+    always([layout for layout in PIPELINES + PLAIN if layout[2] > 0], [(2, 2, 1)]),
 )
 def test_bf16(one_process: Any, pp: int, dp: int, zero: int) -> None:
     results = run_ranks(pp * dp, losses, config_for("bf16", pp, zero), Topology(pp, dp))

@@ -131,7 +131,6 @@ CHOSEN = [
     Case(2, 2, 1, 0, "lowrank"),
     Case(1, 3, 1, 1, "dense"),
     Case(2, 1, 2, 1, "blockshuffle"),
-    Case(1, 2, 2, 2, "blockdense", "fp32", "base_width"),
     Case(1, 2, 2, 1, "lowrank", "bf16"),
 ]
 

@@ -82,7 +82,7 @@ class Layout:
             run={"folder": str(folder)},
             model={"num_key_value_heads": 2, "vocab_size": 61},
             ffn={"structure": "blockdense", "rank": 8, "nblocks": 2},
-            training={"precision": self.precision},
+            training={"precision": self.precision, "global_batch_size": 8},
             optimizer={"eps": 1e-5},
             parallel={"pp": self.pp, "tp": self.tp, "zero_stage": self.zero},
         )

@@ -5,6 +5,7 @@ Layer by layer it is proven in tests/tensor_parallel (float64, every gradient); 
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,17 @@ def config_for(topology: Topology, zero: int = 1, structure: str = "lowrank", **
     return tiny_config(parallel=parallel, ffn=STRUCTURES[structure], **sections)
 
 
+@functools.cache
+def losses_of_one_process(config: str) -> list[tuple[float, float]]:
+    """Of a config as JSON; several layouts are compared with the same run."""
+    return run_ranks(1, losses, Config.model_validate_json(config), Topology(1, 1))[0]
+
+
 def compare(
     topology: Topology, zero: int = 1, precision: str = "fp32", structure: str = "lowrank", **sections: Any
 ) -> None:
     sections["training"] = {"precision": precision}
-    alone = run_ranks(1, losses, config_for(Topology(1, 1), 1, structure, **sections), Topology(1, 1))[0]
+    alone = losses_of_one_process(config_for(Topology(1, 1), 1, structure, **sections).model_dump_json())
     results = run_ranks(topology.world_size, losses, config_for(topology, zero, structure, **sections), topology)
     assert all(result == results[0] for result in results), "ranks disagree"
     for step, ((loss, norm), (wanted, wanted_norm)) in enumerate(zip(results[0], alone, strict=True)):
@@ -83,7 +90,7 @@ def test_bf16(topology: Topology) -> None:
     compare(topology, precision="bf16")
 
 
-@pytest.mark.parametrize("model", [soak(LLAMA), FEW_KV_HEADS], ids=["llama", "few_kv_heads"])
+@pytest.mark.parametrize("model", [soak(LLAMA), soak(FEW_KV_HEADS)], ids=["llama", "few_kv_heads"])
 def test_model_variants(model: dict[str, Any]) -> None:
     """Gated FFN, untied head, a vocabulary that does not divide; key/value heads fewer than ranks."""
     compare(Topology(1, 1, 4), model=model)
@@ -100,11 +107,11 @@ def parameters_after(config: Config, topology: Topology, steps: int) -> dict[str
     return end | {f"{name}@start": (parts[name], tensor) for name, tensor in start.items()}
 
 
-@pytest.mark.parametrize(("tp", "precision"), [(2, "bf16"), soak(4, "fp32"), soak(4, "bf16")])
-def test_replicated_parameters_stay_bit_equal(tp: int, precision: str) -> None:
+@pytest.mark.parametrize(("tp", "precision", "steps"), [(2, "bf16", 15), soak(4, "fp32", 50), soak(4, "bf16", 50)])
+def test_replicated_parameters_stay_bit_equal(tp: int, precision: str, steps: int) -> None:
     topology = Topology(1, 1, tp)
-    config = config_for(topology, structure="blockdense", training={"precision": precision, "num_steps": 50})
-    ranks = run_ranks(tp, parameters_after, config, topology, 50)
+    config = config_for(topology, structure="blockdense", training={"precision": precision, "num_steps": steps})
+    ranks = run_ranks(tp, parameters_after, config, topology, steps)
     replicated = [name for name, (is_part, _) in ranks[0].items() if not is_part and not name.endswith("@start")]
     assert any("norm" in name for name in replicated) and any(name.endswith("fc1.v") for name in replicated)
     for name in replicated:
@@ -135,6 +142,10 @@ def test_resume_on_another_tp(tmp_path: Path, before: Topology, after: Topology,
     )
 
 
+def initial_weights_of(configs: list[Config], topology: Topology) -> list[dict[str, torch.Tensor]]:
+    return [initial_weights(config, topology) for config in configs]
+
+
 def initial_weights(config: Config, topology: Topology) -> dict[str, torch.Tensor]:
     """The global weights that this rank's parts make, gathered over the tensor-parallel group."""
     engine = build_engine(config, topology, own_device())
@@ -149,10 +160,12 @@ def initial_weights(config: Config, topology: Topology) -> dict[str, torch.Tenso
 
 
 def test_initial_weights_do_not_depend_on_the_layout() -> None:
-    for structure in STRUCTURES:
-        sections = {"structure": structure, "model": FEW_KV_HEADS}
-        alone = run_ranks(1, initial_weights, config_for(Topology(1, 1), **sections), Topology(1, 1))[0]
-        ranks = run_ranks(8, initial_weights, config_for(Topology(2, 1, 4), **sections), Topology(2, 1, 4))
-        together = ranks[0] | ranks[4]
+    def of(topology: Topology) -> list[Any]:
+        configs = [config_for(topology, structure=structure, model=FEW_KV_HEADS) for structure in STRUCTURES]
+        return run_ranks(topology.world_size, initial_weights_of, configs, topology)
+
+    [all_alone], ranks = of(Topology(1, 1)), of(Topology(2, 1, 4))
+    for alone, first_stage, last_stage in zip(all_alone, ranks[0], ranks[4], strict=True):
+        together = first_stage | last_stage
         assert set(together) == set(alone)
         assert all(torch.equal(together[name], alone[name]) for name in alone)

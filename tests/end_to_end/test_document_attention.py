@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forked import train_forked
 from marks import soak
 from megastruct.config import load_config
 from megastruct.config.schema import Config
@@ -14,7 +15,7 @@ from megastruct.data import open_data, open_tokenizer
 from megastruct.data.options import DataOptions
 from megastruct.models.gpt import GPT
 from megastruct.models.loss import cross_entropy
-from processes import Corpus, read_metrics, start
+from processes import Corpus, read_metrics
 
 
 @torch.no_grad()
@@ -34,10 +35,9 @@ def test_a_run_with_separate_documents(config: Path, tmp_path: Path, corpus: Cor
     overrides += ["checkpoint.interval_steps=2", "evaluation.interval_steps=2"]
     if kind == "text":
         overrides += ["data.kind=text", f"data.path={corpus.text}", f"data.tokenizer={corpus.tokenizer}"]
-        result = start(config, *overrides, "data.validation_fraction=0.1", module="megastruct.train")
+        train_forked(tmp_path, tmp_path / "runs" / "test", 1, config, *overrides, "data.validation_fraction=0.1")
     else:
-        result = start(config, *overrides, "parallel.pp=2")
-    assert result.returncode == 0, result.stderr
+        train_forked(tmp_path, tmp_path / "runs" / "test", 2, config, *overrides, "parallel.pp=2")
     run = tmp_path / "runs" / "test"
     records = read_metrics(run)
     resolved = load_config(run / "config.yaml")

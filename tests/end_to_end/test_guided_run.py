@@ -1,4 +1,4 @@
-"""A self-guided run as users start it: what it shows while the guides are there, their end, the tokens read again."""
+"""A self-guided run: what it shows while the guides are there, their end, the tokens read again."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from forked import train_forked
 from megastruct.run.guided_phase import REPORT_FILE
 from processes import ROOT, environment, losses, read_metrics, start, start_and_kill
 
@@ -31,8 +32,7 @@ def test_a_guided_run(config: Path, tmp_path: Path) -> None:
 
 def whole_run(config: Path, tmp_path: Path) -> Path:
     """A guided run from start to end."""
-    result = start(config, "run.name=undisturbed", *GUIDED)
-    assert result.returncode == 0, result.stderr
+    train_forked(tmp_path, tmp_path / "runs" / "undisturbed", 2, config, "run.name=undisturbed", *GUIDED)
     whole = tmp_path / "runs" / "undisturbed"
     _check_metrics(whole)
     report = json.loads((whole / REPORT_FILE).read_text())

@@ -14,7 +14,7 @@ from forked import Forked, train_forked
 from processes import Corpus, Started, last_step, losses, start
 
 # Long enough to be met in the middle, and saved only where it stops.
-RUN = ("parallel.pp=2", "training.num_steps=200", "checkpoint.interval_steps=0", "evaluation.num_samples=0")
+RUN = ("parallel.pp=2", "training.num_steps=120", "checkpoint.interval_steps=0", "evaluation.num_samples=0")
 
 
 def stopped_step(run: Path, stderr: str) -> int:
@@ -43,10 +43,10 @@ def test_stopped_and_resumed_is_the_undisturbed_run(config: Path, tmp_path: Path
     assert lines[0].endswith("checking the config, the data and the devices")
     titles = ["model", "layout", "devices", "data", "tokenizer", "training", "memory", "output", "warning"]
     assert [line.split()[0] for line in lines[1:10]] == titles
-    assert "2 processes" in lines[3] and "200 steps, 51.2 k tokens" in lines[6] and str(run) in lines[8]
+    assert "2 processes" in lines[3] and "120 steps, 30.7 k tokens" in lines[6] and str(run) in lines[8]
     assert "evaluation.num_samples: 0 with evaluation.interval_steps = 6: nothing would be validated" in lines[9]
     assert lines[10].startswith("step 1 done after ") and "data and first step" in lines[10]
-    assert "  step 1/200  loss " in lines[11]
+    assert "  step 1/120  loss " in lines[11]
 
     def one_rank(forked: Forked) -> None:
         forked.signal(1, signal.SIGUSR1)
@@ -64,7 +64,7 @@ def test_stopped_and_resumed_is_the_undisturbed_run(config: Path, tmp_path: Path
             assert forked.codes() == [75, 75], forked.text()
             steps.append(stopped_step(run, forked.text()))
     assert not (run / "stop").exists()
-    assert sorted(set(steps)) == steps and steps[-1] < 200
+    assert sorted(set(steps)) == steps and steps[-1] < 120
 
     train_forked(tmp_path, run, 2, config, *RUN)
     train_forked(tmp_path, tmp_path / "runs" / "undisturbed", 2, config, *RUN, "run.name=undisturbed")

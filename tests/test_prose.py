@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -49,8 +51,14 @@ def anchor_of(heading: str) -> str:
 
 @functools.cache
 def help_of(tool: str) -> str:
-    command = [sys.executable, str(ROOT / tool), "--help"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    """In this process, which has imported most of what the tools do."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", [tool, "--help"])
+        patch.setattr(sys, "path", list(sys.path))  # the tools put the checkout first
+        runpy.run_path(str(ROOT / tool), run_name="__main__")
+    assert not end.value.code
+    return printed.getvalue()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

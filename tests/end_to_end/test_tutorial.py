@@ -1,4 +1,8 @@
-"""The tutorials, block by block in a copy of the project: what they show is what works. Training is shortened."""
+"""The tutorials, block by block in a copy of the project: what they show is what works. Training is shortened.
+
+Always: test_launch_script.py goes the same way, from text to generation, and test_prose.py checks every command's
+files and options.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,7 @@ def run_page(page: str, folder: Path, config: str, shorten: Callable[[str], str]
     return printed
 
 
+@pytest.mark.soak
 def test_tutorial(tmp_path: Path) -> None:
     folder = copy_of_the_project(tmp_path)
     printed = run_page(

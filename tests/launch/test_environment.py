@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed as dist
 
 from megastruct.launch.environment import (
     began,
     keep_compiled_code,
+    reserved_port,
     seconds_since_start,
     take_share_of_cores,
 )
@@ -70,3 +73,13 @@ def test_compiled_code_is_kept_where_the_config_says(
     keep_compiled_code(str(tmp_path / "a"))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "a") and (tmp_path / "a").is_dir()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+
+
+def test_a_reserved_port_is_for_rank_0_alone() -> None:
+    """Rank 0 can listen on it; whoever wants it otherwise is refused."""
+    with reserved_port() as port:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("", port))
+        store = dist.TCPStore("127.0.0.1", port, 1, is_master=True, wait_for_workers=False)
+        store.set("key", "value")
+        assert store.get("key") == b"value"

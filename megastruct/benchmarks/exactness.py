@@ -8,6 +8,7 @@ Letters: s sequence, b batch, N inputs and M outputs of the layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -69,9 +70,7 @@ def relative_errors(module: nn.Module, x: Tensor, gradient: Tensor) -> dict[str,
     return {name: total.relative_error() for name, total in sums.items()}
 
 
-def _dense_map(
-    module: nn.Module, exact: dict[str, Tensor]
-) -> tuple[Callable[[Tensor], Tensor], Callable[[], None]]:
+def _dense_map(module: nn.Module, exact: dict[str, Tensor]) -> tuple[Callable[[Tensor], Tensor], Callable[[], None]]:
     """The map as products with dense matrices, and what takes their gradients back to the factors in the end.
 
     `exact`: the parameters by name, which gather their gradients.
@@ -114,4 +113,6 @@ class _Sums:
         self.reference += float(reference.square().sum())
 
     def relative_error(self) -> float:
+        if not self.reference:
+            return 0.0 if self.difference == 0.0 else math.inf
         return (self.difference / self.reference) ** 0.5

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from megastruct.models.mlp import MLP
 from megastruct.parallel.groups import ALONE
 from megastruct.structures import DENSE, STRUCTURES
 from megastruct.structures.numbers import LinearMap, Sizes, Widths, share_of_dense
+from megastruct.structures.sharded import LinearBuilder
 
 Part = Literal["ffn", "fc1", "fc2"]
 
@@ -26,7 +27,7 @@ Part = Literal["ffn", "fc1", "fc2"]
 class FFN:
     """A feed-forward network d -> f -> d of one structure, or one of its two linears (`part`), on one process.
 
-    `wanted_share`: the share of the dense weights for which `sizes` were chosen; None for the dense layer.
+    `wanted_share`: the share of the dense weights for which `sizes` were chosen; None if they were given.
     """
 
     structure: str
@@ -51,7 +52,8 @@ class FFN:
     @property
     def maps(self) -> tuple[LinearMap, ...]:
         """The linear maps of the part that is measured."""
-        return self._both_maps()[_MAPS[self.part]]
+        both = self._both_maps()
+        return both if self.part == "ffn" else (both[0 if self.part == "fc1" else 1],)
 
     @property
     def in_features(self) -> int:
@@ -98,8 +100,9 @@ class FFN:
 
     def build(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The module, with random weights that keep activations and gradients near a variance of 1."""
-        layers, options = STRUCTURES[self.structure].layers, {"tp": ALONE, "bias": self.bias, **self.sizes}
-        fc1, fc2 = partial(layers.column, **options), partial(layers.row, **options)
+        layers = STRUCTURES[self.structure].layers
+        builders = (partial(form, tp=ALONE, bias=self.bias, **self.sizes) for form in (layers.column, layers.row))
+        fc1, fc2 = cast(tuple[LinearBuilder, LinearBuilder], tuple(builders))
         first, second = self._both_maps()
         module: nn.Module
         with torch.device(device):
@@ -134,16 +137,23 @@ class FFN:
         }
 
 
-_MAPS = {"ffn": slice(0, 2), "fc1": slice(0, 1), "fc2": slice(1, 2)}
+class Variant(NamedTuple):
+    """A structure that is to be measured. Without `sizes`, shares of the dense weights decide on them."""
+
+    structure: str
+    sizes: tuple[tuple[str, int], ...] = ()
 
 
-def layers_to_compare(dense: FFN, structures: Sequence[str], shares: Sequence[float]) -> Iterator[FFN]:
-    """`dense` first, then every structure at every share. Shares that lead to the same sizes give one layer."""
+def layers_to_compare(dense: FFN, variants: Sequence[Variant], shares: Sequence[float]) -> Iterator[FFN]:
+    """`dense` first, then the variants, those without sizes at every share. Equal layers are one."""
     yield dense
-    seen: list[tuple[str, Sizes]] = []
-    for structure in structures:
-        for share in shares:
-            layer = dense.with_share(structure, share)
-            if not layer.is_dense and (structure, layer.sizes) not in seen:
-                seen.append((structure, layer.sizes))
+    seen = [dense.name]
+    for structure, sizes in variants:
+        if sizes:
+            layers = [replace(dense, structure=structure, sizes=dict(sizes))]
+        else:
+            layers = [dense.with_share(structure, share) for share in shares]
+        for layer in layers:
+            if layer.name not in seen:
+                seen.append(layer.name)
                 yield layer

@@ -103,7 +103,7 @@ def _variant(word: str) -> Variant:
         found = f"{word!r}: the sizes of {structure} are {', '.join(known) or 'none'}"
         example = ",".join(f"{key}={4 if key == 'nblocks' else 512}" for key in known)
         raise UserError(Problem("--structures", found, f"--structures {structure}{':' if known else ''}{example}"))
-    return Variant(structure, tuple((key, int(value)) for key, value in sizes.items()))
+    return Variant(structure, tuple((key, int(sizes[key])) for key in known) if colon else ())
 
 
 def _size_problems(variant: Variant, d: int, f: int) -> Iterator[Problem]:

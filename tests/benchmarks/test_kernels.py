@@ -189,6 +189,14 @@ def test_what_does_not_fit_does_not_stop_the_rest(
     assert kernels.measure(layer, Setting(2**31, False, torch.float32, CPU), Calls(1, 1)).problem
 
 
+def test_given_sizes(tmp_path: Path) -> None:
+    structures = ("blockdense:nblocks=2,rank=8", "blockdense:rank=8,nblocks=2", "blockdense")
+    rows = run(tmp_path, *TINY, "--share", "0.5", "--structures", *structures)
+    assert [row["wanted_share"] for row in rows] == [None, None, 0.5]
+    assert rows[1]["sizes"] == {"rank": 8, "nblocks": 2} != rows[2]["sizes"]
+    assert rows[1]["weights"] == 8 * (32 // 2 + 128) + 8 * (128 // 2 + 32)
+
+
 @pytest.mark.parametrize("size", ["s", "m", "l", "xl"])
 @pytest.mark.parametrize("share", [32, 63])
 def test_sizes_are_those_of_the_configs(size: str, share: int) -> None:

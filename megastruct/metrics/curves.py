@@ -68,9 +68,11 @@ def check_keys(runs: Sequence[Run], keys: dict[str, Sequence[str]]) -> None:
 def check_output(output: Path, option: str = "--output") -> None:
     """Raises UserError if no picture can be made, or if the name does not say its format."""
     try:
-        from matplotlib.backend_bases import FigureCanvasBase  # takes seconds to import
+        import matplotlib  # noqa: F401 - takes seconds to import
     except ModuleNotFoundError:
         raise UserError(Problem("matplotlib", "not installed", "pip install 'megastruct[plot]'")) from None
+    from matplotlib.backend_bases import FigureCanvasBase
+
     if not output.suffix:  # matplotlib would add one, and write to another file than the one that is named
         raise UserError(Problem(option, f"{output} has no suffix, which says the format", f"{option} {output}.png"))
     if output.suffix[1:].lower() not in (formats := FigureCanvasBase.get_supported_filetypes()):

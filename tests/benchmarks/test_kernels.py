@@ -283,3 +283,12 @@ def test_compiled_and_not(precision: str, tmp_path: Path, capsys: pytest.Capture
     assert all(row["problem"] is None for row in rows)
     assert rows[5]["speed_up"] == pytest.approx(rows[4]["forward_backward_ms"] / rows[5]["forward_backward_ms"])
     assert capsys.readouterr().out.count("compiled\n") == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_on_a_gpu(device: str, tmp_path: Path) -> None:
+    """Events of the stream give the times: forward and backward take longer than the forward."""
+    rows = run(tmp_path, "--widths", "512", "--tokens", "8192", "--device", device, "--compile", "both")
+    assert len(rows) == 14 and all(row["problem"] is None for row in rows)
+    assert all(row["forward_backward_ms"] > row["forward_ms"] > 0 for row in rows)

@@ -24,7 +24,7 @@ gpu:  ## the tests of layouts on the GPUs of this machine, over NCCL, and those 
 	mkdir -p build/gpu && rm -f build/gpu/bounds.jsonl
 	DS_ACCELERATOR=cuda BOUNDS_FILE=$(CURDIR)/build/gpu/bounds.jsonl .venv/bin/python -m pytest -m "soak or not soak" \
 		--junitxml=build/gpu/cases.xml tests/distributed tests/models/test_document_kernel.py tests/inference \
-		tests/profiling $(PYTEST_ARGS); \
+		tests/benchmarks tests/profiling $(PYTEST_ARGS); \
 	status=$$?; .venv/bin/python tests/bounds.py build/gpu/bounds.jsonl > build/gpu/bounds.md; exit $$status
 
 clean:

@@ -4,6 +4,7 @@
 python tools/benchmark.py data --input DIR_OR_GLOB --tokenizer tokenizer.model
 python tools/benchmark.py documents configs/run/s_dense.yaml training.micro_batch_size=8
 python tools/benchmark.py step configs/run/s_lowrank_32.yaml training.compile=true
+python tools/benchmark.py kernels --widths 2048 --compile both
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ loss is known on the host. A few further steps are traced, for their time by par
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
+from megastruct.benchmarks.device import start_afresh, wait_for
 from megastruct.benchmarks.plain_training import PlainTraining
 from megastruct.benchmarks.tokens import Share, Tokens
 from megastruct.config.schema import Config
@@ -149,7 +149,7 @@ def _build_baseline(config: Config, device: torch.device, tokens: Tokens) -> _Mo
 def _measure(
     build: Callable[[], _Model], config: Config, device: torch.device, amount: Amount, trace: Path
 ) -> Measured:
-    _start_afresh(device)
+    start_afresh(device)
     start = time.perf_counter()
     model = build()
     if device.type == "cuda":
@@ -161,7 +161,7 @@ def _measure(
         dist.barrier()
         start = time.perf_counter()
         losses.append(model.step())
-        _wait_for(device)
+        wait_for(device)
         if index >= amount.warmup:
             seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -189,21 +189,8 @@ def _traced(model: _Model, device: torch.device, path: Path) -> Breakdown | None
         for _ in range(TRACED_STEPS):
             with record_function(STEP_RANGE):
                 model.step()
-                _wait_for(device)
+                wait_for(device)
     return breakdown(read_trace(path)) if traces else None
-
-
-def _start_afresh(device: torch.device) -> None:
-    """Let go of what an earlier model has left: compiled programs, cycles of objects, cached memory."""
-    torch._dynamo.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _largest(values: list[float], device: torch.device) -> list[float]:

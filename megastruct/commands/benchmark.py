@@ -7,11 +7,12 @@
     megastruct-benchmark step configs/run/s_lowrank_32.yaml training.compile=true
     torchrun --nproc-per-node 8 tools/benchmark.py step configs/run/s_lowrank_32.yaml
     megastruct-benchmark trace runs/NAME/profile/step_00000010_rank_0.json.gz
+    megastruct-benchmark kernels --widths 2048 --compile both
 
 data: tokenising text, and reading batches. documents: attention within documents, compared with attention across
 document borders. decode: generating tokens with a cache, by batch size. prefill: reading prompts. step: a training
 step beside plain PyTorch, on one process or several, and its time by part. trace: the time by part of a step that a
-run has traced.
+run has traced. kernels: the feed-forward layer alone, structured beside dense.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from megastruct.benchmarks import data as data_benchmark
 from megastruct.benchmarks import documents as documents_benchmark
 from megastruct.commands import benchmark_inference as inference_command
+from megastruct.commands import benchmark_kernels as kernels_command
 from megastruct.commands import benchmark_step as step_command
 from megastruct.commands.text_options import add_column_option, columns_of
 from megastruct.config import load_config
@@ -70,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         benchmark.set_defaults(run=run)
     inference_command.add_parsers(what)
     step_command.add_parsers(what)
+    kernels_command.add_parsers(what)
     arguments = _parsed(parser, argv)
     with user_errors_exit(print_message=is_first_process()):
         _check_counts(arguments)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megastruct.benchmarks.device import device_name
+from megastruct.commands.output_files import file_problems, parent_problems, write_json
 from megastruct.config import Config, load_config
 from megastruct.config.checks import check_batch
 from megastruct.errors import Problem, Problems, UserError, user_errors_exit
-from megastruct.files import write_atomically
 from megastruct.launch.environment import Process, current_process, keep_compiled_code, take_share_of_cores
 from megastruct.parallel.topology import Topology
 from megastruct.paths import option_path
@@ -71,12 +70,8 @@ def _checked(arguments: argparse.Namespace, world_size: int, folder: Path) -> tu
     from megastruct.benchmarks.tokens import open_tokens
 
     problems = Problems()
-    for option in (arguments.json, arguments.trace):
-        if option is not None and not option.absolute().parent.is_dir():
-            found = f"there is no folder {option.absolute().parent}"
-            problems.append(Problem("--json" if option is arguments.json else "--trace", found, "an existing folder"))
-    if arguments.json and arguments.json.is_dir():
-        problems.append(Problem("--json", f"{arguments.json} is a folder", f"--json {arguments.json / 'step.json'}"))
+    problems += parent_problems("--trace", arguments.trace)
+    problems += file_problems("--json", arguments.json, "step.json")
     config = problems.collect(lambda: load_config(arguments.config, arguments.overrides))
     topology = None
     if config:
@@ -122,17 +117,10 @@ def _run(
         if process.rank == 0:
             print(_row(found[-1]), flush=True)
             if arguments.json:
-                _write(arguments.json, _values(found, config, topology, device, arguments))
+                write_json("--json", arguments.json, _values(found, config, topology, device, arguments))
     if process.rank == 0:
         print(*_comparison(found), sep="\n")
     leave()
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    try:
-        write_atomically(path, json.dumps(values, indent=1))
-    except OSError as error:
-        raise UserError(Problem("--json", f"{path}: {error.strerror}", "a file that you can write")) from None
 
 
 def _heading(config: Config, topology: Topology, device: torch.device, arguments: argparse.Namespace) -> str:
@@ -141,7 +129,7 @@ def _heading(config: Config, topology: Topology, device: torch.device, arguments
     layout = f"pp {topology.pp_size} x dp {topology.dp_size} x tp {topology.tp_size}, ZeRO {config.parallel.zero_stage}"
     rows = f"{training.global_batch_size} x {training.seq_length} tokens a step ({arguments.tokens})"
     return (
-        f"{_device_name(device)}, PyTorch {torch.__version__}, {training.precision}, {compiled}\n"
+        f"{device_name(device)}, PyTorch {torch.__version__}, {training.precision}, {compiled}\n"
         f"{size} {'process' if size == 1 else 'processes'}: {layout}; {rows}, "
         f"micro-batches of {training.micro_batch_size}; {arguments.steps} steps after {arguments.warmup}\n\n"
         f"  {'':<34}{'tokens/s':>12}{'TFLOP/s':>9}{'MFU':>7}{'ms/step':>10}{'GiB':>8}{'first step':>12}"
@@ -175,7 +163,7 @@ def _values(
 ) -> dict[str, Any]:
     """All numbers, as plain values."""
     values: dict[str, Any] = {
-        "device": _device_name(device),
+        "device": device_name(device),
         "torch": torch.__version__,
         "config": config.model_dump(mode="json", by_alias=True),
         "layout": {"pp": topology.pp_size, "dp": topology.dp_size, "tp": topology.tp_size},
@@ -200,13 +188,9 @@ def _values(
     return values
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-
-
 def _too_large(config: Config, name: str, device: torch.device) -> Problem:
     size = config.training.micro_batch_size
     what = "this config" if name == "megastruct" else "the dense baseline"
     fix = f"training.micro_batch_size={size // 2}" if size > 1 else "training.activation_checkpointing=true"
     more = "" if name == "megastruct" else ", or --no-baseline"
-    return Problem("training.micro_batch_size", f"{size}: {what} does not fit into {_device_name(device)}", fix + more)
+    return Problem("training.micro_batch_size", f"{size}: {what} does not fit into {device_name(device)}", fix + more)

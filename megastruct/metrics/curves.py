@@ -24,7 +24,7 @@ def plot(runs: Sequence[Run], metrics: Sequence[str], x: str, output: Path) -> N
     check_keys(runs, {"--x": [x], "--metric": metrics})
     names = labels([run.name for run in runs])
     colors = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(names))}
-    with _figure(len(metrics), output) as axes:
+    with figure(len(metrics), output) as axes:
         for axis, metric in zip(axes, metrics, strict=True):
             drawn: set[str] = set()
             for name, run in zip(names, runs, strict=True):
@@ -41,7 +41,7 @@ def plot_fits(fits: Sequence[Fit], x: str, y: str, output: Path) -> None:
 
     Raises UserError as `plot` does.
     """
-    with _figure(1, output) as [axis]:
+    with figure(1, output) as [axis]:
         for index, fit in enumerate(fits):
             xs = [point[0] for point in fit.points]
             axis.plot(xs, [point[1] for point in fit.points], "o", color=f"C{index}")
@@ -65,27 +65,42 @@ def check_keys(runs: Sequence[Run], keys: dict[str, Sequence[str]]) -> None:
         raise UserError(unknown)
 
 
-@contextmanager
-def _figure(num_panels: int, output: Path) -> Iterator[Sequence[Any]]:
-    """The axes of the panels, which are written to `output` in the end."""
+def check_output(output: Path, option: str = "--output") -> None:
+    """Raises UserError if no picture can be made, or if the name does not say its format."""
     try:
-        import matplotlib  # takes seconds to import
+        import matplotlib  # noqa: F401 - takes seconds to import
     except ModuleNotFoundError:
         raise UserError(Problem("matplotlib", "not installed", "pip install 'megastruct[plot]'")) from None
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if not output.suffix:  # matplotlib would add one, and write to another file than the one that is named
+        raise UserError(Problem(option, f"{output} has no suffix, which says the format", f"{option} {output}.png"))
+    if output.suffix[1:].lower() not in (formats := FigureCanvasBase.get_supported_filetypes()):
+        found = f"{output}: {output.suffix} is none of the formats {', '.join(sorted(formats))}"
+        raise UserError(Problem(option, found, f"{option} {output.with_suffix('.png')}"))
+
+
+@contextmanager
+def figure(num_panels: int, output: Path, option: str = "--output") -> Iterator[Sequence[Any]]:
+    """The axes of the panels, one below the other, which are written to `output` in the end.
+
+    Raises UserError, which names `option`, if the picture cannot be made or written.
+    """
+    check_output(output, option)
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    if not output.suffix:  # matplotlib would add one, and write to another file than the one that is named
-        raise UserError(Problem("--output", f"{output} has no suffix, which says the format", f"--output {output}.png"))
-    figure, axes = pyplot.subplots(num_panels, 1, squeeze=False, figsize=(WIDTH, HEIGHT * num_panels))
+    made, axes = pyplot.subplots(num_panels, 1, squeeze=False, figsize=(WIDTH, HEIGHT * num_panels))
     yield list(axes[:, 0])
     for axis in axes[:, 0]:
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.tight_layout()
+    made.tight_layout()
     try:
-        figure.savefig(output, dpi=150)
+        made.savefig(output, dpi=150)
     except (OSError, ValueError) as error:
-        raise UserError(Problem("--output", f"{output}: {error}", "--output curves.png")) from None
+        raise UserError(Problem(option, f"{output}: {error}", f"{option} curves.png")) from None
     finally:
-        pyplot.close(figure)
+        pyplot.close(made)

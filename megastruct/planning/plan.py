@@ -28,7 +28,7 @@ from megastruct.planning.stages import Stage, pipeline_stages
 from megastruct.planning.steps import guided_steps, total_steps, total_tokens, total_training_flops
 from megastruct.planning.traffic import linear_bytes_per_token, micro_batches_per_step, traffic_bytes
 from megastruct.structures import DENSE, STRUCTURES
-from megastruct.structures.numbers import Sizes
+from megastruct.structures.numbers import Sizes, share_of_dense
 from megastruct.structures.sizes import TILE
 
 UNBALANCED = 1.15  # largest stage over the mean
@@ -77,8 +77,7 @@ def make_plan(config: Config, num_devices: int | None = None, dense: Config | No
 
 def ffn_share(config: Config, ffn: FFNConfig) -> float:
     """The weights of a structured block's FFN as a share of the dense FFN's, such as the paper's 63 % and 32 %."""
-    linears = ffn_linears(config, ffn)
-    return sum(linear.weights for linear in linears) / sum(linear.n * linear.m for linear in linears)
+    return share_of_dense(ffn_linears(config, ffn))
 
 
 def suggest(config: Config, share: float) -> list[dict[str, Any]]:

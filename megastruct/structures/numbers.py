@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -167,3 +167,8 @@ class LinearMap:
     def exchange(self, tp_size: int) -> Exchange:
         """The collective of the forward over `tp_size` ranks."""
         return self.numbers.exchange(self.form, self.n, self.m, tp_size, self.sizes)
+
+
+def share_of_dense(linears: Sequence[LinearMap]) -> float:
+    """The weights of the maps together, as a share of the weights of dense maps of the same widths."""
+    return sum(linear.weights for linear in linears) / sum(linear.n * linear.m for linear in linears)

@@ -92,6 +92,8 @@ class PlainGPT(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids int64 [b, s] to logits [b, s, v]."""
         x = self.embedding(ids)
+        if torch.is_autocast_enabled(ids.device.type):  # otherwise the residual stream and its sums stay in fp32
+            x = x.to(torch.get_autocast_dtype(ids.device.type))
         cos, sin = self._angles(ids.shape[1], ids.device)
         for block in self.blocks:
             x = checkpoint(block, x, cos, sin, use_reentrant=False) if self.recompute else block(x, cos, sin)

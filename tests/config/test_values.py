@@ -80,7 +80,7 @@ def test_any_text_survives_an_override_and_the_stored_config(tmp_path_factory: A
         ("optimizer.learning_rate=.5", 0.5),
         ("optimizer.learning_rate=2", 2.0),
         ("optimizer.eps=1e-6", 1e-6),
-        ("optimizer.beta2=null", 0.999),
+        ("optimizer.beta2=null", 0.95),
         ("training.num_steps=010", 10),
         ("training.num_steps=25_500", 25_500),
         ("training.num_steps=1e9", 10**9),

@@ -220,7 +220,7 @@ def manual_folder(material: Material, tmp_path: Path, monkeypatch: pytest.Monkey
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     config = run_config(tmp_path / "runs", "quickstart", data={"path": str(material.tokens("web"))})
-    save_run(config, material.tokenizer, steps=(200,))
+    save_run(config, material.tokenizer, steps=(100,))
     shutil.copytree(material.tokens("web"), tmp_path / "data" / "sample" / "tokens")
     shutil.copy(material.text("books"), tmp_path / "data" / "readme.jsonl")
     write_task(tmp_path)
@@ -242,7 +242,7 @@ def test_the_commands_of_the_manual(manual_folder: Path, printed: Any) -> None:
         assert words[0] == "tools/evaluate.py"
         outputs[command] = printed(*words[1:])
     own, given, part, bf16, tasks = outputs.values()
-    assert own.startswith("runs/quickstart: step 200, float32\n") and "bfloat16" in bf16
+    assert own.startswith("runs/quickstart: step 100, float32\n") and "bfloat16" in bf16
     assert [line.split()[0] for line in given.splitlines()[1:]] == ["source", "tokens", "readme", "overall"]
     shown = section("Evaluate").split("```\nruns/quickstart")[1].splitlines()
     assert [line.split()[0] for line in shown[1:5]] == ["source", "tokens", "readme", "overall"]

@@ -1,4 +1,4 @@
-"""docs/results.md against the records in docs/results."""
+"""docs/results.md against the records in docs/results, and the ratios of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import pytest
 
 from megastruct.config import Config
 from megastruct.config.load import load_config
+from megastruct.metrics.records import read_runs
+from megastruct.metrics.scaling import fit_scaling
+from megastruct.planning.cost import forward_flops_per_token
 from megastruct.planning.steps import equal_flops_steps
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,13 +52,15 @@ def rounded(value: float) -> str:
 
 def test_losses_by_learning_rate() -> None:
     header, rows = table("Learning rates", "run")
-    seen = set()
+    seen, largest_is_best = set(), set()
     for name, *cells in rows:
         said = {float(rate): loss for rate, loss in zip(header[1:], cells, strict=True) if loss}
         runs = [f"{name}_1", *(path.name for path in RECORDS.glob(f"{name}_rate_*"))]
         found = {recorded_config(run).optimizer.learning_rate: rounded(final_loss(run)) for run in runs}
         assert said == found, name
         assert min(said, key=lambda rate: said[rate]) == recorded_config(f"{name}_1").optimizer.learning_rate
+        if min(said, key=lambda rate: said[rate]) == max(said):
+            largest_is_best.add(name)
         configured = load_config(ROOT / "configs" / "run" / f"results_{name}.yaml")
         assert configured.optimizer == recorded_config(f"{name}_1").optimizer
         assert (configured.model, configured.ffn) == (
@@ -64,6 +69,7 @@ def test_losses_by_learning_rate() -> None:
         )
         seen.add(name)
     assert len(seen) == 8
+    assert len(largest_is_best) == 5 and "In five rows the best one is the largest that was tried" in PAGE
 
 
 def test_other_values_of_the_optimizer() -> None:
@@ -87,6 +93,54 @@ def test_losses_of_three_seeds(heading: str) -> None:
         assert [recorded_config(run).run.seed for run in runs] == list(range(1, len(runs) + 1))
         assert [seed for seed in seeds if seed] == [rounded(final_loss(run)) for run in runs], name
         assert average == rounded(mean(final_loss(run) for run in runs)), name
+
+
+def test_equal_flops() -> None:
+    runs = [path.name for path in RECORDS.glob("*_equal_flops_*")]
+    steps = {}
+    for run in runs:
+        name = run.split("_equal_flops_")[0]
+        config, dense = recorded_config(run), recorded_config("dense_muon_1" if name.endswith("_muon") else "dense_1")
+        steps[name] = config.training.num_steps
+        assert steps[name] == equal_flops_steps(config, dense), run
+    assert steps.pop("blockdense") == steps.pop("blockdense_muon") == 2001
+    assert set(steps.values()) == {2000}
+
+
+def test_curves_of_rows_with_three_seeds() -> None:
+    whole = {path.parent.name for path in RECORDS.glob("*/events.out.tfevents.*")}
+    assert whole == {path.name.removesuffix("3") + "1" for path in RECORDS.glob("*_3")}
+    for path in RECORDS.glob("*/metrics.jsonl"):
+        steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        assert steps == [*range(200, steps[-1], 200), steps[-1]], path
+
+
+def test_slopes() -> None:
+    for kind, said in (("dense", "−0.0328 ± 0.0044 (dense)"), ("lowrank", "−0.0386 ± 0.0045\n(LowRank)")):
+        runs = read_runs([str(path) for path in RECORDS.glob(f"width*_{kind}_1")])
+        [fit] = fit_scaling(runs, "training_flops", "validation_loss")
+        found = f"{fit.slope:.4f} ± {fit.slope_error:.4f}".replace("-", "−")
+        assert said.startswith(found) and said in PAGE
+
+
+def test_gains_of_guides() -> None:
+    def gain(name: str) -> float:
+        return mean(final_loss(f"{name}_{seed}") - final_loss(f"{name}_guided_{seed}") for seed in (1, 2, 3))
+
+    assert f"guides gain {rounded(gain('lowrank'))} at equal steps" in PAGE
+    assert f"guides cost {rounded(-gain('lowrank_muon'))} at equal steps" in PAGE
+
+
+def test_ratios_of_a_step() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text()
+    rows = re.findall(r"^\| `(xl_\w+\.yaml)` \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|", page, re.M)
+    dense_name, dense_speed = rows[0][0], int(rows[0][1].replace(",", ""))
+    dense = forward_flops_per_token(load_config(ROOT / "configs" / "run" / dense_name))
+    assert len(rows) == 4
+    for name, speed, ratio, promise in rows[1:]:
+        flops = forward_flops_per_token(load_config(ROOT / "configs" / "run" / name))
+        assert ratio == f"{int(speed.replace(',', '')) / dense_speed:.2f}", name
+        assert promise == f"{dense / flops:.2f}", name
 
 
 def test_losses_by_width() -> None:

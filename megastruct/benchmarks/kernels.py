@@ -23,6 +23,8 @@ from megastruct.metrics.devices import memory_there_bytes
 
 FEWEST_INPUTS, MOST_INPUTS = 2, 32
 CPU_CACHE_BYTES = 64 << 20  # about the last level's; GPUs say what they have
+# What a CPU's allocator, the compiler and the driver, and cuBLAS say: they raise a plain RuntimeError.
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 BATCH = 8  # rows of a batch: tensors are [s, b, features], as in the model
 
 
@@ -138,8 +140,8 @@ def measure(layer: FFN, setting: Setting, calls: Calls) -> Measured:
             return _measure(layer, setting, calls)
         except torch.OutOfMemoryError:
             pass
-        except RuntimeError as error:  # what a CPU's allocator raises
-            if "can't allocate memory" not in str(error):
+        except RuntimeError as error:
+            if not any(words in str(error) for words in OUT_OF_MEMORY):
                 raise
     return Measured(layer, setting, problem="does not fit into memory")
 

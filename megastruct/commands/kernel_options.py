@@ -69,7 +69,7 @@ def checked(arguments: argparse.Namespace) -> Choices:
     device = problems.collect(lambda: _device(arguments.device))
     problems += file_problems("--json", arguments.json, "kernels.json")
     problems += file_problems("--plot", arguments.plot, "kernels.png")
-    if arguments.plot:
+    if arguments.plot and not arguments.plot.is_dir():
         problems.collect(lambda: check_output(arguments.plot, "--plot"))
     networks = [(width, max(1, round(width * ratio))) for width in widths] if ratio else []
     problems += [problem for d, f in networks for variant in variants for problem in _size_problems(variant, d, f)]
@@ -97,21 +97,26 @@ def _variant(word: str) -> Variant:
     name, colon, text = word.partition(":")
     structure = _name("--structures", name, STRUCTURES)
     known = STRUCTURES[structure].numbers.sizes
-    sizes = {key: value for key, _, value in (size.partition("=") for size in text.split(",") if size)}
-    right = set(sizes) == set(known) and all(value.isdecimal() and len(value) <= 12 for value in sizes.values())
-    if colon and not right:
-        found = f"{word!r}: the sizes of {structure} are {', '.join(known) or 'none'}"
+    pairs = [(key, value) for key, _, value in (size.partition("=") for size in text.split(",") if size)]
+    right = sorted(key for key, _ in pairs) == sorted(known)
+    if colon and not (right and all(value.isdecimal() and len(value) <= 12 for _, value in pairs)):
         example = ",".join(f"{key}={4 if key == 'nblocks' else 512}" for key in known)
-        raise UserError(Problem("--structures", found, f"--structures {structure}{':' if known else ''}{example}"))
+        form = f", each once, as in {structure}:{example}" if known else ""
+        found = f"{word!r}: the sizes of {structure} are {', '.join(known) or 'none'}{form}"
+        raise UserError(Problem("--structures", found, f"--structures {structure}"))  # it has sizes for every width
+    sizes = dict(pairs)
     return Variant(structure, tuple((key, int(sizes[key])) for key in known) if colon else ())
 
 
 def _size_problems(variant: Variant, d: int, f: int) -> Iterator[Problem]:
     if variant.sizes:
         widths = Widths(d, f, outer_name="d", inner_name="f")
-        for problem in STRUCTURES[variant.structure].numbers.size_problems(widths, dict(variant.sizes)):
-            where = f"--structures {variant.structure}, d = {d}, {problem.where}"
-            yield Problem(where, problem.found, problem.suggestion)
+        option = f"--structures {variant.structure}"
+        problems = list(STRUCTURES[variant.structure].numbers.size_problems(widths, dict(variant.sizes)))
+        better = dict(problem.suggestion.split("=") for problem in problems if problem.suggestion)
+        fitting = ",".join(f"{key}={better.get(key, value)}" for key, value in variant.sizes)
+        for problem in problems:
+            yield Problem(f"{option}, d = {d}, {problem.where}", problem.found, f"{option}:{fitting}")
 
 
 def _each(problems: Problems, words: Iterable[str], read: Callable[[str], T]) -> list[T]:

@@ -169,6 +169,23 @@ def test_a_wrong_layer_has_no_times(
     assert rows[1]["forward_ms"] is None and rows[1]["every_forward_ms"] == [] and rows[1]["problem"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("as on a GPU"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
+def test_a_layer_without_memory(error: RuntimeError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_memory(*_: Any, **__: Any) -> Tensor:
+        raise error
+
+    monkeypatch.setattr(lowrank, "apply", without_memory)
+    rows = run(tmp_path, *TINY, "--share", "0.5", "--structures", "lowrank", "blockdense")
+    assert [row["problem"] for row in rows] == [None, "does not fit into memory", None]
+
+
 def test_what_does_not_fit_does_not_stop_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,13 +193,6 @@ def test_what_does_not_fit_does_not_stop_the_rest(
     assert [row["problem"] for row in rows] == ["does not fit into memory"] * 3 + [None] * 3
     assert rows[1]["bound"] == rows[4]["bound"] and rows[1]["speed_up"] is None and rows[4]["speed_up"]
     assert len(re.findall(r"2,000,000,000 +[\d.]+%  does not fit into memory$", capsys.readouterr().out, re.M)) == 3
-
-    def without_memory(*_: Any, **__: Any) -> Tensor:
-        raise torch.OutOfMemoryError("as on a GPU")
-
-    monkeypatch.setattr(lowrank, "apply", without_memory)
-    rows = run(tmp_path, *TINY, "--share", "0.5", "--structures", "lowrank", "blockdense")
-    assert [row["problem"] for row in rows] == [None, "does not fit into memory", None]
     # What no address space holds, so that the allocator of the CPU refuses it itself.
     monkeypatch.setattr(kernels, "memory_there_bytes", lambda device_type: 2**62)
     layer = FFN(DENSE, 2**16, 1, ACTIVATIONS["gelu"])
@@ -262,7 +272,8 @@ def test_all_mistakes_are_one_message(capsys: pytest.CaptureFixture[str]) -> Non
         (("--plot", "kernels.tokens"), "--plot: kernels.tokens: .tokens is none of the formats"),
         (("--json", "."), "--json: . is a folder"),
         (("--device", "xpu"), "--device: xpu cannot be used"),
-        (("--structures", "lowrank:nblocks=4"), "'lowrank:nblocks=4': the sizes of lowrank are rank"),
+        (("--structures", "lowrank:nblocks=4"), "'lowrank:nblocks=4': the sizes of lowrank are rank, each once"),
+        (("--structures", "lowrank:rank=4,rank=8"), "'lowrank:rank=4,rank=8': the sizes of lowrank are rank, each"),
         (("--structures", "dense:rank=4"), "'dense:rank=4': the sizes of dense are none"),
         (("--structures", "blockdense:rank=9,nblocks=2", "--widths", "64"), "blockdense, d = 64, rank: 9 is not a"),
     ],
@@ -272,6 +283,25 @@ def test_a_mistake(arguments: tuple[str, ...], found: str, capsys: pytest.Captur
         benchmark.main(["kernels", *arguments])
     assert stopped.value.code == 2
     assert found in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["lowrank:", "lowrank:rank=99", "blockdense:rank=8", "blockdense:rank=9,nblocks=3", "blockshuffle:nblocks=3"],
+)
+def test_suggested_structures_work(word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path, *TINY, "--structures", word)
+    suggestions = set(re.findall(r"try: --structures (\S+)$", capsys.readouterr().err, re.M))
+    assert len(suggestions) == 1
+    assert all(row["problem"] is None for row in run(tmp_path, *TINY, "--structures", *suggestions))
+
+
+def test_a_folder_is_one_problem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(tmp_path, *TINY, "--plot", str(tmp_path))
+    message = capsys.readouterr().err
+    assert message.count("try: ") == 1 and f"--plot: {tmp_path} is a folder" in message
 
 
 @pytest.mark.soak

@@ -46,6 +46,11 @@ def choose_device(wanted: str, process: Process) -> torch.device:
     return device
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for DeepSpeed's warning that ZeRO is used with an optimizer that is not its own: ours are tested with it."""
+    return "untested optimizer" not in record.getMessage()
+
+
 def join(device: torch.device, collective_seconds: float = 1800.0) -> None:
     """Initialise torch.distributed (nccl on GPUs, gloo on CPUs) and DeepSpeed.
 
@@ -54,7 +59,9 @@ def join(device: torch.device, collective_seconds: float = 1800.0) -> None:
     timeout = timedelta(seconds=collective_seconds)
     # The default for groups that are made without a timeout, as DeepSpeed's are.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_is_news)
     # DeepSpeed broadcasts inside backward hooks; nothing is differentiated through it.
     warnings.filterwarnings("ignore", message="c10d::.* an autograd kernel was not registered")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")

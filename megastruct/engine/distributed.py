@@ -47,7 +47,7 @@ def choose_device(wanted: str, process: Process) -> torch.device:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for DeepSpeed's warning that ZeRO is used with an optimizer that is not its own: ours are tested with it."""
+    """False for DeepSpeed's warning that ZeRO has an optimizer that it does not know: ours are tested with ZeRO."""
     return "untested optimizer" not in record.getMessage()
 
 

@@ -1,4 +1,4 @@
-"""Which cases of a matrix run always, and which with the soak tests only."""
+"""Which cases of a matrix run always, which with the soak tests only, and which on GPUs only."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+import torch
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 def soak(*values: Any) -> Any:

@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from marks import needs_gpu
 from megastruct.benchmarks import exactness, kernels
 from megastruct.benchmarks.exactness import relative_errors
 from megastruct.benchmarks.ffn import FFN, Part, Variant, layers_to_compare
@@ -315,7 +316,7 @@ def test_compiled_and_not(precision: str, tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().out.count("compiled\n") == 2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_gpu
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_on_a_gpu(device: str, tmp_path: Path) -> None:
     """Events of the stream give the times: forward and backward take longer than the forward."""

@@ -30,7 +30,8 @@ def test_quick_start(tmp_path: Path, num_steps: int) -> None:
     assert result.returncode == 0, result.stderr
     assert "tensorboard --logdir runs" in result.stdout
     assert "a few generated words:\nThe file" in result.stdout
-    assert "Traceback" not in result.stderr and "warning" not in result.stderr.lower()
+    assert "Traceback" not in result.stderr
+    assert "warning" not in (result.stderr + result.stdout).lower()  # DeepSpeed's are on the standard output
     records = [json.loads(line) for line in (folder / "runs/quickstart/metrics.jsonl").read_text().splitlines()]
     validation = [record["validation_loss"] for record in records if "validation_loss" in record]
     assert validation[-1] < 7.0  # a uniform guess over 2,048 tokens is 7.6

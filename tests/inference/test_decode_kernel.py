@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from marks import needs_gpu
+
 ROOT = Path(__file__).resolve().parents[2]
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -41,7 +43,7 @@ def check(case: tuple[int, ...], dtype: torch.dtype) -> None:
     assert (found.double() - wanted.view_as(found)).abs().max() <= BOUNDS[dtype], (case, dtype)
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_attention_in_float64(case: tuple[int, ...], dtype: torch.dtype) -> None:

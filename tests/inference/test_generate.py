@@ -17,7 +17,7 @@ import torch
 
 import megastruct
 from configs import tiny_config
-from marks import soak
+from marks import needs_gpu, soak
 from megastruct.commands import generate as command
 from megastruct.inference.decoder import Decoder
 from megastruct.inference.generate import Continuation, Limits, generate
@@ -27,7 +27,6 @@ from megastruct.inference.text import TextGenerator, TextStream
 from megastruct.models.gpt import GPT
 from trained import model_config, redraw, saved_run
 
-HAS_GPU = torch.cuda.is_available()
 ROOT = Path(__file__).resolve().parents[2]
 GREEDY = Sampling(temperature=0)
 BOUND = 1e-5  # of the largest logit, float32: with the cache against without
@@ -53,9 +52,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_GPU, reason="no GPU"))]
-)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_logits_with_the_cache_equal_those_without(tmp_path: Path, variant: str, device: str) -> None:
     """On a GPU with compiled steps in CUDA graphs."""
     config = model_config(tmp_path, model=VARIANTS[variant])
